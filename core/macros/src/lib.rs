@@ -1,0 +1,184 @@
+//! `#[derive(Event)]`. Documented where it is used: at `postrider::Event`.
+
+use proc_macro::TokenStream;
+use proc_macro2::TokenStream as Tokens;
+use quote::{quote, quote_spanned};
+use syn::{
+    Data, DeriveInput, Error, Expr, ExprLit, Ident, Lit, LitInt, LitStr, Member, Path, Result, parse_macro_input,
+    spanned::Spanned,
+};
+
+/// Makes a type an event.
+///
+/// `#[event(…)]` takes
+/// - `name = "order.placed"`, what happened (required),
+/// - `topic = "orders"`, where it goes; the name unless given,
+/// - `version = 2`, from 1 to 65535; 1 unless given,
+/// - `key = "field"`, the ordering key as the text of a field, or `key = |e: &Self| …` for any expression,
+/// - `codec = path::To`, how it is written; JSON unless given,
+/// - `crate = "path"`, where Postrider is, if it is not at `::postrider`.
+#[proc_macro_derive(Event, attributes(event))]
+pub fn event(input: TokenStream) -> TokenStream {
+    let input = parse_macro_input!(input as DeriveInput);
+    expand(&input).unwrap_or_else(Error::into_compile_error).into()
+}
+
+#[derive(Default)]
+struct Options {
+    name: Option<LitStr>,
+    topic: Option<LitStr>,
+    version: Option<LitInt>,
+    key: Option<Expr>,
+    codec: Option<Path>,
+    krate: Option<Path>,
+}
+
+impl Options {
+    fn of(input: &DeriveInput) -> Result<Self> {
+        let mut options = Self::default();
+        for attribute in input.attrs.iter().filter(|a| a.path().is_ident("event")) {
+            attribute.parse_nested_meta(|meta| {
+                let name = meta.path.get_ident().map(ToString::to_string).unwrap_or_default();
+                let twice = || meta.error(format!("`{name}` is given twice"));
+                match name.as_str() {
+                    "name" => set(&mut options.name, meta.value()?.parse()?, twice),
+                    "topic" => set(&mut options.topic, meta.value()?.parse()?, twice),
+                    "version" => set(&mut options.version, meta.value()?.parse()?, twice),
+                    "key" => set(&mut options.key, meta.value()?.parse()?, twice),
+                    "codec" => set(&mut options.codec, meta.value()?.parse()?, twice),
+                    "crate" => {
+                        let path: LitStr = meta.value()?.parse()?;
+                        set(&mut options.krate, path.parse()?, twice)
+                    }
+                    _ => {
+                        Err(meta
+                            .error("unknown option: known are `name`, `topic`, `version`, `key`, `codec` and `crate`"))
+                    }
+                }
+            })?;
+        }
+        Ok(options)
+    }
+}
+
+fn set<T>(slot: &mut Option<T>, value: T, twice: impl FnOnce() -> Error) -> Result<()> {
+    match slot.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(twice()),
+    }
+}
+
+fn expand(input: &DeriveInput) -> Result<Tokens> {
+    let options = Options::of(input)?;
+    let Some(name) = &options.name else {
+        return Err(Error::new(
+            input.ident.span(),
+            format!(
+                "an event needs a name: `#[event(name = \"{}\")]`",
+                dotted(&input.ident.to_string())
+            ),
+        ));
+    };
+    let version = version(options.version.as_ref())?;
+    let krate = options.krate.map_or_else(|| quote!(::postrider), |path| quote!(#path));
+    let topic = options.topic.as_ref().unwrap_or(name);
+    let topic = quote_spanned!(topic.span()=> #krate::Topic::new(#topic));
+    let checked_name = quote_spanned!(name.span()=> #krate::Topic::new(#name));
+    let codec = options.codec.map_or_else(|| quote!(#krate::Json), |path| quote!(#path));
+    let keyed = options.key.is_some();
+    let key = options.key.map(|key| key_method(input, key)).transpose()?;
+    let kind = format!("{}.v{version}", name.value());
+    let ty = &input.ident;
+    let (generics, arguments, bounds) = input.generics.split_for_impl();
+    Ok(quote! {
+        #[automatically_derived]
+        impl #generics #krate::Event for #ty #arguments #bounds {
+            const NAME: &'static str = #name;
+            const VERSION: u16 = #version;
+            const TOPIC: #krate::Topic = #topic;
+            const KEYED: bool = #keyed;
+            type Codec = #codec;
+            #key
+            fn kind() -> ::std::borrow::Cow<'static, str> {
+                ::std::borrow::Cow::Borrowed(#kind)
+            }
+        }
+        // Checked even where nobody publishes it: the name follows the rules of a topic's.
+        const _: #krate::Topic = #topic;
+        const _: #krate::Topic = #checked_name;
+    })
+}
+
+fn version(given: Option<&LitInt>) -> Result<u16> {
+    let Some(literal) = given else { return Ok(1) };
+    match literal.base10_parse::<u16>() {
+        Ok(version) if version > 0 => Ok(version),
+        _ => Err(Error::new(literal.span(), "a version is a number from 1 to 65535")),
+    }
+}
+
+fn key_method(input: &DeriveInput, key: Expr) -> Result<Tokens> {
+    let value = match key {
+        Expr::Lit(ExprLit {
+            lit: Lit::Str(field), ..
+        }) => {
+            let member = member(input, &field)?;
+            quote_spanned!(field.span()=> ::std::string::ToString::to_string(&self.#member))
+        }
+        expression => {
+            quote_spanned!(expression.span()=> ::std::string::ToString::to_string(&(#expression)(self)))
+        }
+    };
+    Ok(quote! {
+        fn key(&self) -> ::core::option::Option<::std::borrow::Cow<'_, str>> {
+            ::core::option::Option::Some(::std::borrow::Cow::Owned(#value))
+        }
+    })
+}
+
+/// The field called `field`, or an error that lists those there are.
+fn member(input: &DeriveInput, field: &LitStr) -> Result<Member> {
+    let wanted = field.value();
+    let Data::Struct(data) = &input.data else {
+        return Err(Error::new(
+            field.span(),
+            "a field can be the key of a struct only: use an expression, `key = |e: &Self| …`",
+        ));
+    };
+    let members: Vec<Member> = data.fields.members().collect();
+    let text = |m: &Member| match m {
+        Member::Named(name) => name.to_string(),
+        Member::Unnamed(index) => index.index.to_string(),
+    };
+    if let Some(found) = members.iter().find(|m| text(m) == wanted) {
+        return Ok(match found {
+            Member::Named(name) => Member::Named(Ident::new(&name.to_string(), field.span())),
+            unnamed => unnamed.clone(),
+        });
+    }
+    let known: Vec<String> = members.iter().map(|m| format!("`{}`", text(m))).collect();
+    Err(Error::new(
+        field.span(),
+        format!(
+            "`{}` has no field `{wanted}` to be its key: it has {}",
+            input.ident,
+            if known.is_empty() {
+                "none".to_owned()
+            } else {
+                known.join(", ")
+            }
+        ),
+    ))
+}
+
+/// `OrderPlaced` → `order.placed`, for the hint.
+fn dotted(ident: &str) -> String {
+    let mut text = String::new();
+    for c in ident.chars() {
+        if c.is_uppercase() && !text.is_empty() {
+            text.push('.');
+        }
+        text.extend(c.to_lowercase());
+    }
+    text
+}

@@ -1,0 +1,139 @@
+use super::{Bus, Inner, lifecycle::Lifecycle, tasks::Task};
+use crate::{
+    Error, ErrorKind, EventLog, Limits, Message, Result, Topic, Transport,
+    bus::TaskContext,
+    clock::{Clock, SystemClock},
+    relay::{RelayOptions, Reporter, Wake},
+};
+use std::sync::Arc;
+
+/// A bus being described.
+#[derive(Debug)]
+#[must_use = "a bus comes into being with `.build()`"]
+pub struct BusBuilder {
+    log: Option<EventLog>,
+    transport: Option<Transport>,
+    clock: Option<Arc<dyn Clock>>,
+    limits: Limits,
+    source: String,
+    relay: RelayOptions,
+    seed: Option<u64>,
+    tasks: Vec<Task>,
+}
+
+impl Default for BusBuilder {
+    fn default() -> Self {
+        Self {
+            log: None,
+            transport: None,
+            clock: None,
+            limits: Limits::default(),
+            source: "postrider".to_owned(),
+            relay: RelayOptions::default(),
+            seed: None,
+            tasks: Vec::new(),
+        }
+    }
+}
+
+impl BusBuilder {
+    /// Sets the event log. A bus without one can only [`publish_direct`](Bus::publish_direct) and subscribe.
+    pub fn log(mut self, log: impl Into<EventLog>) -> Self {
+        self.log = Some(log.into());
+        self
+    }
+
+    /// Sets the transport.
+    pub fn transport(mut self, transport: impl Into<Transport>) -> Self {
+        self.transport = Some(transport.into());
+        self
+    }
+
+    /// Sets what this application is called in the messages it publishes (the CloudEvents `source`); `postrider` if
+    /// left out.
+    pub fn source(mut self, source: impl Into<String>) -> Self {
+        self.source = source.into();
+        self
+    }
+
+    /// Sets how the relay works.
+    pub fn relay(mut self, options: RelayOptions) -> Self {
+        self.relay = options;
+        self
+    }
+
+    /// Sets what a message may measure.
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// Sets the clock, for tests. The log's clock is the log's own: give it the same.
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = Some(clock);
+        self
+    }
+
+    /// Sets what the chances of backoff are drawn from, for tests that repeat.
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = Some(seed);
+        self
+    }
+
+    /// Adds a background task of yours: started by [`Bus::start`], told to stop by [`Bus::shutdown`].
+    pub fn task<F, Fut>(mut self, name: impl Into<String>, run: F) -> Self
+    where
+        F: FnOnce(TaskContext) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<()>> + Send + 'static,
+    {
+        self.tasks.push(Task::new(name.into(), run));
+        self
+    }
+
+    /// The bus. Nothing is started or connected yet.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] that names what is missing or makes no sense.
+    pub fn build(self) -> Result<Bus> {
+        let transport = self.transport.ok_or_else(|| {
+            let text = "the bus has no transport: add one with `.transport(…)`, such as `MemoryTransport::new()`";
+            Error::new(ErrorKind::Config, text)
+        })?;
+        self.relay.validate()?;
+        let mut limits = self.limits;
+        if let Some(most) = transport.capabilities().max_message_bytes {
+            limits.max_message_bytes = limits.max_message_bytes.min(most);
+        }
+        if limits.max_message_bytes == 0 {
+            return Err(Error::new(
+                ErrorKind::Config,
+                "limits.max_message_bytes is 0: nothing could be published",
+            ));
+        }
+        let probe = Message::new(Topic::new("source"), "source", "").with_source(self.source.as_str());
+        Limits::default().check(&probe).map_err(|e| {
+            Error::new(
+                ErrorKind::Config,
+                "the bus's `source` cannot be the source of a message",
+            )
+            .because(e)
+        })?;
+        let history = self.log.as_ref().is_none_or(|log| log.capabilities().history);
+        let mut relay = self.relay;
+        if !history {
+            relay.retention = std::time::Duration::ZERO;
+        }
+        Ok(Bus(Arc::new(Inner {
+            log: self.log,
+            transport,
+            clock: self.clock.unwrap_or_else(SystemClock::shared),
+            limits,
+            source: self.source.into(),
+            relay: Arc::new(relay),
+            seed: self.seed,
+            wake: Arc::new(Wake::default()),
+            reporter: Arc::new(Reporter::default()),
+            lifecycle: Lifecycle::new(self.tasks),
+        })))
+    }
+}

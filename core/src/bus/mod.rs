@@ -1,0 +1,253 @@
+//! The bus: an event log, a transport, the relay between them, and the subscriptions.
+
+mod builder;
+mod lifecycle;
+mod publish;
+mod tasks;
+
+pub use builder::BusBuilder;
+pub use publish::{EventBus, Publish};
+pub use tasks::TaskContext;
+
+use crate::{
+    Error, ErrorKind, Event, EventLog, IntoMessage, Limits, Mailbox, Message, MessageId, Result, Transport,
+    clock::Clock,
+    consumer::{Empty, NoState, Subscribing},
+    log::{Lent, LogTx, NewRecord, TransactionOf},
+    relay::{RelayOptions, RelayReport, Reporter, Wake},
+};
+use async_trait::async_trait;
+use lifecycle::Lifecycle;
+use std::{sync::Arc, time::Duration};
+
+/// The bus. Clones are handles on the same bus.
+///
+/// It does nothing by itself until [`start`](Bus::start) starts the relay; publishing only needs the log.
+#[derive(Debug, Clone)]
+pub struct Bus(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    log: Option<EventLog>,
+    transport: Transport,
+    clock: Arc<dyn Clock>,
+    limits: Limits,
+    source: Arc<str>,
+    relay: Arc<RelayOptions>,
+    seed: Option<u64>,
+    wake: Arc<Wake>,
+    reporter: Arc<Reporter>,
+    lifecycle: Lifecycle,
+}
+
+impl Bus {
+    /// Describes a bus.
+    #[must_use]
+    pub fn builder() -> BusBuilder {
+        BusBuilder::default()
+    }
+
+    /// Publishes an event through the log, in a transaction of its own. Await what it returns.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if the event cannot be encoded or is over the [limits](Limits); [`ErrorKind::Unsupported`]
+    /// without a log; otherwise of the log. Whether it happened is unknown only if the log's connection was lost in the
+    /// middle of the commit.
+    pub fn publish<'a>(&'a self, event: impl IntoMessage) -> Publish<'a> {
+        Publish::new(self, None, event)
+    }
+
+    /// Publishes an event in your transaction: it goes out if that commits, and never if it does not.
+    ///
+    /// # Errors
+    /// As [`publish`](Bus::publish), and [`ErrorKind::WrongTransaction`] if the transaction is of another database than
+    /// the log, or the connection is in none.
+    pub fn publish_in<'a, L: ?Sized, T: TransactionOf<L> + ?Sized>(
+        &'a self,
+        tx: &'a mut T,
+        event: impl IntoMessage,
+    ) -> Publish<'a> {
+        Publish::new(self, Some(tx.lend()), event)
+    }
+
+    /// Publishes an event after a delay, counted by the log's clock: `publish(event).after(delay)`.
+    pub fn publish_after<'a>(&'a self, event: impl IntoMessage, delay: Duration) -> Publish<'a> {
+        self.publish(event).after(delay)
+    }
+
+    /// Publishes several events, of one type or of several as `&dyn DynEvent`, all or none, in a transaction of its own.
+    ///
+    /// # Errors
+    /// As [`publish`](Bus::publish); nothing is published then.
+    pub async fn publish_all<M: IntoMessage>(
+        &self,
+        events: impl IntoIterator<Item = M> + Send,
+    ) -> Result<Vec<MessageId>> {
+        let (ids, batch) = publish::records(events)?;
+        self.publish_records(batch).await?;
+        Ok(ids)
+    }
+
+    /// Publishes several events in your transaction.
+    ///
+    /// # Errors
+    /// As [`publish_in`](Bus::publish_in).
+    pub async fn publish_all_in<L: ?Sized, T: TransactionOf<L> + ?Sized, M: IntoMessage>(
+        &self,
+        tx: &mut T,
+        events: impl IntoIterator<Item = M> + Send,
+    ) -> Result<Vec<MessageId>> {
+        let (ids, batch) = publish::records(events)?;
+        self.publish_records_in(tx.lend(), batch).await?;
+        Ok(ids)
+    }
+
+    /// Sends an event to the broker at once, without the log: it is lost if the broker does not take it now, and sent
+    /// though your transaction may roll back.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if the broker will never take it, else [`ErrorKind::Unavailable`].
+    pub async fn publish_direct(&self, event: impl IntoMessage) -> Result<MessageId> {
+        let message = event.into_message()?;
+        let id = message.id();
+        self.send_messages(vec![message]).await?;
+        Ok(id)
+    }
+
+    /// Begins a transaction on the log's database, whatever it is: its connection is for your own rows, events published
+    /// in it are written just before its commit, and its commit wakes the relay.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if the log has no transactions; otherwise of the database.
+    pub async fn begin(&self) -> Result<LogTx> {
+        let log = self.need_log()?.transactions()?;
+        let bus = Arc::downgrade(&self.0);
+        let wake = move |_: &Mailbox| {
+            if let Some(inner) = bus.upgrade() {
+                inner.wake.committed();
+            }
+        };
+        Ok(LogTx {
+            inner: log.begin().await?,
+            log: log.clone(),
+            collected: Vec::new(),
+            wake: Arc::new(wake),
+        })
+    }
+
+    /// Describes a subscription of `group` to events of type `E`.
+    pub fn subscribe<E: Event>(&self, group: impl Into<String>) -> Subscribing<E, NoState, Empty> {
+        Subscribing::new(self.clone(), group)
+    }
+
+    /// The bus as an object, for application code that is not to know which bus it has.
+    #[must_use]
+    pub fn as_dyn(&self) -> Arc<dyn EventBus> {
+        Arc::new(self.clone())
+    }
+
+    /// The event log, if there is one: its administration, say.
+    #[must_use]
+    pub fn log(&self) -> Option<&EventLog> {
+        self.0.log.as_ref()
+    }
+
+    /// The transport.
+    #[must_use]
+    pub fn transport(&self) -> &Transport {
+        &self.0.transport
+    }
+
+    /// How the relay is doing.
+    #[must_use]
+    pub fn relay_report(&self) -> RelayReport {
+        self.0.reporter.report()
+    }
+
+    pub(crate) fn clock(&self) -> &Arc<dyn Clock> {
+        &self.0.clock
+    }
+
+    fn need_log(&self) -> Result<&EventLog> {
+        self.0.log.as_ref().ok_or_else(|| {
+            let text = "this bus has no event log: build it with `.log(…)`, or go round the log with `publish_direct`";
+            Error::new(ErrorKind::Unsupported, text)
+        })
+    }
+
+    /// Completes a message and checks it.
+    fn complete(&self, mut message: Message) -> Result<Message> {
+        if message.source().is_none() {
+            message = message.with_source(self.0.source.clone());
+        }
+        if message.time().is_none() {
+            message = message.with_time(self.0.clock.now());
+        }
+        self.0.limits.check(&message)?;
+        Ok(message)
+    }
+
+    fn complete_all(&self, batch: Vec<NewRecord>) -> Result<Vec<NewRecord>> {
+        let can = self.need_log()?.capabilities();
+        batch
+            .into_iter()
+            .map(|mut record| {
+                record.message = self.complete(record.message)?;
+                if record.message.key().is_some() && !can.order_by_key {
+                    return Err(self
+                        .need_log()?
+                        .lacks("the order of keys, which a message with a key asks for"));
+                }
+                if record.placement != crate::log::Placement::Due && !can.scheduling {
+                    return Err(self.need_log()?.lacks("delayed publishing"));
+                }
+                Ok(record)
+            })
+            .collect()
+    }
+}
+
+#[async_trait]
+impl EventBus for Bus {
+    async fn publish_records(&self, batch: Vec<NewRecord>) -> Result<()> {
+        let batch = self.complete_all(batch)?;
+        self.need_log()?.store().append(&Mailbox::outbox(), &batch).await?;
+        self.0.wake.committed();
+        Ok(())
+    }
+
+    async fn publish_records_in(&self, tx: Lent<'_>, batch: Vec<NewRecord>) -> Result<()> {
+        let batch = self.complete_all(batch)?;
+        let Some((tx, batch)) = tx.collect(&Mailbox::outbox(), batch) else {
+            return Ok(());
+        };
+        self.need_log()?
+            .transactions()?
+            .append_in(tx, &Mailbox::outbox(), &batch)
+            .await?;
+        self.0.wake.commit_to_come();
+        Ok(())
+    }
+
+    async fn send_messages(&self, batch: Vec<Message>) -> Result<()> {
+        let batch: Vec<Message> = batch.into_iter().map(|m| self.complete(m)).collect::<Result<_>>()?;
+        let outcomes = self.0.transport.publisher()?.publish(&batch).await;
+        match batch
+            .iter()
+            .zip(outcomes)
+            .find_map(|(message, outcome)| Some((message, outcome.err()?)))
+        {
+            None => Ok(()),
+            Some((message, error)) => {
+                let kind = match error.kind() {
+                    crate::PublishErrorKind::Invalid => ErrorKind::Invalid,
+                    _ => ErrorKind::Unavailable,
+                };
+                Err(Error::new(kind, "the event was not published")
+                    .with("topic", message.topic())
+                    .with("message", message.id())
+                    .because(error))
+            }
+        }
+    }
+}

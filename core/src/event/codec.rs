@@ -1,0 +1,44 @@
+use crate::{Error, ErrorKind, Result};
+use bytes::Bytes;
+
+/// How events of type `E` are written and read. Belongs to the event type, so that both sides agree.
+pub trait Codec<E> {
+    /// The content type of what it writes.
+    const CONTENT_TYPE: &'static str;
+
+    /// Writes `event`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if it cannot be written; nothing is published then.
+    fn encode(event: &E) -> Result<Bytes>;
+
+    /// Reads an event.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if the bytes are none; the message is then dead-lettered with this reason, never retried.
+    fn decode(payload: &Bytes) -> Result<E>;
+}
+
+/// JSON, through serde: the default codec.
+#[derive(Debug)]
+pub enum Json {}
+
+impl<E: serde::Serialize + serde::de::DeserializeOwned> Codec<E> for Json {
+    const CONTENT_TYPE: &'static str = "application/json";
+
+    fn encode(event: &E) -> Result<Bytes> {
+        serde_json::to_vec(event).map(Bytes::from).map_err(|e| {
+            Error::new(ErrorKind::Invalid, "the event cannot be encoded")
+                .with("type", std::any::type_name::<E>())
+                .because(e)
+        })
+    }
+
+    fn decode(payload: &Bytes) -> Result<E> {
+        serde_json::from_slice(payload).map_err(|e| {
+            Error::new(ErrorKind::Invalid, "the payload does not decode")
+                .with("type", std::any::type_name::<E>())
+                .because(e)
+        })
+    }
+}

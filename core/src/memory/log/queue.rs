@@ -1,0 +1,400 @@
+//! The rows of one mailbox, and every move they make.
+
+use super::locked;
+use crate::{
+    Message, MessageId, Topic,
+    clock::{Moment, Timestamp},
+    log::{AttemptError, NewRecord, Owner, Placement, Purge},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+use tokio::sync::Notify;
+
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    rows: Mutex<Rows>,
+    news: Notify,
+    /// Counts the news, so that a session that was busy does not miss any.
+    news_count: AtomicU64,
+}
+
+impl Queue {
+    pub(super) fn tell(&self) {
+        self.news_count.fetch_add(1, Ordering::AcqRel);
+        self.news.notify_waiters();
+    }
+
+    pub(super) fn news_count(&self) -> u64 {
+        self.news_count.load(Ordering::Acquire)
+    }
+
+    /// Waits until there are more news than `seen`.
+    pub(super) async fn news_after(&self, seen: u64) {
+        let mut news = std::pin::pin!(self.news.notified());
+        news.as_mut().enable();
+        if self.news_count() == seen {
+            news.await;
+        }
+    }
+
+    pub(super) fn rows(&self) -> MutexGuard<'_, Rows> {
+        locked(&self.rows)
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Row {
+    pub(super) message: Message,
+    pub(super) created_at: Timestamp,
+}
+
+/// A row that is out of the hot table.
+#[derive(Debug)]
+pub(super) struct Parked {
+    pub(super) row: Row,
+    pub(super) state: ParkedState,
+    pub(super) attempts: u32,
+    pub(super) errors: Vec<AttemptError>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ParkedState {
+    /// The head of its key, due then.
+    Due(Timestamp),
+    /// Behind another of its key.
+    Behind,
+    /// The head of its key, until its topic is resumed.
+    ForTopic,
+    /// A dead letter since then.
+    Failed { at: Timestamp, holds_key: bool },
+}
+
+impl ParkedState {
+    fn keeps_place(self) -> bool {
+        !matches!(self, Self::Failed { holds_key: false, .. })
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Done {
+    pub(super) row: Row,
+    pub(super) attempts: u32,
+    pub(super) errors: Vec<AttemptError>,
+    pub(super) at: Timestamp,
+}
+
+type Key = (Topic, String);
+
+#[derive(Debug, Default)]
+pub(super) struct Rows {
+    last_position: u64,
+    pub(super) hot: BTreeMap<u64, Row>,
+    pub(super) parked: BTreeMap<u64, Parked>,
+    /// The parked rows of a key that keep its place, in order: the first is the head.
+    by_key: HashMap<Key, BTreeSet<u64>>,
+    /// The heads that wait for a time.
+    due: BTreeSet<(Timestamp, u64)>,
+    /// The ids of parked and failed rows, which are unique.
+    parked_ids: HashSet<MessageId>,
+    pub(super) scheduled: BTreeMap<(Timestamp, u64), Row>,
+    pub(super) done: BTreeMap<u64, Done>,
+    pub(super) lease: Option<Holder>,
+    pub(super) epoch: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Holder {
+    pub(super) owner: Owner,
+    pub(super) until: Moment,
+}
+
+fn key_of(message: &Message) -> Option<Key> {
+    let key = message.key()?;
+    Some((message.topic().clone(), key.to_owned()))
+}
+
+impl Rows {
+    fn next_position(&mut self) -> u64 {
+        self.last_position += 1;
+        self.last_position
+    }
+
+    pub(super) fn append(&mut self, batch: &[NewRecord], now: Timestamp) {
+        for record in batch {
+            let position = self.next_position();
+            let row = Row {
+                message: record.message.clone(),
+                created_at: now,
+            };
+            let (state, attempts, errors) = match &record.placement {
+                Placement::Due => {
+                    self.hot.insert(position, row);
+                    continue;
+                }
+                Placement::Scheduled { after } => {
+                    self.scheduled.insert((now + *after, position), row);
+                    continue;
+                }
+                Placement::Parked {
+                    after,
+                    attempts,
+                    errors,
+                } => (ParkedState::Due(now + *after), *attempts, errors),
+                Placement::Failed { attempts, errors } => {
+                    let state = ParkedState::Failed {
+                        at: now,
+                        holds_key: false,
+                    };
+                    (state, *attempts, errors)
+                }
+            };
+            if !self.parked_ids.contains(&row.message.id()) {
+                let mut kept = Vec::new();
+                AttemptError::keep(&mut kept, errors);
+                self.park(
+                    position,
+                    Parked {
+                        row,
+                        state,
+                        attempts,
+                        errors: kept,
+                    },
+                    now,
+                );
+            }
+        }
+    }
+
+    /// Moves the scheduled rows whose time has come to the end of the hot table.
+    pub(super) fn enter_scheduled(&mut self, now: Timestamp) {
+        while let Some(first) = self.scheduled.first_entry() {
+            if first.key().0 > now {
+                break;
+            }
+            let row = first.remove();
+            let position = self.next_position();
+            self.hot.insert(position, row);
+        }
+    }
+
+    /// Whether something parked of this message's key keeps its place.
+    pub(super) fn is_parked_key(&self, message: &Message) -> bool {
+        !self.by_key.is_empty() && key_of(message).is_some_and(|key| self.by_key.contains_key(&key))
+    }
+
+    /// Puts a row among the parked ones, and sees to it that of its key the first and only the first is a head.
+    pub(super) fn park(&mut self, position: u64, parked: Parked, now: Timestamp) {
+        self.parked_ids.insert(parked.row.message.id());
+        if let ParkedState::Due(at) = parked.state {
+            self.due.insert((at, position));
+        }
+        let key = if parked.state.keeps_place() {
+            key_of(&parked.row.message)
+        } else {
+            None
+        };
+        self.parked.insert(position, parked);
+        let Some(key) = key else { return };
+        let of_key = self.by_key.entry(key).or_default();
+        of_key.insert(position);
+        let mut firsts = of_key.iter().copied().take(2);
+        let (first, second) = (firsts.next(), firsts.next());
+        // Only one was inserted, so one of the first two rows may be wrong: a head that has got one before it, or
+        // this row, parked as a head behind another.
+        if let Some(first) = first
+            && self.parked.get(&first).is_some_and(|p| p.state == ParkedState::Behind)
+        {
+            self.set_state(first, ParkedState::Due(now));
+        }
+        for behind in [second, Some(position)].into_iter().flatten() {
+            let is_head = Some(behind) == first;
+            let holds = self
+                .parked
+                .get(&behind)
+                .is_some_and(|p| matches!(p.state, ParkedState::Failed { .. }));
+            if !is_head && !holds {
+                self.set_state(behind, ParkedState::Behind);
+            }
+        }
+    }
+
+    /// Whether nothing of its key is before it.
+    pub(super) fn is_head(&self, position: u64) -> bool {
+        let key = self.parked.get(&position).and_then(|p| key_of(&p.row.message));
+        let of_key = key.and_then(|key| self.by_key.get(&key));
+        of_key.is_none_or(|of_key| of_key.first() == Some(&position))
+    }
+
+    pub(super) fn set_state(&mut self, position: u64, state: ParkedState) {
+        let Some(parked) = self.parked.get_mut(&position) else {
+            return;
+        };
+        if let ParkedState::Due(at) = std::mem::replace(&mut parked.state, state) {
+            self.due.remove(&(at, position));
+        }
+        if let ParkedState::Due(at) = state {
+            self.due.insert((at, position));
+        }
+    }
+
+    /// Takes a row out of the parked ones. If it was the head of its key, the next becomes due.
+    pub(super) fn unpark(&mut self, position: u64, now: Timestamp) -> Option<Parked> {
+        let parked = self.parked.remove(&position)?;
+        self.parked_ids.remove(&parked.row.message.id());
+        if let ParkedState::Due(at) = parked.state {
+            self.due.remove(&(at, position));
+        }
+        if parked.state.keeps_place()
+            && let Some(key) = key_of(&parked.row.message)
+            && let Some(of_key) = self.by_key.get_mut(&key)
+        {
+            of_key.remove(&position);
+            match of_key.first().copied() {
+                None => {
+                    self.by_key.remove(&key);
+                }
+                Some(next) if self.parked.get(&next).is_some_and(|p| p.state == ParkedState::Behind) => {
+                    self.set_state(next, ParkedState::Due(now));
+                }
+                Some(_) => {}
+            }
+        }
+        Some(parked)
+    }
+
+    /// Takes a row out of wherever it is claimed from: the hot table or the parked ones.
+    pub(super) fn remove(&mut self, position: u64, now: Timestamp) -> Option<(Row, u32, Vec<AttemptError>)> {
+        match self.hot.remove(&position) {
+            Some(row) => Some((row, 0, Vec::new())),
+            None => {
+                let parked = self.unpark(position, now)?;
+                Some((parked.row, parked.attempts, parked.errors))
+            }
+        }
+    }
+
+    /// Moves rows of the hot table behind the head of their key.
+    pub(super) fn park_behind(&mut self, position: u64, now: Timestamp) {
+        if let Some(row) = self.hot.remove(&position) {
+            let parked = Parked {
+                row,
+                state: ParkedState::Behind,
+                attempts: 0,
+                errors: Vec::new(),
+            };
+            self.park(position, parked, now);
+        }
+    }
+
+    /// The heads that are due, earliest first.
+    pub(super) fn due_heads(&self, now: Timestamp) -> impl Iterator<Item = u64> {
+        self.due
+            .iter()
+            .take_while(move |(at, _)| *at <= now)
+            .map(|(_, position)| *position)
+    }
+
+    /// A head with the rows behind it.
+    pub(super) fn run_of(&self, head: u64) -> Vec<u64> {
+        let key = self.parked.get(&head).and_then(|p| key_of(&p.row.message));
+        match key.and_then(|key| self.by_key.get(&key)) {
+            Some(of_key) => of_key
+                .iter()
+                .copied()
+                .take_while(|p| *p == head || self.parked.get(p).is_some_and(|p| p.state == ParkedState::Behind))
+                .collect(),
+            None => vec![head],
+        }
+    }
+
+    /// How long until something becomes due that is not among the `held`.
+    pub(super) fn next_due(&self, now: Timestamp, held: impl Fn(u64) -> bool) -> Option<Duration> {
+        let head = self
+            .due
+            .iter()
+            .find(|(_, position)| !held(*position))
+            .map(|(at, _)| *at);
+        let scheduled = self.scheduled.keys().next().map(|(at, _)| *at);
+        let at = head.into_iter().chain(scheduled).min()?;
+        Some((at - now).to_std().unwrap_or_default())
+    }
+
+    /// The topics that rows wait for.
+    pub(super) fn waiting_topics(&self) -> Vec<Topic> {
+        let waiting = self.parked.values().filter(|p| p.state == ParkedState::ForTopic);
+        let topics: BTreeSet<&Topic> = waiting.map(|p| p.row.message.topic()).collect();
+        topics.into_iter().cloned().collect()
+    }
+
+    pub(super) fn resume(&mut self, topic: &Topic, max: usize, now: Timestamp) -> u64 {
+        let waits = |p: &Parked| p.state == ParkedState::ForTopic && p.row.message.topic() == topic;
+        let found: Vec<u64> = self
+            .parked
+            .iter()
+            .filter(|(_, p)| waits(p))
+            .map(|(p, _)| *p)
+            .take(max)
+            .collect();
+        for position in &found {
+            self.set_state(*position, ParkedState::Due(now));
+        }
+        found.len() as u64
+    }
+
+    pub(super) fn redrive(&mut self, position: u64, now: Timestamp) {
+        match self.parked.get_mut(&position) {
+            Some(parked) if parked.state.keeps_place() => {
+                parked.attempts = 0;
+                self.set_state(position, ParkedState::Due(now));
+            }
+            Some(_) => {
+                if let Some(mut parked) = self.unpark(position, now) {
+                    parked.attempts = 0;
+                    parked.state = ParkedState::Due(now);
+                    let at_the_end = self.next_position();
+                    self.park(at_the_end, parked, now);
+                }
+            }
+            None => {}
+        }
+    }
+
+    pub(super) fn purge(&mut self, request: &Purge, now: Timestamp) -> u64 {
+        let before = |age: Duration| {
+            chrono::TimeDelta::from_std(age)
+                .ok()
+                .and_then(|age| now.checked_sub_signed(age))
+        };
+        let max = usize::try_from(request.max).unwrap_or(usize::MAX);
+        let mut removed = 0;
+        if let Some(before) = request.succeeded_after.and_then(before) {
+            let old: Vec<u64> = self
+                .done
+                .iter()
+                .filter(|(_, d)| d.at <= before)
+                .map(|(p, _)| *p)
+                .take(max)
+                .collect();
+            removed += old.len();
+            for position in old {
+                self.done.remove(&position);
+            }
+        }
+        if let Some(before) = request.failed_after.and_then(before) {
+            let is_old = |p: &Parked| matches!(p.state, ParkedState::Failed { at, .. } if at <= before);
+            let old = self.parked.iter().filter(|(_, p)| is_old(p)).map(|(p, _)| *p);
+            let old: Vec<u64> = old.take(max - removed).collect();
+            removed += old.len();
+            for position in old {
+                self.unpark(position, now);
+            }
+        }
+        removed as u64
+    }
+}

@@ -1,0 +1,217 @@
+//! What a group has still to do.
+
+use super::Locked;
+use crate::{Message, clock::Moment};
+use rustc_hash::FxHashMap;
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, PoisonError},
+};
+use tokio::sync::Notify;
+
+#[derive(Debug, Default)]
+pub(super) struct Group {
+    state: Mutex<GroupState>,
+    pub(super) news: Notify,
+}
+
+impl Group {
+    pub(super) fn state(&self) -> Locked<'_> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Entry {
+    pub(super) offset: u64,
+    pub(super) message: Message,
+    pub(super) delivery_count: u32,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct GroupState {
+    ready: BTreeMap<u64, Entry>,
+    keys: FxHashMap<u64, Key>,
+    delayed: BTreeMap<(Moment, u64), Entry>,
+    out: FxHashMap<u64, Out>,
+    last_tag: u64,
+    pub(super) last_member: u64,
+    pub(super) dead: Vec<Message>,
+}
+
+#[derive(Debug)]
+struct Out {
+    entry: Entry,
+    member: u64,
+    /// The key whose order it counts in; `None` without a key, or for a member that does without order.
+    key: Option<u64>,
+}
+
+/// A key of which something is out or waits.
+#[derive(Debug, Default)]
+struct Key {
+    member: u64,
+    out: usize,
+    delayed: usize,
+    /// Something of it came back: what is out must be settled before the next is given.
+    broken: bool,
+    waiting: BTreeMap<u64, Entry>,
+}
+
+impl Key {
+    fn may_go_to(&self, member: u64) -> bool {
+        self.delayed == 0 && (self.out == 0 || (self.member == member && !self.broken))
+    }
+}
+
+impl GroupState {
+    pub(super) fn arrive(&mut self, offset: u64, message: Message) {
+        let entry = Entry {
+            offset,
+            message,
+            delivery_count: 0,
+        };
+        self.ready.insert(offset, entry);
+    }
+
+    pub(super) fn next_delayed(&self) -> Option<Moment> {
+        self.delayed.keys().next().map(|(at, _)| *at)
+    }
+
+    /// Gives `member` up to `max` entries, in order, each with its tag.
+    pub(super) fn take(&mut self, member: u64, ordered: bool, max: usize, now: Moment) -> Vec<(u64, Entry)> {
+        self.end_delays(now);
+        let mut taken = Vec::new();
+        while taken.len() < max {
+            let Some((_, mut entry)) = self.ready.pop_first() else {
+                break;
+            };
+            let key = if ordered { entry.message.key_hash() } else { None };
+            if let Some(hash) = key {
+                let key = self.keys.entry(hash).or_default();
+                if !key.may_go_to(member) {
+                    key.waiting.insert(entry.offset, entry);
+                    continue;
+                }
+                key.member = member;
+                key.out += 1;
+            }
+            entry.delivery_count += 1;
+            self.last_tag += 1;
+            let out = Out {
+                entry: entry.clone(),
+                member,
+                key,
+            };
+            self.out.insert(self.last_tag, out);
+            taken.push((self.last_tag, entry));
+        }
+        taken
+    }
+
+    fn end_delays(&mut self, now: Moment) {
+        while let Some(first) = self.delayed.first_entry() {
+            if first.key().0 > now {
+                return;
+            }
+            let entry = first.remove();
+            let hash = entry.message.key_hash();
+            match hash.and_then(|hash| self.keys.get_mut(&hash)) {
+                Some(key) if key.delayed > 0 => {
+                    key.delayed -= 1;
+                    key.waiting.insert(entry.offset, entry);
+                    self.free(hash);
+                }
+                _ => {
+                    self.ready.insert(entry.offset, entry);
+                }
+            }
+        }
+    }
+
+    /// Takes an entry out of the hands of `member`; `None` if it is not in them.
+    fn take_back(&mut self, tag: u64, member: u64) -> Option<(Entry, Option<u64>)> {
+        if self.out.get(&tag)?.member != member {
+            return None;
+        }
+        let out = self.out.remove(&tag)?;
+        if let Some(key) = out.key.and_then(|hash| self.keys.get_mut(&hash)) {
+            key.out -= 1;
+        }
+        Some((out.entry, out.key))
+    }
+
+    pub(super) fn ack(&mut self, tag: u64, member: u64) -> bool {
+        let Some((_, key)) = self.take_back(tag, member) else {
+            return false;
+        };
+        self.free(key);
+        true
+    }
+
+    pub(super) fn dead_letter(&mut self, tag: u64, member: u64) -> bool {
+        let Some((entry, key)) = self.take_back(tag, member) else {
+            return false;
+        };
+        self.dead.push(entry.message);
+        self.free(key);
+        true
+    }
+
+    pub(super) fn release(&mut self, tag: u64, member: u64) -> bool {
+        let Some((entry, hash)) = self.take_back(tag, member) else {
+            return false;
+        };
+        match hash.and_then(|hash| self.keys.get_mut(&hash)) {
+            Some(key) => {
+                key.broken = true;
+                key.waiting.insert(entry.offset, entry);
+            }
+            None => {
+                self.ready.insert(entry.offset, entry);
+            }
+        }
+        self.free(hash);
+        true
+    }
+
+    pub(super) fn retry(&mut self, tag: u64, member: u64, at: Moment) -> bool {
+        let Some((entry, hash)) = self.take_back(tag, member) else {
+            return false;
+        };
+        if let Some(key) = hash.and_then(|hash| self.keys.get_mut(&hash)) {
+            key.broken = true;
+            key.delayed += 1;
+        }
+        self.delayed.insert((at, entry.offset), entry);
+        self.free(hash);
+        true
+    }
+
+    /// Everything in the hands of `member` comes back.
+    pub(super) fn release_all(&mut self, member: u64) {
+        let mut tags: Vec<u64> = self
+            .out
+            .iter()
+            .filter(|(_, o)| o.member == member)
+            .map(|(t, _)| *t)
+            .collect();
+        tags.sort_unstable();
+        for tag in tags {
+            self.release(tag, member);
+        }
+    }
+
+    /// If nothing of a key is out or delayed, what waits of it is ready.
+    fn free(&mut self, hash: Option<u64>) {
+        let Some(hash) = hash else { return };
+        let Some(key) = self.keys.get_mut(&hash) else { return };
+        if key.out == 0 && key.delayed == 0 {
+            self.ready.append(&mut key.waiting);
+            self.keys.remove(&hash);
+        } else if key.may_go_to(key.member) {
+            // Given to another member in vain: its own may have it.
+            self.ready.append(&mut key.waiting);
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! The transport in memory.
+
+mod faults;
+mod feed;
+mod group;
+
+pub use faults::MemoryFaults;
+
+use crate::{
+    Capabilities, Feed, GroupName, Message, Order, PublishError, PublishErrorKind, Publisher, Reachability, Result,
+    Scope, Subscriber, Subscription, Topic, Transport,
+    clock::{Clock, SystemClock},
+};
+use async_trait::async_trait;
+use feed::Member;
+use group::{Group, GroupState};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+/// A transport in memory: the reference implementation. Clones are handles on the same broker.
+///
+/// It behaves as a log does: a topic keeps its messages, with or without subscribers, and a new group begins at the
+/// earliest kept. Groups share, redeliver, retry after a delay, keep keys in order and have dead letters of their own.
+#[derive(Debug, Clone)]
+pub struct MemoryTransport {
+    broker: Arc<Broker>,
+}
+
+#[derive(Debug)]
+struct Broker {
+    clock: Arc<dyn Clock>,
+    retention: usize,
+    faults: MemoryFaults,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    last_offset: u64,
+    topics: HashMap<Topic, TopicLog>,
+    groups: HashMap<GroupName, Arc<Group>>,
+}
+
+#[derive(Debug, Default)]
+struct TopicLog {
+    kept: VecDeque<(u64, Message)>,
+    groups: Vec<Arc<Group>>,
+}
+
+impl MemoryTransport {
+    /// A broker without topics, on the system's clock, that keeps the last 100,000 messages of a topic for new groups.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::on_clock(SystemClock::shared())
+    }
+
+    /// A broker on another clock.
+    #[must_use]
+    pub fn on_clock(clock: Arc<dyn Clock>) -> Self {
+        Self::with(clock, 100_000)
+    }
+
+    /// A broker that keeps the last `messages` of a topic for groups to come. What a group has not settled is kept
+    /// whatever the number.
+    #[must_use]
+    pub fn with_retention(messages: usize) -> Self {
+        Self::with(SystemClock::shared(), messages)
+    }
+
+    fn with(clock: Arc<dyn Clock>, retention: usize) -> Self {
+        Self {
+            broker: Arc::new(Broker {
+                clock,
+                retention,
+                faults: MemoryFaults::default(),
+                state: Mutex::default(),
+            }),
+        }
+    }
+
+    /// What is to go wrong.
+    #[must_use]
+    pub fn faults(&self) -> &MemoryFaults {
+        &self.broker.faults
+    }
+
+    /// The messages that `topic` keeps, oldest first: what was published.
+    #[must_use]
+    pub fn published(&self, topic: &Topic) -> Vec<Message> {
+        let state = self.state();
+        let log = state.topics.get(topic);
+        log.map_or_else(Vec::new, |log| log.kept.iter().map(|(_, m)| m.clone()).collect())
+    }
+
+    /// The dead letters of the transport's own for `group`. With an event log, the dead letters are there instead.
+    #[must_use]
+    pub fn dead_letters(&self, group: &GroupName) -> Vec<Message> {
+        let group = self.state().groups.get(group).cloned();
+        group.map_or_else(Vec::new, |group| group.state().dead.clone())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.broker.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Default for MemoryTransport {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl From<MemoryTransport> for Transport {
+    fn from(transport: MemoryTransport) -> Self {
+        let capabilities = Capabilities::default()
+            .with_order(Order::Partitioned)
+            .with_delayed_retry()
+            .with_dead_letter()
+            .with_delivery_count();
+        Self::new("memory", capabilities)
+            .with_publisher(transport.clone())
+            .with_subscriber(transport)
+    }
+}
+
+#[async_trait]
+impl Publisher for MemoryTransport {
+    async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
+        self.broker.faults.delay(&*self.broker.clock).await;
+        let mut state = self.state();
+        let mut lost: Option<PublishError> = None;
+        let mut outcomes = Vec::with_capacity(batch.len());
+        let mut reached: Vec<(Arc<Group>, bool)> = Vec::new();
+        for message in batch {
+            let outcome = match &lost {
+                Some(error) => Err(error.clone()),
+                None => self.broker.faults.outcome(message),
+            };
+            match &outcome {
+                Ok(()) => state.store(message, self.broker.retention, &mut reached),
+                Err(error) if error.kind() == PublishErrorKind::Unavailable(Scope::Connection) => {
+                    lost = Some(error.clone());
+                }
+                Err(_) => {}
+            }
+            outcomes.push(outcome);
+        }
+        drop(state);
+        for (group, _) in reached {
+            group.news.notify_waiters();
+        }
+        outcomes
+    }
+
+    async fn check(&self) -> Reachability {
+        self.broker.faults.reachability()
+    }
+}
+
+impl State {
+    fn store(&mut self, message: &Message, retention: usize, reached: &mut Vec<(Arc<Group>, bool)>) {
+        self.last_offset += 1;
+        let offset = self.last_offset;
+        if !self.topics.contains_key(message.topic()) {
+            self.topics.insert(message.topic().clone(), TopicLog::default());
+        }
+        let Some(log) = self.topics.get_mut(message.topic()) else {
+            return;
+        };
+        for group in &log.groups {
+            group.state().arrive(offset, message.clone());
+            if !reached.iter().any(|(known, _)| Arc::ptr_eq(known, group)) {
+                reached.push((group.clone(), true));
+            }
+        }
+        log.kept.push_back((offset, message.clone()));
+        if log.kept.len() > retention {
+            log.kept.pop_front();
+        }
+    }
+}
+
+#[async_trait]
+impl Subscriber for MemoryTransport {
+    async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
+        let mut state = self.state();
+        let group = state.groups.entry(subscription.group.clone()).or_default().clone();
+        for topic in &subscription.topics {
+            let log = state.topics.entry(topic.clone()).or_default();
+            if !log.groups.iter().any(|known| Arc::ptr_eq(known, &group)) {
+                log.groups.push(group.clone());
+                let mut of_group = group.state();
+                for (offset, message) in &log.kept {
+                    of_group.arrive(*offset, message.clone());
+                }
+            }
+        }
+        drop(state);
+        let member = Arc::new(Member::new(group, self.broker.clock.clone(), subscription.ordered));
+        Ok(Feed::new(
+            feed::MemoryDeliveries(member.clone()),
+            feed::MemorySettler(member),
+        ))
+    }
+}
+
+type Locked<'a> = MutexGuard<'a, GroupState>;

@@ -1,0 +1,234 @@
+//! The wire form of an event: what the log stores and a broker carries.
+
+mod id;
+mod limits;
+mod topic;
+
+pub use id::MessageId;
+pub use limits::Limits;
+pub(crate) use topic::shortened;
+pub use topic::{GroupName, MAX_KEY_BYTES, MAX_TOPIC_BYTES, RouteName, Topic};
+
+use crate::clock::Timestamp;
+use bytes::Bytes;
+use std::{borrow::Cow, fmt, hash::BuildHasher, sync::Arc};
+
+/// A message: id, type, source, topic, ordering key, headers, content type, time and payload.
+///
+/// The fields are those of CloudEvents 1.0. Cheap to clone: the clones share their content, and the `with_…` setters
+/// copy it only if it is shared. It is checked against [`Limits`] when it is published, not while it is put together.
+#[derive(Clone, PartialEq)]
+pub struct Message {
+    content: Arc<Content>,
+    sequence: Option<u64>,
+}
+
+#[derive(Clone, PartialEq)]
+struct Content {
+    id: MessageId,
+    kind: Cow<'static, str>,
+    source: Option<Arc<str>>,
+    topic: Topic,
+    key: Option<Box<str>>,
+    headers: Vec<(String, String)>,
+    content_type: Cow<'static, str>,
+    time: Option<Timestamp>,
+    payload: Bytes,
+}
+
+impl Message {
+    /// A message of type `kind` (for an event `<name>.v<version>`) for `topic`, with a fresh id.
+    #[must_use]
+    pub fn new(topic: Topic, kind: impl Into<Cow<'static, str>>, payload: impl Into<Bytes>) -> Self {
+        let content = Content {
+            id: MessageId::new(),
+            kind: kind.into(),
+            source: None,
+            topic,
+            key: None,
+            headers: Vec::new(),
+            content_type: Cow::Borrowed("application/octet-stream"),
+            time: None,
+            payload: payload.into(),
+        };
+        Self {
+            content: Arc::new(content),
+            sequence: None,
+        }
+    }
+
+    fn edit(mut self, change: impl FnOnce(&mut Content)) -> Self {
+        change(Arc::make_mut(&mut self.content));
+        self
+    }
+
+    /// Sets the id. A receiver with an inbox drops the second message of one id.
+    #[must_use]
+    pub fn with_id(self, id: MessageId) -> Self {
+        self.edit(|m| m.id = id)
+    }
+
+    /// Sets where it goes.
+    #[must_use]
+    pub fn with_topic(self, topic: Topic) -> Self {
+        self.edit(|m| m.topic = topic)
+    }
+
+    /// Sets the source: the application it comes from. Left out, the bus puts in its own.
+    #[must_use]
+    pub fn with_source(self, source: impl Into<Arc<str>>) -> Self {
+        self.edit(|m| m.source = Some(source.into()))
+    }
+
+    /// Sets the ordering key: messages of one topic and key are delivered in the order of their commits.
+    #[must_use]
+    pub fn with_key(self, key: impl Into<String>) -> Self {
+        self.edit(|m| m.key = Some(key.into().into_boxed_str()))
+    }
+
+    /// Adds a header behind those there are. Names may repeat; their order is kept.
+    #[must_use]
+    pub fn with_header(self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.edit(|m| m.headers.push((name.into(), value.into())))
+    }
+
+    /// Sets the content type of the payload; `application/octet-stream` if left out.
+    #[must_use]
+    pub fn with_content_type(self, content_type: impl Into<Cow<'static, str>>) -> Self {
+        self.edit(|m| m.content_type = content_type.into())
+    }
+
+    /// Sets when it happened. Left out, the bus puts in the time of publishing.
+    #[must_use]
+    pub fn with_time(self, time: Timestamp) -> Self {
+        self.edit(|m| m.time = Some(time))
+    }
+
+    /// Sets its position in the log it was relayed from: the log's work.
+    #[must_use]
+    pub fn with_sequence(mut self, sequence: u64) -> Self {
+        self.sequence = Some(sequence);
+        self
+    }
+
+    /// What it is known by.
+    #[must_use]
+    pub fn id(&self) -> MessageId {
+        self.content.id
+    }
+
+    /// The CloudEvents `type`: for an event of ours `<name>.v<version>`.
+    #[must_use]
+    pub fn kind(&self) -> &str {
+        &self.content.kind
+    }
+
+    /// The application it comes from; `None` only before it is published.
+    #[must_use]
+    pub fn source(&self) -> Option<&str> {
+        self.content.source.as_deref()
+    }
+
+    /// Where it goes.
+    #[must_use]
+    pub fn topic(&self) -> &Topic {
+        &self.content.topic
+    }
+
+    /// The ordering key; `None` is unordered.
+    #[must_use]
+    pub fn key(&self) -> Option<&str> {
+        self.content.key.as_deref()
+    }
+
+    /// The headers, in order.
+    #[must_use]
+    pub fn headers(&self) -> &[(String, String)] {
+        &self.content.headers
+    }
+
+    /// The first header of this name.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let found = self.content.headers.iter().find(|(n, _)| n == name);
+        found.map(|(_, value)| value.as_str())
+    }
+
+    /// The content type of the payload.
+    #[must_use]
+    pub fn content_type(&self) -> &str {
+        &self.content.content_type
+    }
+
+    /// When it happened; `None` only before it is published, or for a foreign message that does not say.
+    #[must_use]
+    pub fn time(&self) -> Option<Timestamp> {
+        self.content.time
+    }
+
+    /// Its position in the log it was relayed from: ascending within a topic and key, so a receiver can see an inversion.
+    #[must_use]
+    pub fn sequence(&self) -> Option<u64> {
+        self.sequence
+    }
+
+    /// The encoded event.
+    #[must_use]
+    pub fn payload(&self) -> &Bytes {
+        &self.content.payload
+    }
+
+    /// What its size is measured by: payload, header names and values, key, type, source and content type, in bytes.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        let content = &*self.content;
+        let headers: usize = content.headers.iter().map(|(n, v)| n.len() + v.len()).sum();
+        headers
+            + content.payload.len()
+            + content.kind.len()
+            + content.content_type.len()
+            + content.key.as_deref().map_or(0, str::len)
+            + content.source.as_deref().map_or(0, str::len)
+    }
+
+    /// A hash of (topic, key), for tables of keys in this process; `None` without a key. Not stable between versions.
+    #[must_use]
+    pub fn key_hash(&self) -> Option<u64> {
+        let key = self.key()?;
+        Some(rustc_hash::FxBuildHasher.hash_one((self.topic().as_str(), key)))
+    }
+}
+
+impl fmt::Debug for Message {
+    /// Everything but the payload, of which it gives the size: a payload may hold what a log file should not.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let m = &*self.content;
+        f.debug_struct("Message")
+            .field("id", &m.id)
+            .field("type", &m.kind)
+            .field("topic", &m.topic)
+            .field("key", &m.key)
+            .field("source", &m.source)
+            .field("headers", &m.headers.len())
+            .field("content_type", &m.content_type)
+            .field("time", &m.time)
+            .field("sequence", &self.sequence)
+            .field("payload_bytes", &m.payload.len())
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn setters_do_not_touch_a_clone() {
+        let one = Message::new(Topic::new("t"), "e.v1", "x").with_header("a", "1");
+        let two = one.clone().with_header("a", "2").with_key("k");
+        assert_eq!((one.headers().len(), one.key()), (1, None));
+        assert_eq!((two.header("a"), two.headers().len()), (Some("1"), 2));
+        assert_eq!(one.id(), two.id());
+        assert!(!format!("{one:?}").contains("\"x\""));
+    }
+}

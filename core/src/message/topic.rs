@@ -1,0 +1,195 @@
+use crate::{Error, ErrorKind, Result};
+use std::{borrow::Cow, fmt, sync::Arc};
+
+/// The most bytes a topic may have.
+pub const MAX_TOPIC_BYTES: usize = 200;
+/// The most bytes an ordering key may have.
+pub const MAX_KEY_BYTES: usize = 512;
+
+/// Where events go: a validated name, dotted, such as `orders.placed`.
+///
+/// One to [200](MAX_TOPIC_BYTES) bytes of `[A-Za-z0-9._-]` with no empty segment: what every broker can carry as it is.
+/// Cheap to clone. [`Topic::new`] is `const`, so that a wrong literal does not compile where it is a constant.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Topic(Name);
+
+/// The name of a consumer group, with the same rules as a topic's.
+///
+/// Every group gets every message of its topics once; the members of a group share them.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GroupName(Name);
+
+/// The name of a route: one of the outboxes of a log, with the same rules as a topic's.
+///
+/// `default`, whatever the transport; more than one only where topics go to several transports.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RouteName(Name);
+
+#[derive(Clone)]
+enum Name {
+    Static(&'static str),
+    Shared(Arc<str>),
+}
+
+impl Name {
+    fn as_str(&self) -> &str {
+        match self {
+            Self::Static(name) => name,
+            Self::Shared(name) => name,
+        }
+    }
+
+    fn parse(what: &'static str, name: Cow<'static, str>) -> Result<Self> {
+        match problem(&name) {
+            None => Ok(match name {
+                Cow::Borrowed(name) => Self::Static(name),
+                Cow::Owned(name) => Self::Shared(name.into()),
+            }),
+            Some(why) => Err(Error::new(ErrorKind::Invalid, format!("not a {what}: {why}"))
+                .with("name", format!("{:?}", shortened(&name)))),
+        }
+    }
+}
+
+impl PartialEq for Name {
+    fn eq(&self, other: &Self) -> bool {
+        self.as_str() == other.as_str()
+    }
+}
+impl Eq for Name {}
+impl std::hash::Hash for Name {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.as_str().hash(state);
+    }
+}
+impl PartialOrd for Name {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Name {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.as_str().cmp(other.as_str())
+    }
+}
+
+const fn problem(name: &str) -> Option<&'static str> {
+    let bytes = name.as_bytes();
+    if bytes.is_empty() {
+        return Some("it is empty");
+    }
+    if bytes.len() > MAX_TOPIC_BYTES {
+        return Some("it has more than 200 bytes");
+    }
+    let mut i = 0;
+    while i < bytes.len() {
+        let b = bytes[i];
+        if !(b.is_ascii_alphanumeric() || b == b'.' || b == b'_' || b == b'-') {
+            return Some("it may contain only the characters A-Z a-z 0-9 . _ -");
+        }
+        if b == b'.' && (i == 0 || i + 1 == bytes.len() || bytes[i - 1] == b'.') {
+            return Some("it has an empty segment before, after or between dots");
+        }
+        i += 1;
+    }
+    None
+}
+
+/// A name as an error shows it: hostile ones can be long.
+pub(crate) fn shortened(text: &str) -> String {
+    const SHOWN: usize = 64;
+    match text.char_indices().nth(SHOWN) {
+        None => text.to_owned(),
+        Some((cut, _)) => format!("{}… ({} bytes)", &text[..cut], text.len()),
+    }
+}
+
+macro_rules! name_type {
+    ($type:ident, $what:literal) => {
+        impl $type {
+            #[doc = concat!("A ", $what, " from a literal.")]
+            ///
+            /// # Panics
+            /// If the name breaks the rules; in a constant that is a compile error.
+            #[must_use]
+            #[allow(clippy::panic)]
+            pub const fn new(name: &'static str) -> Self {
+                match problem(name) {
+                    None => Self(Name::Static(name)),
+                    Some(why) => panic!("{}", why),
+                }
+            }
+
+            #[doc = concat!("A ", $what, " from a run-time value, checked.")]
+            ///
+            /// # Errors
+            /// [`ErrorKind::Invalid`] that says which rule `name` breaks.
+            pub fn parse(name: impl Into<Cow<'static, str>>) -> Result<Self> {
+                Name::parse($what, name.into()).map(Self)
+            }
+
+            /// The name.
+            #[must_use]
+            pub fn as_str(&self) -> &str {
+                self.0.as_str()
+            }
+        }
+
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+        impl fmt::Debug for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:?}", self.as_str())
+            }
+        }
+        impl std::str::FromStr for $type {
+            type Err = Error;
+            fn from_str(name: &str) -> Result<Self> {
+                Self::parse(name.to_owned())
+            }
+        }
+        impl AsRef<str> for $type {
+            fn as_ref(&self) -> &str {
+                self.as_str()
+            }
+        }
+    };
+}
+name_type!(Topic, "topic");
+name_type!(GroupName, "group name");
+name_type!(RouteName, "route name");
+
+impl RouteName {
+    /// The route there always is.
+    pub const DEFAULT: Self = Self::new("default");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_checked() {
+        for good in ["a", "orders.placed", "A-b_9.c"] {
+            assert_eq!(Topic::parse(good.to_owned()).unwrap(), Topic::parse(good).unwrap());
+        }
+        let long = "x".repeat(201);
+        for (bad, why) in [
+            ("", "empty"),
+            (".a", "segment"),
+            ("a.", "segment"),
+            ("a..b", "segment"),
+            ("a b", "characters"),
+            ("ä", "characters"),
+            ("a\0", "characters"),
+            (long.as_str(), "200 bytes"),
+        ] {
+            let error = Topic::parse(bad.to_owned()).unwrap_err();
+            assert!(error.to_string().contains(why), "{bad:?}: {error}");
+            assert!(error.to_string().len() < 300);
+        }
+    }
+}

@@ -1,0 +1,438 @@
+//! Attempts: what is sent, and what its outcome means.
+
+use super::{Engine, Event};
+use crate::{
+    Message, Publisher,
+    clock::{Clock, Moment},
+    log::{AttemptError, Outcome, Parking, RecordState, Settled, Stored, Until},
+    publisher::{PublishError, PublishErrorKind, Reachability, Scope},
+    relay::{
+        OnFailed, Reporter, SendOrder, Unroutable,
+        held::{Held, Place},
+        outage::{Link, Probing},
+    },
+};
+use futures_util::FutureExt as _;
+use std::{cmp::Reverse, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+
+/// How often a connection may die with one message alone in flight before the message is blamed.
+const DEATHS_BLAMED: u8 = 2;
+
+impl Engine {
+    /// Hands ready messages to the client, as far as the link and the lease allow.
+    pub(super) fn send_ready(&mut self, now: Moment) {
+        while !self.ready.is_empty() && self.publish_calls < self.options.publish_calls {
+            let room = self
+                .link
+                .window()
+                .saturating_sub(self.in_flight)
+                .min(self.options.batch_size);
+            if room == 0 {
+                return;
+            }
+            let Some(left) = self.lease.remaining() else {
+                self.lose_lease();
+                return;
+            };
+            let mut places = Vec::with_capacity(room.min(self.ready.len()));
+            let mut messages = Vec::with_capacity(places.capacity());
+            while places.len() < room
+                && let Some(place) = self.ready.pop_front()
+            {
+                let Some(held) = self.in_hand.get(place) else { continue };
+                if self.destinations.may_send(held.record.message.topic(), now) {
+                    messages.push(held.record.message.clone());
+                    places.push(place);
+                } else {
+                    self.park_for_topic(place, None);
+                }
+            }
+            if places.is_empty() {
+                return;
+            }
+            self.in_flight += places.len();
+            self.publish_calls += 1;
+            let deadline = self.options.publish_timeout.min(left);
+            let (publisher, clock) = (self.publisher.clone(), self.clock.clone());
+            self.job(async move {
+                let outcomes = publish(&*publisher, &*clock, &messages, deadline).await;
+                Event::Published { places, outcomes }
+            });
+        }
+    }
+
+    /// What became of messages.
+    pub(super) fn published(&mut self, places: &[Place], outcomes: Vec<Result<(), PublishError>>, now: Moment) {
+        let was_alone = self.in_flight == 1;
+        self.in_flight -= places.len();
+        self.publish_calls -= 1;
+        let mut confirmed = 0;
+        let mut lost: Vec<Place> = Vec::new();
+        let mut loss = None;
+        for (place, outcome) in places.iter().copied().zip(outcomes) {
+            match self.in_hand.get(place) {
+                Some(held) if held.tenure == self.tenure => {}
+                _ => {
+                    self.forget_run(place);
+                    continue;
+                }
+            }
+            let Err(error) = outcome else {
+                confirmed += 1;
+                self.confirmed(place);
+                continue;
+            };
+            match error.kind() {
+                PublishErrorKind::Unavailable(Scope::Connection) => {
+                    lost.push(place);
+                    loss = Some(error);
+                }
+                PublishErrorKind::Unavailable(Scope::Destination) => self.destination_away(place, &error, now),
+                PublishErrorKind::Rejected => self.refused(place, &error, now),
+                PublishErrorKind::Invalid => self.fail(place, 0, Some(&error)),
+                PublishErrorKind::HeldBack => self.release_run(place),
+            }
+        }
+        Reporter::count(&self.reporter.published, confirmed);
+        if confirmed > 0 {
+            self.link_carries();
+        }
+        if let Some(error) = loss {
+            self.link_lost(lost, &error, was_alone, now);
+        }
+    }
+
+    fn confirmed(&mut self, place: Place) {
+        let Some(held) = self.in_hand.take(place) else { return };
+        self.topic_answered(&held);
+        self.settle(held.record.tag, Outcome::Done);
+        self.follow(held.next);
+    }
+
+    /// The next of a key may be sent.
+    fn follow(&mut self, next: Option<Place>) {
+        match next {
+            Some(next) if self.is_stopping => self.release_run(next),
+            Some(next) => self.ready.push_back(next),
+            None => {}
+        }
+    }
+
+    fn topic_answered(&mut self, held: &Held) {
+        if self.destinations.answered(held.record.message.topic()) {
+            tracing::info!(topic = %held.record.message.topic(), "the topic's destination is back");
+            self.reporter.topics_away(self.destinations.list());
+        }
+    }
+
+    /// The broker refused the message: one try of an attempt is used up.
+    fn refused(&mut self, place: Place, error: &PublishError, now: Moment) {
+        Reporter::count(&self.reporter.refused, 1);
+        self.release_followers(place);
+        let Some(held) = self.in_hand.get_mut(place) else {
+            return;
+        };
+        let of_topic = self.options.of(held.record.message.topic());
+        let attempt = held.record.attempts + 1;
+        held.tries += 1;
+        held.errors
+            .push(AttemptError::new(self.clock.now(), attempt, crate::error::chain(error)));
+        tracing::debug!(message = %held.record.message.id(), attempt, tries = held.tries, %error, "refused");
+        if let Some(held) = self.in_hand.get(place) {
+            let message = held.record.message.clone();
+            if self.destinations.answered(message.topic()) {
+                self.reporter.topics_away(self.destinations.list());
+            }
+        }
+        let Some(held) = self.in_hand.get_mut(place) else {
+            return;
+        };
+        if held.tries >= of_topic.local_max_attempts || self.is_stopping {
+            if attempt >= of_topic.max_attempts {
+                self.fail(place, attempt, None);
+            } else {
+                self.leave_local_tier(place);
+            }
+            return;
+        }
+        if held.kept_since.is_none() {
+            held.kept_since = Some(now);
+            let until = Until::After(self.options.min_retry_interval);
+            let parking = Parking::new(until, attempt, std::mem::take(&mut held.errors)).kept();
+            let tag = held.record.tag;
+            self.settle(tag, Outcome::Parked(parking));
+        }
+        self.local.push(Reverse((now + self.options.local_interval, place)));
+    }
+
+    /// Those of the local tier whose time has come are ready.
+    pub(super) fn end_local_waits(&mut self, now: Moment) {
+        while let Some(Reverse((at, place))) = self.local.peek().copied()
+            && at <= now
+        {
+            self.local.pop();
+            let since = self.in_hand.get(place).and_then(|held| held.kept_since);
+            if since.is_some_and(|since| now.saturating_sub(since) > self.options.local_queue_expiry) {
+                self.leave_local_tier(place);
+            } else {
+                self.ready.push_back(place);
+            }
+        }
+    }
+
+    /// The attempt is over: the record waits in the log.
+    pub(super) fn leave_local_tier(&mut self, place: Place) {
+        let Some(held) = self.in_hand.take(place) else { return };
+        let attempt = held.record.attempts + 1;
+        let backoff = self.options.of(held.record.message.topic()).backoff;
+        let until = Until::After(backoff.after(attempt, &mut self.rng));
+        self.settle(
+            held.record.tag,
+            Outcome::Parked(Parking::new(until, attempt, held.errors)),
+        );
+    }
+
+    /// The message becomes a dead letter.
+    fn fail(&mut self, place: Place, attempts: u32, error: Option<&PublishError>) {
+        let Some(mut held) = self.in_hand.take(place) else {
+            return;
+        };
+        Reporter::count(&self.reporter.failed, 1);
+        if let Some(error) = error {
+            let text = crate::error::chain(error);
+            held.errors
+                .push(AttemptError::new(self.clock.now(), held.record.attempts + 1, text));
+            self.topic_answered(&held);
+        }
+        let attempts = attempts.max(held.record.attempts + 1);
+        let message = &held.record.message;
+        tracing::error!(message = %message.id(), topic = %message.topic(), attempts, error = held.errors.last().map(|e| &*e.text), "the message failed for good: it is a dead letter");
+        let hold_key = self.options.of(message.topic()).on_failed == OnFailed::HoldKey;
+        if self.options.on_exhausted.is_some() {
+            let mut failed = Stored::new(message.clone(), message.time().unwrap_or_else(|| self.clock.now()));
+            failed.state = RecordState::Failed;
+            failed.attempts = attempts;
+            failed.finished_at = Some(self.clock.now());
+            failed.errors.clone_from(&held.errors);
+            self.exhausted.push((held.record.tag, failed));
+        }
+        let errors = held.errors;
+        self.settle(
+            held.record.tag,
+            Outcome::Failed {
+                attempts,
+                errors,
+                hold_key,
+            },
+        );
+        match held.next {
+            Some(next) if hold_key => self.release_run(next),
+            next => self.follow(next),
+        }
+    }
+
+    /// The topic's destination is missing, full or under-replicated: costs no attempt.
+    fn destination_away(&mut self, place: Place, error: &PublishError, now: Moment) {
+        let Some(held) = self.in_hand.get(place) else { return };
+        let topic = held.record.message.topic().clone();
+        if error.is_unroutable() && self.options.of(&topic).unroutable == Unroutable::Drop {
+            Reporter::count(&self.reporter.dropped, 1);
+            if let Some(held) = self.in_hand.take(place) {
+                self.settle(held.record.tag, Outcome::Done);
+                self.follow(held.next);
+            }
+            return;
+        }
+        if self.destinations.pause(&topic, error, now, &mut self.rng) {
+            tracing::warn!(%topic, error = crate::error::chain(error), "the topic is paused: its messages wait in the log");
+            self.reporter.topics_away(self.destinations.list());
+        }
+        self.park_for_topic(place, Some(error));
+    }
+
+    pub(super) fn park_for_topic(&mut self, place: Place, error: Option<&PublishError>) {
+        self.release_followers(place);
+        let Some(mut held) = self.in_hand.take(place) else {
+            return;
+        };
+        if let Some(error) = error {
+            held.errors
+                .push(AttemptError::new(self.clock.now(), 0, crate::error::chain(error)));
+        }
+        let parking = Parking::new(Until::Resumed, held.record.attempts, held.errors);
+        self.settle(held.record.tag, Outcome::Parked(parking));
+    }
+
+    /// The client confirmed something: more may be in flight.
+    fn link_carries(&mut self) {
+        let Link::Slow { window, .. } = &mut self.link else {
+            return;
+        };
+        *window = window.saturating_mul(2);
+        if *window > self.options.batch_size {
+            self.link = Link::Up;
+            self.link_probing = Probing::new(self.options.max_probe_interval);
+            self.reporter.broker_away(None);
+            tracing::info!(mailbox = %self.mailbox, "the broker is back");
+        }
+    }
+
+    /// The connection was lost with these messages in flight: none of them has used an attempt, unless one is to blame.
+    fn link_lost(&mut self, places: Vec<Place>, error: &PublishError, was_alone: bool, now: Moment) {
+        for place in &places {
+            if let Some(held) = self.in_hand.get(*place) {
+                self.destinations.probe_lost(held.record.message.topic(), now);
+            }
+        }
+        let was_seen_up = matches!(self.link, Link::Slow { may_blame: true, .. });
+        if matches!(self.link, Link::Up) {
+            tracing::warn!(mailbox = %self.mailbox, error = crate::error::chain(error), "the broker is away: the relay waits, no attempt is counted");
+        }
+        if matches!(self.link, Link::Up | Link::Slow { .. }) {
+            let wait = self.link_probing.next(&mut self.rng);
+            self.link = Link::Down { probe_at: now + wait };
+            self.reporter.broker_away(Some(crate::error::chain(error)));
+        }
+        let blamed = places.first().copied().filter(|_| was_alone && was_seen_up);
+        if let Some(held) = blamed.and_then(|place| self.in_hand.get_mut(place)) {
+            held.deaths += 1;
+            if held.deaths >= DEATHS_BLAMED {
+                held.deaths = 0;
+                let text = "the connection was lost twice with only this message in flight";
+                let blame = PublishError::rejected(crate::error::chain(error));
+                let place = places[0];
+                tracing::warn!(message = %held.record.message.id(), text);
+                self.refused(
+                    place,
+                    &PublishError::rejected(format!("{text}: {}", crate::error::chain(&blame))),
+                    now,
+                );
+                return;
+            }
+        }
+        for place in places {
+            if self.is_stopping {
+                self.release_run(place);
+            } else {
+                self.ready.push_front(place);
+            }
+        }
+        let in_hand = &self.in_hand;
+        let order = |place: &Place| in_hand.get(*place).and_then(|held| held.record.message.sequence());
+        self.ready.make_contiguous().sort_by_key(order);
+    }
+
+    pub(super) fn check_link(&mut self, now: Moment) {
+        if matches!(self.link, Link::Down { probe_at } if probe_at <= now) && !self.is_stopping {
+            self.link = Link::Checking;
+            let (publisher, clock) = (self.publisher.clone(), self.clock.clone());
+            let deadline = self.options.publish_timeout;
+            self.job(async move {
+                let check = AssertUnwindSafe(publisher.check()).catch_unwind();
+                let answer = tokio::select! {
+                    answer = check => answer.unwrap_or_else(|_| Reachability::Down(panicked())),
+                    () = clock.sleep(deadline) => Reachability::Down(timed_out(deadline)),
+                };
+                Event::Checked(answer)
+            });
+        }
+    }
+
+    pub(super) fn checked(&mut self, reachability: &Reachability, now: Moment) {
+        self.link = match reachability {
+            Reachability::Up => Link::Slow {
+                window: 1,
+                may_blame: true,
+            },
+            Reachability::Unknown => Link::Slow {
+                window: 1,
+                may_blame: false,
+            },
+            Reachability::Down(error) => {
+                self.reporter.broker_away(Some(crate::error::chain(error)));
+                let wait = self.link_probing.next(&mut self.rng);
+                Link::Down { probe_at: now + wait }
+            }
+        };
+        self.wants_claim |= self.link.window() > 0;
+    }
+
+    /// Gives a record back to the log, and its followers.
+    pub(super) fn release_run(&mut self, place: Place) {
+        let mut next = Some(place);
+        while let Some(held) = next.and_then(|place| self.in_hand.take(place)) {
+            self.settling.push(Settled {
+                tag: held.record.tag,
+                outcome: Outcome::Released,
+            });
+            next = held.next;
+        }
+    }
+
+    fn release_followers(&mut self, place: Place) {
+        let next = self.in_hand.get_mut(place).and_then(|held| held.next.take());
+        if let Some(next) = next {
+            self.release_run(next);
+        }
+    }
+
+    /// Puts what was claimed in line: of each key the first, the others behind it.
+    pub(super) fn line_up(&mut self, records: Vec<crate::log::Record>) {
+        let mut last_of_key: rustc_hash::FxHashMap<u64, Place> = rustc_hash::FxHashMap::default();
+        for record in records {
+            let key = record.message.key_hash();
+            let strict = key.is_some()
+                && (self.options.topics.is_empty()
+                    || self.options.of(record.message.topic()).order == SendOrder::Strict);
+            let place = self.in_hand.put(record, self.tenure);
+            let before = match key {
+                Some(key) if strict => last_of_key.insert(key, place),
+                _ => None,
+            };
+            match before.and_then(|before| self.in_hand.get_mut(before)) {
+                Some(before) => before.next = Some(place),
+                None => self.ready.push_back(place),
+            }
+        }
+    }
+}
+
+/// One publish call, whatever the publisher does.
+async fn publish(
+    publisher: &dyn Publisher,
+    clock: &dyn Clock,
+    messages: &[Message],
+    deadline: Duration,
+) -> Vec<Result<(), PublishError>> {
+    let call = AssertUnwindSafe(publisher.publish(messages)).catch_unwind();
+    let mut outcomes = tokio::select! {
+        biased;
+        outcomes = call => outcomes.unwrap_or_else(|_| panicked().for_all(messages)),
+        () = clock.sleep(deadline) => timed_out(deadline).for_all(messages),
+    };
+    if outcomes.len() != messages.len() {
+        let error = PublishError::connection(format!(
+            "a defect of the publisher: {} outcomes for {} messages",
+            outcomes.len(),
+            messages.len()
+        ));
+        tracing::error!(error = crate::error::chain(&error), "all of them count as unknown");
+        outcomes = error.for_all(messages);
+    }
+    outcomes
+}
+
+fn panicked() -> PublishError {
+    PublishError::connection("the publisher panicked")
+}
+
+fn timed_out(deadline: Duration) -> PublishError {
+    PublishError::connection(format!("no answer within {deadline:?}"))
+}
+
+/// Calls the callback of the options; its panic is its own affair.
+pub(super) fn tell(callback: &Arc<dyn Fn(&Stored) + Send + Sync>, failed: &Stored) {
+    if std::panic::catch_unwind(AssertUnwindSafe(|| callback(failed))).is_err() {
+        tracing::error!(message = %failed.message.id(), "the on_exhausted callback panicked");
+    }
+}

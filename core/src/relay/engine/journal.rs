@@ -1,0 +1,213 @@
+//! What goes to the log and comes from it: claims, settles, resumed topics.
+
+use super::{Engine, Event, SHORTEST_POLL, attempt::tell};
+use crate::{
+    Error, Result, Topic,
+    clock::Moment,
+    log::{Claim, Claimed, Outcome, RecordTag, SettleReport, Settled, Stored},
+    relay::{Reporter, outage::Probing},
+};
+use std::time::Duration;
+
+impl Engine {
+    pub(super) fn settle(&mut self, tag: RecordTag, outcome: Outcome) {
+        self.settling.push(Settled { tag, outcome });
+    }
+
+    /// One settle at a time: what comes meanwhile goes with the next, and settles take effect in order.
+    pub(super) fn start_settle(&mut self) {
+        if self.is_settling || self.settling.is_empty() {
+            return;
+        }
+        self.is_settling = true;
+        let batch = std::mem::take(&mut self.settling);
+        self.being_settled = batch.len();
+        let session = self.session.clone();
+        self.job(async move {
+            let result = session.settle(&batch).await;
+            Event::Settled { batch, result }
+        });
+    }
+
+    pub(super) fn settled(&mut self, mut batch: Vec<Settled>, result: Result<SettleReport>, now: Moment) {
+        self.is_settling = false;
+        self.being_settled = 0;
+        match result {
+            Ok(report) => {
+                self.log_answered();
+                if !report.lost.is_empty() {
+                    Reporter::count(&self.reporter.lost, report.lost.len());
+                    tracing::warn!(mailbox = %self.mailbox, records = report.lost.len(), "records were not settled: their lease is lost, others may publish them once more");
+                }
+                self.tell_of_exhausted(&report.lost);
+                // A key has become free, or the next of a parked key due.
+                self.wants_claim = true;
+            }
+            Err(error) => {
+                self.log_failed(&error, now);
+                if self.lease.is_held() {
+                    batch.append(&mut self.settling);
+                    self.settling = batch;
+                }
+            }
+        }
+    }
+
+    /// Tells the callback of what is now stored as failed, with all the errors the log has kept.
+    fn tell_of_exhausted(&mut self, lost: &[RecordTag]) {
+        let Some(callback) = self.options.on_exhausted.clone() else {
+            return;
+        };
+        let settled: Vec<Stored> = {
+            let still = |tag: &RecordTag| self.settling.iter().any(|s| s.tag == *tag);
+            let (waiting, settled) = std::mem::take(&mut self.exhausted)
+                .into_iter()
+                .partition(|(tag, _)| still(tag));
+            self.exhausted = waiting;
+            let settled: Vec<(RecordTag, Stored)> = settled;
+            settled
+                .into_iter()
+                .filter(|(tag, _)| !lost.contains(tag))
+                .map(|(_, failed)| failed)
+                .collect()
+        };
+        if settled.is_empty() {
+            return;
+        }
+        let (admin, mailbox) = (self.log.admin().ok().cloned(), self.mailbox.clone());
+        self.job(async move {
+            for failed in settled {
+                let stored = match &admin {
+                    Some(admin) => admin.show(&mailbox, failed.message.id()).await.ok().flatten(),
+                    None => None,
+                };
+                tell(&callback, stored.as_ref().unwrap_or(&failed));
+            }
+            Event::Told
+        });
+    }
+
+    pub(super) fn start_claim(&mut self) {
+        if !self.wants_claim || self.is_claiming {
+            return;
+        }
+        let held = self.in_hand.len() + self.settling.len() + self.being_settled;
+        let room = self.options.max_in_flight.saturating_sub(held);
+        // Small claims cost as much as large ones: wait for half a batch of room.
+        if room * 2 < self.options.batch_size {
+            return;
+        }
+        self.is_claiming = true;
+        self.wants_claim = false;
+        let asked = room.min(self.options.batch_size);
+        let request = Claim::new(asked).with_max_parked(self.options.retry_batch);
+        let session = self.session.clone();
+        self.job(async move {
+            let result = session.claim(&request).await;
+            Event::Claimed { asked, result }
+        });
+    }
+
+    pub(super) fn claimed(&mut self, asked: usize, result: Result<Claimed>, now: Moment) {
+        self.is_claiming = false;
+        let claimed = match result {
+            Ok(claimed) => claimed,
+            Err(error) => {
+                self.log_failed(&error, now);
+                self.wants_claim = true;
+                return;
+            }
+        };
+        self.log_answered();
+        if !claimed.lease.is_same(&self.lease) {
+            if self.in_hand.len() > self.in_flight || !self.settling.is_empty() {
+                self.lose_lease();
+            } else {
+                self.tenure += 1;
+            }
+            self.lease = claimed.lease;
+        }
+        for topic in claimed.waiting {
+            tracing::info!(%topic, "records wait for this topic: it will be probed");
+            self.destinations.found_waiting(topic, now);
+        }
+        let given = claimed.records.len();
+        Reporter::count(&self.reporter.claimed, given);
+        self.wants_claim |= given >= asked;
+        self.poll_at = now + self.next_poll(given, claimed.next_due);
+        self.line_up(claimed.records);
+        if self.is_stopping {
+            self.stop();
+        }
+    }
+
+    /// How long until the next claim that nobody asked for.
+    fn next_poll(&mut self, given: usize, next_due: Option<Duration>) -> Duration {
+        if given > 0 {
+            self.quick_poll = None;
+        }
+        if let Some(quick) = self.quick_poll {
+            let next = quick * 2;
+            self.quick_poll = (next < self.options.poll_interval).then_some(next);
+        }
+        let quick = self.quick_poll.unwrap_or(self.options.poll_interval);
+        next_due.map_or(quick, |due| due.min(quick)).max(SHORTEST_POLL)
+    }
+
+    /// Asks the log for the probe of a paused topic, or for more records of one that is back.
+    pub(super) fn start_resume(&mut self, now: Moment) {
+        if self.is_resuming {
+            return;
+        }
+        let probe = self.destinations.ask_for_probe(now).map(|topic| (topic, 1));
+        let batch = || {
+            self.destinations
+                .resuming
+                .first()
+                .cloned()
+                .map(|topic| (topic, self.options.batch_size))
+        };
+        let Some((topic, asked)) = probe.or_else(batch) else {
+            return;
+        };
+        self.is_resuming = true;
+        let session = self.session.clone();
+        self.job(async move {
+            let result = session.resume(&topic, asked).await;
+            Event::Resumed { topic, asked, result }
+        });
+    }
+
+    pub(super) fn resumed(&mut self, topic: &Topic, asked: usize, result: Result<u64>, now: Moment) {
+        self.is_resuming = false;
+        let found = match result {
+            Ok(found) => found,
+            Err(error) => return self.log_failed(&error, now),
+        };
+        self.log_answered();
+        self.wants_claim |= found > 0;
+        if (found as usize) < asked {
+            self.destinations.resuming.retain(|t| t != topic);
+        }
+        // Nothing of it waits: whatever comes next finds out for itself whether the destination is back.
+        if asked == 1 && found == 0 && self.in_flight == 0 && self.destinations.forget(topic) {
+            self.reporter.topics_away(self.destinations.list());
+        }
+    }
+
+    fn log_failed(&mut self, error: &Error, now: Moment) {
+        if self.log_retry_at.is_none() {
+            tracing::warn!(mailbox = %self.mailbox, error = error.to_chain(), "the event log failed: it will be tried again");
+        }
+        self.reporter.log_away(Some(error.to_chain()));
+        self.log_retry_at = Some(now + self.log_probing.next(&mut self.rng));
+    }
+
+    fn log_answered(&mut self) {
+        if self.log_retry_at.take().is_some() {
+            tracing::info!(mailbox = %self.mailbox, "the event log is back");
+            self.log_probing = Probing::new(self.options.max_probe_interval);
+            self.reporter.log_away(None);
+        }
+    }
+}

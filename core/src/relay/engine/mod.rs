@@ -1,0 +1,297 @@
+//! The loop: wake → claim → attempt → settle.
+//!
+//! One task; everything slow is a job in one set, so nothing is shared and nothing is locked. A step starts whatever
+//! may be started, then waits for the first thing that happens.
+
+mod attempt;
+mod journal;
+
+use super::{
+    RelayOptions, Reporter, Wake,
+    held::{InHand, Place},
+    outage::{Destinations, Link, Probing},
+};
+use crate::{
+    EventLog, Mailbox, Publisher, Reachability, Result, Topic,
+    clock::{Clock, Moment},
+    log::{Claimed, Lease, RecordTag, Session, SettleReport, Settled, Stored},
+    publisher::PublishError,
+};
+use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use std::{
+    cmp::Reverse,
+    collections::{BinaryHeap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+use tokio_util::sync::CancellationToken;
+
+/// What an engine works with.
+pub(crate) struct Parts {
+    pub(crate) mailbox: Mailbox,
+    pub(crate) options: Arc<RelayOptions>,
+    pub(crate) log: EventLog,
+    pub(crate) session: Box<dyn Session>,
+    pub(crate) publisher: Arc<dyn Publisher>,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) wake: Arc<Wake>,
+    pub(crate) reporter: Arc<Reporter>,
+    pub(crate) rng: fastrand::Rng,
+}
+
+pub(crate) struct Engine {
+    mailbox: Mailbox,
+    options: Arc<RelayOptions>,
+    log: EventLog,
+    session: Arc<dyn Session>,
+    publisher: Arc<dyn Publisher>,
+    clock: Arc<dyn Clock>,
+    wake: Arc<Wake>,
+    reporter: Arc<Reporter>,
+    rng: fastrand::Rng,
+
+    lease: Lease,
+    tenure: u64,
+    in_hand: InHand,
+    /// To be sent, in order.
+    ready: VecDeque<Place>,
+    /// The local tier, by the time of the next try.
+    local: BinaryHeap<Reverse<(Moment, Place)>>,
+    settling: Vec<Settled>,
+    /// Dead letters to tell of, once they are stored.
+    exhausted: Vec<(RecordTag, Stored)>,
+
+    jobs: FuturesUnordered<BoxFuture<'static, Event>>,
+    /// Messages with the client.
+    in_flight: usize,
+    publish_calls: usize,
+    is_claiming: bool,
+    is_settling: bool,
+    being_settled: usize,
+    is_resuming: bool,
+
+    wants_claim: bool,
+    poll_at: Moment,
+    /// Polls come quickly for a while: a commit is expected that nobody will tell of.
+    quick_poll: Option<Duration>,
+    link: Link,
+    link_probing: Probing,
+    destinations: Destinations,
+    log_probing: Probing,
+    /// The log failed; it is asked again then.
+    log_retry_at: Option<Moment>,
+    is_stopping: bool,
+}
+
+/// What a job ended with.
+enum Event {
+    Claimed {
+        asked: usize,
+        result: Result<Claimed>,
+    },
+    Published {
+        places: Vec<Place>,
+        outcomes: Vec<Result<(), PublishError>>,
+    },
+    Settled {
+        batch: Vec<Settled>,
+        result: Result<SettleReport>,
+    },
+    Resumed {
+        topic: Topic,
+        asked: usize,
+        result: Result<u64>,
+    },
+    Checked(Reachability),
+    Told,
+}
+
+/// How quickly a poll may follow the one before.
+const SHORTEST_POLL: Duration = Duration::from_millis(1);
+
+impl Engine {
+    pub(crate) fn new(parts: Parts) -> Self {
+        let max_probe = parts.options.max_probe_interval;
+        Self {
+            lease: Lease::none(parts.clock.clone()),
+            tenure: 0,
+            in_hand: InHand::default(),
+            ready: VecDeque::new(),
+            local: BinaryHeap::new(),
+            settling: Vec::new(),
+            exhausted: Vec::new(),
+            jobs: FuturesUnordered::new(),
+            in_flight: 0,
+            publish_calls: 0,
+            is_claiming: false,
+            is_settling: false,
+            being_settled: 0,
+            is_resuming: false,
+            wants_claim: true,
+            poll_at: Moment::ZERO,
+            quick_poll: None,
+            link: Link::Up,
+            link_probing: Probing::new(max_probe),
+            destinations: Destinations::new(max_probe),
+            log_probing: Probing::new(max_probe),
+            log_retry_at: None,
+            is_stopping: false,
+            mailbox: parts.mailbox,
+            options: parts.options,
+            log: parts.log,
+            session: parts.session.into(),
+            publisher: parts.publisher,
+            clock: parts.clock,
+            wake: parts.wake,
+            reporter: parts.reporter,
+            rng: parts.rng,
+        }
+    }
+
+    /// Runs until `stop`, then finishes what is in flight, settles, and hands back the lease. `kill` ends the finishing:
+    /// what is unsettled then is left to the next holder.
+    pub(crate) async fn run(mut self, stop: CancellationToken, kill: CancellationToken) {
+        loop {
+            // Jobs that are always ready (memory, in a test) must not starve the other tasks of the thread.
+            tokio::task::coop::consume_budget().await;
+            let now = self.clock.elapsed();
+            self.start_what_may(now);
+            if self.is_stopping && self.jobs.is_empty() && self.settling.is_empty() {
+                break;
+            }
+            let until = self.next_timer().saturating_sub(now);
+            let is_idle = self.jobs.is_empty();
+            tokio::select! {
+                biased;
+                () = kill.cancelled() => break,
+                () = stop.cancelled(), if !self.is_stopping => self.stop(),
+                Some(event) = self.jobs.next(), if !is_idle => {
+                    self.handle(event);
+                    while let Some(Some(event)) = self.jobs.next().now_or_never() {
+                        self.handle(event);
+                    }
+                }
+                to_come = self.wake.called() => self.called(to_come),
+                () = wait(&self.session, &self.clock, until, is_idle) => self.wants_claim |= is_idle,
+            }
+        }
+        // What the client still has is given up: the future is dropped, and with it the right to send.
+        self.jobs.clear();
+        if let Err(error) = self.session.close().await {
+            tracing::warn!(error = error.to_chain(), mailbox = %self.mailbox, "the lease was not handed back: others wait until it expires");
+        }
+    }
+
+    /// Starts every job that may be started.
+    fn start_what_may(&mut self, now: Moment) {
+        if self.in_hand.len() > 0 && !self.lease.is_held() {
+            self.lose_lease();
+        }
+        self.end_local_waits(now);
+        self.check_link(now);
+        self.send_ready(now);
+        if self.log_retry_at.is_some_and(|at| at > now) {
+            return;
+        }
+        self.start_settle();
+        if !self.is_stopping && self.link.window() > 0 {
+            self.start_resume(now);
+            self.wants_claim |= self.poll_at <= now;
+            self.start_claim();
+        }
+    }
+
+    /// When to look again if nothing happens.
+    fn next_timer(&self) -> Moment {
+        let link = match &self.link {
+            Link::Down { probe_at } => Some(*probe_at),
+            _ => None,
+        };
+        let local = self.local.peek().map(|Reverse((at, _))| *at);
+        let log_retry = self.log_retry_at.filter(|_| self.wants_log());
+        let probe = self
+            .destinations
+            .next_probe()
+            .filter(|_| self.link.window() > 0 && !self.is_resuming);
+        let may_poll = !self.is_claiming && !self.wants_claim && self.link.window() > 0 && !self.is_stopping;
+        let poll = Some(self.poll_at).filter(|_| may_poll);
+        let lease = self.lease.remaining().map(|left| self.clock.elapsed() + left);
+        let lease = lease.filter(|_| self.in_hand.len() > 0);
+        let timers = [link, local, log_retry, probe, poll, lease];
+        let next = timers.into_iter().flatten().min();
+        let soonest = self.clock.elapsed() + SHORTEST_POLL;
+        next.map_or(soonest + self.options.poll_interval, |at| at.max(soonest))
+    }
+
+    fn wants_log(&self) -> bool {
+        self.wants_claim || !self.settling.is_empty()
+    }
+
+    fn handle(&mut self, event: Event) {
+        let now = self.clock.elapsed();
+        match event {
+            Event::Claimed { asked, result } => self.claimed(asked, result, now),
+            Event::Published { places, outcomes } => self.published(&places, outcomes, now),
+            Event::Settled { batch, result } => self.settled(batch, result, now),
+            Event::Resumed { topic, asked, result } => self.resumed(&topic, asked, result, now),
+            Event::Checked(reachability) => self.checked(&reachability, now),
+            Event::Told => {}
+        }
+    }
+
+    fn called(&mut self, commit_to_come: bool) {
+        self.wants_claim = true;
+        if commit_to_come {
+            self.quick_poll = Some(SHORTEST_POLL);
+        }
+    }
+
+    /// No more claims; what is not with the client goes back to the log.
+    fn stop(&mut self) {
+        self.is_stopping = true;
+        while let Some(place) = self.ready.pop_front() {
+            self.release_run(place);
+        }
+        while let Some(Reverse((_, place))) = self.local.pop() {
+            self.leave_local_tier(place);
+        }
+    }
+
+    /// The records in hand are not ours any more, but for those with the client, whose outcome is then ignored.
+    fn lose_lease(&mut self) {
+        let lost = self.in_hand.len() - self.in_flight + self.settling.len();
+        Reporter::count(&self.reporter.lost, lost);
+        tracing::warn!(mailbox = %self.mailbox, records = lost, "the lease is lost: its records are left to the next holder");
+        self.tenure += 1;
+        while let Some(place) = self.ready.pop_front() {
+            self.forget_run(place);
+        }
+        while let Some(Reverse((_, place))) = self.local.pop() {
+            self.forget_run(place);
+        }
+        self.settling.clear();
+        self.exhausted.clear();
+        self.destinations.clear();
+        self.lease = Lease::none(self.clock.clone());
+        self.wants_claim = true;
+    }
+
+    fn forget_run(&mut self, place: Place) {
+        let mut next = Some(place);
+        while let Some(held) = next.and_then(|place| self.in_hand.take(place)) {
+            next = held.next;
+        }
+    }
+
+    fn job(&self, job: impl Future<Output = Event> + Send + 'static) {
+        self.jobs.push(job.boxed());
+    }
+}
+
+/// Waits for time to pass, or, when there is nothing else to do, for news from the log.
+async fn wait(session: &Arc<dyn Session>, clock: &Arc<dyn Clock>, until: Duration, is_idle: bool) {
+    if is_idle && session.wait(until).await.is_ok() {
+        return;
+    }
+    clock.sleep(until).await;
+}

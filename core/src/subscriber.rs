@@ -1,0 +1,399 @@
+//! The receiving side of a transport: what an author implements, and what core makes of it.
+
+use crate::{Error, GroupName, Message, Result, Topic};
+use async_trait::async_trait;
+use std::{
+    collections::HashMap,
+    fmt::Debug,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio_util::sync::CancellationToken;
+
+/// What a group wants to receive.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Subscription {
+    /// The group: each gets every message once, its members share them.
+    pub group: GroupName,
+    /// The topics; at least one.
+    pub topics: Vec<Topic>,
+    /// Whether messages of one (topic, key) are to come in order. Refused at start if the transport cannot.
+    pub ordered: bool,
+    /// About how many messages may be on their way or unsettled: what a driver sizes its prefetch by.
+    pub max_in_flight: usize,
+}
+
+impl Subscription {
+    /// A subscription of `group` to `topics`, in order, with up to 256 messages in flight.
+    #[must_use]
+    pub fn new(group: GroupName, topics: Vec<Topic>) -> Self {
+        Self {
+            group,
+            topics,
+            ordered: true,
+            max_in_flight: 256,
+        }
+    }
+    /// Does without the order of keys.
+    #[must_use]
+    pub fn unordered(mut self) -> Self {
+        self.ordered = false;
+        self
+    }
+    /// Sets how many messages may be in flight.
+    #[must_use]
+    pub fn with_max_in_flight(mut self, max: usize) -> Self {
+        self.max_in_flight = max;
+        self
+    }
+}
+
+/// Receives messages from a broker.
+#[async_trait]
+pub trait Subscriber: Debug + Send + Sync + 'static {
+    /// Joins a group.
+    ///
+    /// # Contract
+    /// - Declares what the group needs; what is published from then on reaches the group, also while it has no member.
+    ///   A new group begins at the earliest message the broker still has.
+    /// - At least once: what was not settled when a member went comes back, to it or to another.
+    /// - With [`ordered`](Subscription::ordered): per (topic, key) first appearances are in the order of publishing, and
+    ///   no two members have messages of one key at once.
+    ///
+    /// Held by `transport::every_message_once_to_each_group`, `transport::competing_consumers_share`,
+    /// `transport::a_late_subscriber_gets_what_waited`, `transport::order_per_key`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) for what was not declared as a capability;
+    /// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable) if the broker cannot be reached.
+    async fn subscribe(&self, subscription: &Subscription) -> Result<Feed>;
+}
+
+/// How a driver names a delivery: chosen by it, opaque to everybody else, unique within the feed until it is settled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DeliveryTag(pub u128);
+
+/// One stretch of having a partition, numbered by the driver: what a revocation refers to. Drivers without partitions
+/// use [`Assignment::WHOLE`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Assignment(pub u64);
+
+impl Assignment {
+    /// All of the feed, for as long as it lasts.
+    pub const WHOLE: Self = Self(0);
+}
+
+/// A message as a driver hands it in.
+#[derive(Debug, Clone)]
+pub struct Received {
+    /// The message.
+    pub message: Message,
+    /// What it is settled by.
+    pub tag: DeliveryTag,
+    /// How often it has been handed to this group, this time included; 1 where the broker does not count. A hint: it
+    /// never decides what becomes of a message.
+    pub delivery_count: u32,
+    /// What it came with.
+    pub assignment: Assignment,
+}
+
+/// What comes out of [`Deliveries::next`].
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Incoming {
+    /// Messages: at least one.
+    Batch(Vec<Received>),
+    /// The partition is going to somebody else. Core settles or releases each of its deliveries; the driver lets it go
+    /// when none is left, or when it cannot wait longer.
+    Revoked(Assignment),
+    /// The partition is gone already. What is settled of it from now on is in vain.
+    Lost(Assignment),
+}
+
+/// The author's side of a feed: where messages come from.
+#[async_trait]
+pub trait Deliveries: Debug + Send + 'static {
+    /// Waits for at least one message, or for a change of assignment.
+    ///
+    /// # Contract
+    /// - At most `max` messages. In order, where order was asked for.
+    /// - Cancel-safe: takes nothing before its last await. Core calls it only while it has room, so not calling it is
+    ///   the backpressure.
+    /// - Reconnects by itself. An error is reported once and the next call goes on; after
+    ///   [`ErrorKind::Closed`](crate::ErrorKind::Closed) nothing comes any more.
+    ///
+    /// Held by `transport::unsettled_comes_back`, `transport::concurrent_close_loses_nothing`.
+    async fn next(&mut self, max: usize) -> Result<Incoming>;
+}
+
+/// What becomes of a delivery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Disposition {
+    /// Done with it.
+    Ack,
+    /// Again, after a delay. Only where [`delayed_retry`](crate::Capabilities::delayed_retry) is declared.
+    Retry {
+        /// How long to wait.
+        after: Duration,
+    },
+    /// To the transport's own dead letters. Only where [`dead_letter`](crate::Capabilities::dead_letter) is declared.
+    DeadLetter,
+    /// Not done with it: to be delivered again, to this member or another.
+    Release,
+}
+
+/// The author's side of a feed: where the outcome goes.
+#[async_trait]
+pub trait Settler: Debug + Send + Sync + 'static {
+    /// Tells the broker what became of deliveries.
+    ///
+    /// # Contract
+    /// - One outcome each, in order. `Ok` for an ack means that the message does not come back while the broker lives
+    ///   as it promises; drivers may group acks.
+    /// - A tag that is not outstanding (its assignment is lost, the connection is another) is an error for that one and
+    ///   acks nothing else.
+    /// - What was released or retried comes back with a higher delivery count where that is declared, and what follows
+    ///   it in its key comes behind it where order was asked for.
+    ///
+    /// Held by `transport::what_is_retried_comes_back`, `transport::undeclared_is_refused`.
+    async fn settle(&self, batch: &[(DeliveryTag, Disposition)]) -> Vec<Result<()>>;
+
+    /// Ends the feed: no more deliveries, what was settled is flushed, what was not comes back.
+    ///
+    /// # Contract
+    /// Returns within `deadline`. [`Deliveries::next`] answers [`ErrorKind::Closed`](crate::ErrorKind::Closed) from
+    /// then on. A second call does nothing.
+    ///
+    /// Held by `transport::concurrent_close_loses_nothing`.
+    async fn close(&self, deadline: Duration) -> Result<()>;
+}
+
+macro_rules! forward {
+    ($pointer:ident) => {
+        #[async_trait]
+        impl<S: Subscriber + ?Sized> Subscriber for $pointer<S> {
+            async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
+                (**self).subscribe(subscription).await
+            }
+        }
+        #[async_trait]
+        impl<S: Settler + ?Sized> Settler for $pointer<S> {
+            async fn settle(&self, batch: &[(DeliveryTag, Disposition)]) -> Vec<Result<()>> {
+                (**self).settle(batch).await
+            }
+            async fn close(&self, deadline: Duration) -> Result<()> {
+                (**self).close(deadline).await
+            }
+        }
+    };
+}
+forward!(Arc);
+forward!(Box);
+
+#[async_trait]
+impl<D: Deliveries + ?Sized> Deliveries for Box<D> {
+    async fn next(&mut self, max: usize) -> Result<Incoming> {
+        (**self).next(max).await
+    }
+}
+
+/// A stream of messages for a member of a group: what [`Subscriber::subscribe`] returns.
+#[derive(Debug)]
+pub struct Feed {
+    deliveries: Box<dyn Deliveries>,
+    settler: Arc<dyn Settler>,
+}
+
+impl Feed {
+    /// Out of the author's two sides.
+    #[must_use]
+    pub fn new(deliveries: impl Deliveries, settler: impl Settler) -> Self {
+        Self {
+            deliveries: Box::new(deliveries),
+            settler: Arc::new(settler),
+        }
+    }
+
+    /// The engine's two sides.
+    #[must_use]
+    pub fn split(self) -> (Intake, Settling) {
+        let dropped = Dropped::default();
+        let intake = Intake {
+            deliveries: self.deliveries,
+            assignments: HashMap::new(),
+            dropped: dropped.clone(),
+        };
+        let settling = Settling {
+            settler: self.settler,
+            dropped,
+        };
+        (intake, settling)
+    }
+}
+
+type Dropped = Arc<Mutex<Vec<DeliveryTag>>>;
+
+/// A message that has to be settled: once, since settling consumes it. Dropped, it is released.
+#[derive(Debug)]
+#[must_use = "a delivery dropped unsettled is delivered again"]
+pub struct Delivery {
+    message: Message,
+    delivery_count: u32,
+    tag: DeliveryTag,
+    assignment: Assignment,
+    gone: CancellationToken,
+    dropped: Option<Dropped>,
+}
+
+/// A delivery and what became of it.
+#[derive(Debug)]
+#[must_use = "give it to `Settling::settle`"]
+pub struct Settlement {
+    tag: DeliveryTag,
+    disposition: Disposition,
+}
+
+impl Delivery {
+    /// The message.
+    #[must_use]
+    pub fn message(&self) -> &Message {
+        &self.message
+    }
+    /// How often it has been handed to this group, this time included.
+    #[must_use]
+    pub fn delivery_count(&self) -> u32 {
+        self.delivery_count
+    }
+    /// What it came with.
+    #[must_use]
+    pub fn assignment(&self) -> Assignment {
+        self.assignment
+    }
+    /// Cancelled when its partition is revoked or lost.
+    #[must_use]
+    pub fn gone(&self) -> &CancellationToken {
+        &self.gone
+    }
+    fn settled(mut self, disposition: Disposition) -> Settlement {
+        self.dropped = None;
+        Settlement {
+            tag: self.tag,
+            disposition,
+        }
+    }
+    /// Done with it.
+    pub fn ack(self) -> Settlement {
+        self.settled(Disposition::Ack)
+    }
+    /// Again, after a delay.
+    pub fn retry(self, after: Duration) -> Settlement {
+        self.settled(Disposition::Retry { after })
+    }
+    /// To the transport's own dead letters.
+    pub fn dead_letter(self) -> Settlement {
+        self.settled(Disposition::DeadLetter)
+    }
+    /// Not done with it.
+    pub fn release(self) -> Settlement {
+        self.settled(Disposition::Release)
+    }
+}
+
+impl Drop for Delivery {
+    fn drop(&mut self) {
+        if let Some(dropped) = self.dropped.take() {
+            let mut tags = dropped.lock().unwrap_or_else(PoisonError::into_inner);
+            tags.push(self.tag);
+        }
+    }
+}
+
+/// What [`Intake::next`] gives.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Taken {
+    /// Messages: at least one.
+    Batch(Vec<Delivery>),
+    /// This assignment is over: its deliveries have been told ([`Delivery::gone`]) and are to be settled or dropped.
+    Gone(Assignment),
+}
+
+/// The engine's side of a feed: where deliveries come from.
+#[derive(Debug)]
+pub struct Intake {
+    deliveries: Box<dyn Deliveries>,
+    assignments: HashMap<Assignment, CancellationToken>,
+    dropped: Dropped,
+}
+
+impl Intake {
+    /// Waits for at least one delivery, and takes at most `max`. Cancel-safe.
+    ///
+    /// # Errors
+    /// Of the transport: [`ErrorKind::Closed`](crate::ErrorKind::Closed) at the end; after any other, call it again.
+    pub async fn next(&mut self, max: usize) -> Result<Taken> {
+        match self.deliveries.next(max).await? {
+            Incoming::Batch(received) => Ok(Taken::Batch(
+                received.into_iter().map(|received| self.deliver(received)).collect(),
+            )),
+            Incoming::Revoked(assignment) | Incoming::Lost(assignment) => {
+                if let Some(token) = self.assignments.remove(&assignment) {
+                    token.cancel();
+                }
+                Ok(Taken::Gone(assignment))
+            }
+        }
+    }
+
+    fn deliver(&mut self, received: Received) -> Delivery {
+        let gone = self.assignments.entry(received.assignment).or_default();
+        Delivery {
+            gone: gone.clone(),
+            message: received.message,
+            delivery_count: received.delivery_count,
+            tag: received.tag,
+            assignment: received.assignment,
+            dropped: Some(self.dropped.clone()),
+        }
+    }
+}
+
+/// The engine's side of a feed: where the outcome goes.
+#[derive(Debug, Clone)]
+pub struct Settling {
+    settler: Arc<dyn Settler>,
+    dropped: Dropped,
+}
+
+impl Settling {
+    /// Settles a batch, and releases what was dropped meanwhile. Gives back the errors.
+    pub async fn settle(&self, batch: Vec<Settlement>) -> Vec<Error> {
+        let mut all: Vec<_> = batch.into_iter().map(|s| (s.tag, s.disposition)).collect();
+        let dropped = std::mem::take(&mut *self.dropped.lock().unwrap_or_else(PoisonError::into_inner));
+        all.extend(dropped.into_iter().map(|tag| (tag, Disposition::Release)));
+        if all.is_empty() {
+            return Vec::new();
+        }
+        let outcomes = self.settler.settle(&all).await;
+        outcomes.into_iter().filter_map(Result::err).collect()
+    }
+
+    /// Whether deliveries were dropped that the broker has not been told of.
+    #[must_use]
+    pub fn has_dropped(&self) -> bool {
+        !self.dropped.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    /// Ends the feed.
+    ///
+    /// # Errors
+    /// Of the transport, if something could not be flushed within `deadline`: it comes back.
+    pub async fn close(&self, deadline: Duration) -> Result<()> {
+        self.settle(Vec::new()).await;
+        self.settler.close(deadline).await
+    }
+}
+
+const _: fn(&dyn Subscriber, &dyn Deliveries, &dyn Settler) = |_, _, _| {};

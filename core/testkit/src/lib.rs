@@ -1,0 +1,107 @@
+//! The conformance suites that an event log or a transport of Postrider has to pass.
+//!
+//! A behaviour is one `async fn`; [`log_conformance!`] and [`transport_conformance!`] make one visible test of each. A
+//! backend's own test file says how to make a fresh one, and is about ten lines:
+//!
+//! ```
+//! # use postrider_testkit::{log_conformance, log::ClockedLog};
+//! # use postrider_core::memory::MemoryLog;
+//! log_conformance!(ClockedLog::new(|clock| async move { MemoryLog::on_clock(clock).into() }).await);
+//! # fn main() {}
+//! ```
+
+// A suite fails by panicking.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::mem_forget)]
+
+pub mod log;
+pub mod transport;
+
+/// One test for each behaviour a log has to show; the argument is an expression that makes a fresh
+/// [`LogFixture`](log::LogFixture), evaluated for each test in an async context.
+#[macro_export]
+macro_rules! log_conformance {
+    ($fixture:expr) => {
+        $crate::log_conformance!(@each $fixture;
+            append_claim_settle_round_trip
+            rollback_leaves_nothing
+            claims_are_exclusive
+            an_expired_lease_is_taken_over
+            a_stale_settle_changes_nothing
+            a_live_lease_is_renewed
+            due_times_are_kept
+            nothing_waiting_stops_a_neighbour
+            a_busy_key_is_passed_over_and_given_later
+            order_survives_failure
+            order_survives_a_take_over
+            keyless_records_are_not_held_back
+            released_records_keep_their_place
+            a_parked_record_is_settled_again
+            a_record_parked_on_arrival_keeps_its_place
+            a_topic_is_resumed
+            topics_that_wait_are_told_to_the_next_holder
+            failed_records_are_redriven_and_discarded
+            a_failed_record_can_hold_its_key
+            parked_and_failed_are_unique
+            retries_do_not_starve_what_is_new
+            what_succeeded_is_kept_only_if_asked
+            purge_is_bounded_and_takes_only_what_is_due
+            bytes_come_back_as_they_were
+            errors_are_kept_the_last_ten
+            stats_count
+            pages_are_stable_under_writes
+            close_hands_over_at_once
+            mailboxes_are_apart
+            random_histories_lose_nothing_and_keep_order
+        );
+    };
+    (@each $fixture:expr; $($name:ident)*) => {$(
+        #[test]
+        fn $name() {
+            $crate::run(async { $crate::log::$name(&$fixture).await });
+        }
+    )*};
+}
+
+/// One test for each behaviour a transport has to show; the argument is an expression that makes a fresh
+/// [`TransportFixture`](transport::TransportFixture), evaluated for each test in an async context.
+#[macro_export]
+macro_rules! transport_conformance {
+    ($fixture:expr) => {
+        $crate::transport_conformance!(@each $fixture;
+            every_message_once_to_each_group
+            content_is_intact
+            what_is_retried_comes_back
+            what_is_released_comes_back_in_order
+            unsettled_comes_back
+            order_per_key
+            order_per_key_through_a_member_that_dies
+            competing_consumers_share
+            a_late_subscriber_gets_what_waited
+            concurrent_close_loses_nothing
+            a_closed_feed_says_so
+            a_second_settle_is_an_error
+            dead_letters_do_not_come_back
+            undeclared_is_refused
+            publishing_nothing_is_fine
+        );
+    };
+    (@each $fixture:expr; $($name:ident)*) => {$(
+        #[test]
+        fn $name() {
+            $crate::run(async { $crate::transport::$name(&$fixture).await });
+        }
+    )*};
+}
+
+/// Runs a test on a runtime of two threads, for at most a minute.
+#[doc(hidden)]
+#[allow(clippy::expect_used)]
+pub fn run(test: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
+    let runtime = runtime.expect("a runtime can be built");
+    let in_time = runtime.block_on(async { tokio::time::timeout(std::time::Duration::from_secs(60), test).await });
+    assert!(in_time.is_ok(), "the test did not end within a minute");
+}

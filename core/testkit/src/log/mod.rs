@@ -1,0 +1,19 @@
+//! What an event log has to show.
+
+mod admin;
+mod fixture;
+mod histories;
+mod leases;
+mod order;
+mod records;
+mod retention;
+
+pub use admin::*;
+pub use fixture::{ClockedLog, LogFixture};
+pub use histories::*;
+pub use leases::*;
+pub use order::*;
+pub use records::*;
+pub use retention::*;
+
+use fixture::{Desk, message};

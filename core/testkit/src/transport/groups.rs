@@ -1,0 +1,73 @@
+//! Groups and their members.
+
+use super::{
+    Member, TransportFixture,
+    fixture::{names, publish},
+};
+use postrider_core::{Delivery, Subscription};
+use std::collections::BTreeSet;
+
+/// Each group gets each message once, whichever of its topics it was sent to.
+pub async fn every_message_once_to_each_group(fixture: &dyn TransportFixture) {
+    let mut one = Member::join(fixture, "one").await;
+    let both = vec![fixture.topic("t"), fixture.topic("u")];
+    let mut two = Member::on(fixture, Subscription::new(fixture.group("two"), both)).await;
+    let sent: Vec<String> = (0..50).map(|n| n.to_string()).collect();
+    publish(fixture, &sent.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let other = postrider_core::Message::new(fixture.topic("u"), "test.v1", "u").with_source("kit");
+    fixture
+        .transport()
+        .publisher()
+        .unwrap()
+        .publish(&[other])
+        .await
+        .remove(0)
+        .unwrap();
+    let sort = |mut names: Vec<String>| {
+        names.sort();
+        names
+    };
+    let expected = sort(sent.clone());
+    assert_eq!(sort(one.drain().await), expected);
+    let mut with_other = sent;
+    with_other.push("u".to_owned());
+    assert_eq!(sort(two.drain().await), sort(with_other));
+}
+
+/// The members of a group share its messages.
+pub async fn competing_consumers_share(fixture: &dyn TransportFixture) {
+    let (mut a, mut b) = (Member::join(fixture, "g").await, Member::join(fixture, "g").await);
+    let sent: Vec<String> = (0..200).map(|n| format!("k{n}:{n}")).collect();
+    publish(fixture, &sent.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let (mut from_a, mut from_b) = (Vec::new(), Vec::new());
+    for _ in 0..400 {
+        for (member, got) in [(&mut a, &mut from_a), (&mut b, &mut from_b)] {
+            let taken = member.take(5).await;
+            got.extend(names(&taken));
+            member.settle(taken.into_iter().map(Delivery::ack).collect()).await;
+        }
+        if from_a.len() + from_b.len() >= 200 {
+            break;
+        }
+    }
+    let all: BTreeSet<&String> = from_a.iter().chain(&from_b).collect();
+    assert_eq!((all.len(), from_a.len() + from_b.len()), (200, 200), "each once");
+    assert!(
+        !from_a.is_empty() && !from_b.is_empty(),
+        "{} and {}",
+        from_a.len(),
+        from_b.len()
+    );
+}
+
+/// What comes while a group has no member waits for it.
+pub async fn a_late_subscriber_gets_what_waited(fixture: &dyn TransportFixture) {
+    let member = Member::join(fixture, "late").await;
+    member.settling.close(std::time::Duration::from_secs(5)).await.unwrap();
+    drop(member);
+    publish(fixture, &["1", "2", "3"]).await;
+    let mut late = Member::join(fixture, "late").await;
+    let mut got = late.drain().await;
+    got.sort();
+    assert_eq!(got, ["1", "2", "3"]);
+}
