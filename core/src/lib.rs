@@ -30,7 +30,7 @@ pub use consumer::{Context, Handler, HandlerError, HandlerErrorKind, HandlerResu
 pub use error::{Error, ErrorKind, Result};
 pub use event::{AnyEvent, Codec, DynEvent, Event, IntoMessage, Json};
 pub use log::{EventLog, Mailbox};
-pub use message::{GroupName, Limits, Message, MessageId, RouteName, Topic};
+pub use message::{GroupName, Limits, Message, MessageId, MessageParts, RouteName, Topic};
 #[cfg(feature = "macros")]
 pub use postrider_macros::Event;
 pub use publisher::{EachOf, PublishError, PublishErrorKind, PublishOne, Publisher, Reachability, Scope};

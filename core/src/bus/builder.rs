@@ -110,7 +110,7 @@ impl BusBuilder {
                 "limits.max_message_bytes is 0: nothing could be published",
             ));
         }
-        let probe = Message::new(Topic::new("source"), "source", "").with_source(self.source.as_str());
+        let probe = Message::new(Topic::new("source"), "source", "").with_source(self.source.clone());
         Limits::default().check(&probe).map_err(|e| {
             Error::new(
                 ErrorKind::Config,

@@ -14,6 +14,7 @@ use crate::{
     clock::Clock,
     consumer::{Empty, NoState, Subscribing},
     log::{Lent, LogTx, NewRecord, TransactionOf},
+    message::Text,
     relay::{RelayOptions, RelayReport, Reporter, Wake},
 };
 use async_trait::async_trait;
@@ -32,7 +33,7 @@ struct Inner {
     transport: Transport,
     clock: Arc<dyn Clock>,
     limits: Limits,
-    source: Arc<str>,
+    source: Text,
     relay: Arc<RelayOptions>,
     seed: Option<u64>,
     wake: Arc<Wake>,

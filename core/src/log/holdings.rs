@@ -133,6 +133,14 @@ impl Holdings {
         }
     }
 
+    /// What was passed over for a key, in order.
+    #[must_use]
+    pub fn passed_over(&self, key: u64) -> Vec<u64> {
+        self.keys
+            .get(&key)
+            .map_or_else(Vec::new, |key| key.passed_over.iter().copied().collect())
+    }
+
     /// What was passed over for a key and `belongs` to it (hashes collide), forgotten here: it is being parked behind
     /// its head.
     pub fn forget_key(&mut self, hash: u64, mut belongs: impl FnMut(u64) -> bool) -> Vec<u64> {

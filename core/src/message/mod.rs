@@ -2,10 +2,12 @@
 
 mod id;
 mod limits;
+mod text;
 mod topic;
 
 pub use id::MessageId;
 pub use limits::Limits;
+pub use text::Text;
 pub(crate) use topic::shortened;
 pub use topic::{GroupName, MAX_KEY_BYTES, MAX_TOPIC_BYTES, RouteName, Topic};
 
@@ -19,45 +21,52 @@ use std::{borrow::Cow, fmt, hash::BuildHasher, sync::Arc};
 /// copy it only if it is shared. It is checked against [`Limits`] when it is published, not while it is put together.
 #[derive(Clone, PartialEq)]
 pub struct Message {
-    content: Arc<Content>,
+    content: Arc<MessageParts>,
     sequence: Option<u64>,
 }
 
-#[derive(Clone, PartialEq)]
-struct Content {
-    id: MessageId,
-    kind: Cow<'static, str>,
-    source: Option<Arc<str>>,
-    topic: Topic,
-    key: Option<Box<str>>,
-    headers: Vec<(String, String)>,
-    content_type: Cow<'static, str>,
-    time: Option<Timestamp>,
-    payload: Bytes,
+/// What a message is made of, for authors of logs and transports, who have all of it at once.
+#[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::exhaustive_structs)]
+pub struct MessageParts {
+    /// What it is known by.
+    pub id: MessageId,
+    /// The CloudEvents `type`.
+    pub kind: Text,
+    /// The application it comes from.
+    pub source: Option<Text>,
+    /// Where it goes.
+    pub topic: Topic,
+    /// The ordering key.
+    pub key: Option<Box<str>>,
+    /// The headers, in order.
+    pub headers: Vec<(String, String)>,
+    /// The content type of the payload.
+    pub content_type: Text,
+    /// When it happened.
+    pub time: Option<Timestamp>,
+    /// The encoded event.
+    pub payload: Bytes,
 }
 
 impl Message {
     /// A message of type `kind` (for an event `<name>.v<version>`) for `topic`, with a fresh id.
     #[must_use]
     pub fn new(topic: Topic, kind: impl Into<Cow<'static, str>>, payload: impl Into<Bytes>) -> Self {
-        let content = Content {
+        Self::from(MessageParts {
             id: MessageId::new(),
-            kind: kind.into(),
+            kind: kind.into().into(),
             source: None,
             topic,
             key: None,
             headers: Vec::new(),
-            content_type: Cow::Borrowed("application/octet-stream"),
+            content_type: Text::from_static("application/octet-stream"),
             time: None,
             payload: payload.into(),
-        };
-        Self {
-            content: Arc::new(content),
-            sequence: None,
-        }
+        })
     }
 
-    fn edit(mut self, change: impl FnOnce(&mut Content)) -> Self {
+    fn edit(mut self, change: impl FnOnce(&mut MessageParts)) -> Self {
         change(Arc::make_mut(&mut self.content));
         self
     }
@@ -76,7 +85,7 @@ impl Message {
 
     /// Sets the source: the application it comes from. Left out, the bus puts in its own.
     #[must_use]
-    pub fn with_source(self, source: impl Into<Arc<str>>) -> Self {
+    pub fn with_source(self, source: impl Into<Text>) -> Self {
         self.edit(|m| m.source = Some(source.into()))
     }
 
@@ -95,7 +104,7 @@ impl Message {
     /// Sets the content type of the payload; `application/octet-stream` if left out.
     #[must_use]
     pub fn with_content_type(self, content_type: impl Into<Cow<'static, str>>) -> Self {
-        self.edit(|m| m.content_type = content_type.into())
+        self.edit(|m| m.content_type = content_type.into().into())
     }
 
     /// Sets when it happened. Left out, the bus puts in the time of publishing.
@@ -196,6 +205,15 @@ impl Message {
     pub fn key_hash(&self) -> Option<u64> {
         let key = self.key()?;
         Some(rustc_hash::FxBuildHasher.hash_one((self.topic().as_str(), key)))
+    }
+}
+
+impl From<MessageParts> for Message {
+    fn from(parts: MessageParts) -> Self {
+        Self {
+            content: Arc::new(parts),
+            sequence: None,
+        }
     }
 }
 

@@ -1,5 +1,6 @@
+use super::Text;
 use crate::{Error, ErrorKind, Result};
-use std::{borrow::Cow, fmt, sync::Arc};
+use std::{borrow::Cow, fmt};
 
 /// The most bytes a topic may have.
 pub const MAX_TOPIC_BYTES: usize = 200;
@@ -11,65 +12,27 @@ pub const MAX_KEY_BYTES: usize = 512;
 /// One to [200](MAX_TOPIC_BYTES) bytes of `[A-Za-z0-9._-]` with no empty segment: what every broker can carry as it is.
 /// Cheap to clone. [`Topic::new`] is `const`, so that a wrong literal does not compile where it is a constant.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Topic(Name);
+pub struct Topic(Text);
 
 /// The name of a consumer group, with the same rules as a topic's.
 ///
 /// Every group gets every message of its topics once; the members of a group share them.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct GroupName(Name);
+pub struct GroupName(Text);
 
 /// The name of a route: one of the outboxes of a log, with the same rules as a topic's.
 ///
 /// `default`, whatever the transport; more than one only where topics go to several transports.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct RouteName(Name);
+pub struct RouteName(Text);
 
-#[derive(Clone)]
-enum Name {
-    Static(&'static str),
-    Shared(Arc<str>),
-}
-
-impl Name {
-    fn as_str(&self) -> &str {
-        match self {
-            Self::Static(name) => name,
-            Self::Shared(name) => name,
+fn parse(what: &'static str, name: Cow<'static, str>) -> Result<Text> {
+    match problem(&name) {
+        None => Ok(name.into()),
+        Some(why) => {
+            let shown = format!("{:?}", shortened(&name));
+            Err(Error::new(ErrorKind::Invalid, format!("not a {what}: {why}")).with("name", shown))
         }
-    }
-
-    fn parse(what: &'static str, name: Cow<'static, str>) -> Result<Self> {
-        match problem(&name) {
-            None => Ok(match name {
-                Cow::Borrowed(name) => Self::Static(name),
-                Cow::Owned(name) => Self::Shared(name.into()),
-            }),
-            Some(why) => Err(Error::new(ErrorKind::Invalid, format!("not a {what}: {why}"))
-                .with("name", format!("{:?}", shortened(&name)))),
-        }
-    }
-}
-
-impl PartialEq for Name {
-    fn eq(&self, other: &Self) -> bool {
-        self.as_str() == other.as_str()
-    }
-}
-impl Eq for Name {}
-impl std::hash::Hash for Name {
-    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        self.as_str().hash(state);
-    }
-}
-impl PartialOrd for Name {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-impl Ord for Name {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.as_str().cmp(other.as_str())
     }
 }
 
@@ -115,7 +78,7 @@ macro_rules! name_type {
             #[allow(clippy::panic)]
             pub const fn new(name: &'static str) -> Self {
                 match problem(name) {
-                    None => Self(Name::Static(name)),
+                    None => Self(Text::from_static(name)),
                     Some(why) => panic!("{}", why),
                 }
             }
@@ -125,7 +88,7 @@ macro_rules! name_type {
             /// # Errors
             /// [`ErrorKind::Invalid`] that says which rule `name` breaks.
             pub fn parse(name: impl Into<Cow<'static, str>>) -> Result<Self> {
-                Name::parse($what, name.into()).map(Self)
+                parse($what, name.into()).map(Self)
             }
 
             /// The name.

@@ -31,6 +31,8 @@ pub struct ClockedLog {
     clock: Arc<ManualClock>,
     log: EventLog,
     other: EventLog,
+    /// What the log lives in: dropped after it.
+    _storage: Option<Box<dyn std::any::Any + Send + Sync>>,
 }
 
 impl ClockedLog {
@@ -45,6 +47,7 @@ impl ClockedLog {
             clock,
             other: log.clone(),
             log,
+            _storage: None,
         }
     }
 
@@ -58,7 +61,15 @@ impl ClockedLog {
             log: make(clock.clone()).await,
             other: make(clock.clone()).await,
             clock,
+            _storage: None,
         }
+    }
+
+    /// Keeps `storage`, such as a temporary directory, for as long as the log is tested.
+    #[must_use]
+    pub fn keeping(mut self, storage: impl std::any::Any + Send + Sync) -> Self {
+        self._storage = Some(Box::new(storage));
+        self
     }
 }
 

@@ -1,0 +1,202 @@
+//! What tools and people do with the log.
+
+use crate::{
+    SqliteLog,
+    append::state,
+    error::doing,
+    row::{Reader, errors_from_text, micros, time},
+};
+use async_trait::async_trait;
+use postrider_core::{
+    Error, ErrorKind, Mailbox, MessageId, Result,
+    log::{Cursor, Filter, Listing, LogAdmin, Page, RecordState, Stats, Stored},
+};
+use sqlx::{Row as _, sqlite::SqliteRow};
+use std::collections::BTreeMap;
+
+/// The ids as the statements compare them; `None` is all.
+fn hex_ids(ids: &[MessageId]) -> Option<String> {
+    let quoted = ids.iter().map(|id| format!("\"{:X}\"", id.as_uuid().as_simple()));
+    (!ids.is_empty()).then(|| format!("[{}]", quoted.collect::<Vec<_>>().join(",")))
+}
+
+fn position(cursor: &Cursor) -> Result<(i64, i64)> {
+    let parsed = cursor
+        .0
+        .split_once(':')
+        .and_then(|(part, id)| Some((part.parse().ok()?, id.parse().ok()?)));
+    parsed.ok_or_else(|| {
+        Error::new(ErrorKind::Invalid, "not a cursor of a listing").with("cursor", format!("{:?}", cursor.0))
+    })
+}
+
+// The columns of `list`: part, id, nine of the message, created_at, attempts, errors, due_at, finished_at, state.
+fn stored(reader: &mut Reader, row: &SqliteRow) -> Result<Stored> {
+    let mut stored = Stored::new(reader.message(row, 2)?, time(row.get(11)));
+    stored.attempts = u32::try_from(row.get::<i64, _>(12)).unwrap_or(u32::MAX);
+    stored.errors = errors_from_text(row.get(13));
+    stored.due_at = row.get::<Option<i64>, _>(14).map(time);
+    stored.finished_at = row.get::<Option<i64>, _>(15).map(time);
+    stored.state = match row.get::<i64, _>(16) {
+        1 => RecordState::Succeeded,
+        2 => RecordState::Failed,
+        _ => RecordState::Pending,
+    };
+    Ok(stored)
+}
+
+impl SqliteLog {
+    async fn rows(&self, filter: &Filter, after: Option<(i64, i64)>, limit: usize) -> Result<Vec<SqliteRow>> {
+        let Some(mailbox) = self.find_mailbox(&filter.mailbox).await? else {
+            return Ok(Vec::new());
+        };
+        let state = match filter.state {
+            None => None,
+            Some(RecordState::Pending) => Some(0),
+            Some(RecordState::Succeeded) => Some(1),
+            Some(RecordState::Failed) => Some(2),
+            // Not stored: such a record is listed as pending.
+            Some(_) => return Ok(Vec::new()),
+        };
+        let (part, id) = after.unwrap_or((0, i64::MIN));
+        sqlx::query(self.sql().list.clone())
+            .bind(mailbox)
+            .bind(part)
+            .bind(id)
+            .bind(filter.topic.as_ref().map(|topic| topic.as_str()))
+            .bind(filter.kind.as_deref())
+            .bind(filter.key.as_deref())
+            .bind(hex_ids(&filter.ids))
+            .bind(state)
+            .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+            .fetch_all(self.pool())
+            .await
+            .map_err(doing("listing records"))
+    }
+
+    async fn change_failed(&self, filter: &Filter, max: u64, redrive: bool) -> Result<u64> {
+        let Some(mailbox) = self.find_mailbox(&filter.mailbox).await? else {
+            return Ok(0);
+        };
+        let failed = doing(if redrive {
+            "redriving dead letters"
+        } else {
+            "discarding dead letters"
+        });
+        let now = micros(self.clock().now());
+        let mut tx = self.pool().begin_with("BEGIN IMMEDIATE").await.map_err(&failed)?;
+        let found = sqlx::query(self.sql().failed.clone())
+            .bind(mailbox)
+            .bind(filter.topic.as_ref().map(|topic| topic.as_str()))
+            .bind(filter.kind.as_deref())
+            .bind(filter.key.as_deref())
+            .bind(hex_ids(&filter.ids))
+            .bind(i64::try_from(max).unwrap_or(i64::MAX))
+            .fetch_all(&mut *tx)
+            .await
+            .map_err(&failed)?;
+        for row in &found {
+            let id: i64 = row.get(0);
+            if !redrive {
+                self.remove_failed(&mut tx, mailbox, row, now).await?;
+            } else if row.get::<i64, _>(3) == state::FAILED_AND_HOLDING {
+                let redrive = sqlx::query(self.sql().redrive_in_place.clone()).bind(id).bind(now);
+                redrive.execute(&mut *tx).await.map_err(&failed)?;
+            } else {
+                self.redrive_at_the_end(&mut tx, mailbox, row, now).await?;
+            }
+        }
+        tx.commit().await.map_err(failed)?;
+        Ok(found.len() as u64)
+    }
+
+    /// It has given up its place: it enters behind everything, and behind what is parked of its key.
+    async fn redrive_at_the_end(
+        &self,
+        connection: &mut sqlx::SqliteConnection,
+        mailbox: i64,
+        row: &SqliteRow,
+        now: i64,
+    ) -> Result<()> {
+        let failed = doing("redriving a dead letter");
+        let (topic, key): (&str, Option<&str>) = (row.get(1), row.get(2));
+        let position = self.next_id(connection).await?;
+        let is_behind = match key {
+            None => false,
+            Some(key) => {
+                let waits = sqlx::query_scalar(self.sql().is_parked_key.clone())
+                    .bind(mailbox)
+                    .bind(topic);
+                waits.bind(key).fetch_one(&mut *connection).await.map_err(&failed)?
+            }
+        };
+        let redrive = sqlx::query(self.sql().redrive_at_the_end.clone()).bind(row.get::<i64, _>(0));
+        redrive
+            .bind(now)
+            .bind(position)
+            .execute(&mut *connection)
+            .await
+            .map_err(&failed)?;
+        if let Some(key) = key.filter(|_| is_behind) {
+            // The head of its key is before it: it waits behind.
+            let demote = sqlx::query(self.sql().demote.clone())
+                .bind(mailbox)
+                .bind(topic)
+                .bind(key);
+            demote.bind(position - 1).execute(connection).await.map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl LogAdmin for SqliteLog {
+    async fn list(&self, filter: &Filter, page: &Page) -> Result<Listing> {
+        let after = page.after.as_ref().map(position).transpose()?;
+        let mut rows = self.rows(filter, after, page.size() + 1).await?;
+        let more = rows.len() > page.size();
+        rows.truncate(page.size());
+        let at = |row: &SqliteRow| Cursor(format!("{}:{}", row.get::<i64, _>(0), row.get::<i64, _>(1)));
+        let next = rows.last().filter(|_| more).map(at);
+        let mut reader = Reader::default();
+        let entries = rows.iter().map(|row| stored(&mut reader, row)).collect::<Result<_>>()?;
+        Ok(Listing::new(entries, next))
+    }
+
+    async fn show(&self, mailbox: &Mailbox, id: MessageId) -> Result<Option<Stored>> {
+        let rows = self.rows(&Filter::of(mailbox.clone()).with_id(id), None, 1).await?;
+        rows.first().map(|row| stored(&mut Reader::default(), row)).transpose()
+    }
+
+    async fn redrive(&self, filter: &Filter, max: u64) -> Result<u64> {
+        self.change_failed(filter, max, true).await
+    }
+
+    async fn discard(&self, filter: &Filter, max: u64) -> Result<u64> {
+        self.change_failed(filter, max, false).await
+    }
+
+    async fn stats(&self) -> Result<BTreeMap<Mailbox, Stats>> {
+        let now = micros(self.clock().now());
+        let all = sqlx::query(self.sql().stats.clone()).fetch_all(self.pool());
+        let rows = all.await.map_err(doing("counting records"))?;
+        let count = |row: &SqliteRow, column: usize| u64::try_from(row.get::<i64, _>(column)).unwrap_or(0);
+        rows.iter()
+            .map(|row| {
+                let mut stats = Stats::default();
+                stats.parked = count(row, 2);
+                stats.scheduled = count(row, 3);
+                stats.pending = count(row, 1) + stats.parked + stats.scheduled;
+                stats.failed = count(row, 4);
+                stats.succeeded = count(row, 5);
+                let oldest = [6, 7]
+                    .into_iter()
+                    .filter_map(|column| row.get::<Option<i64>, _>(column))
+                    .min();
+                stats.oldest_pending =
+                    oldest.map(|at| std::time::Duration::from_micros(u64::try_from(now - at).unwrap_or(0)));
+                Ok((row.get::<&str, _>(0).parse()?, stats))
+            })
+            .collect()
+    }
+}

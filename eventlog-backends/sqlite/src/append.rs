@@ -1,0 +1,196 @@
+//! Writing new records.
+
+use crate::{
+    SqliteLog,
+    error::doing,
+    row::{errors_to_text, headers, micros},
+};
+use postrider_core::{
+    Message, Result,
+    log::{AttemptError, NewRecord, Placement},
+};
+use sqlx::{Sqlite, SqliteConnection, query::Query, sqlite::SqliteArguments};
+use std::time::Duration;
+
+/// The states of the table of parked records.
+pub(crate) mod state {
+    pub(crate) const DUE: i64 = 0;
+    pub(crate) const BEHIND: i64 = 1;
+    pub(crate) const FOR_TOPIC: i64 = 2;
+    pub(crate) const FAILED: i64 = 3;
+    pub(crate) const FAILED_AND_HOLDING: i64 = 4;
+}
+
+type Statement<'q> = Query<'q, Sqlite, SqliteArguments>;
+
+/// Binds what makes a message, and when it was appended: ten values.
+fn bind<'q>(statement: Statement<'q>, message: &'q Message, now: i64) -> Result<Statement<'q>> {
+    Ok(statement
+        .bind(&message.id().as_uuid().as_bytes()[..])
+        .bind(message.topic().as_str())
+        .bind(message.kind())
+        .bind(message.source())
+        .bind(message.key())
+        .bind(message.content_type())
+        .bind(headers(message)?)
+        .bind(message.time().map(micros))
+        .bind(&message.payload()[..])
+        .bind(now))
+}
+
+impl SqliteLog {
+    /// Writes records in the connection's transaction, in their order.
+    pub(crate) async fn insert(
+        &self,
+        connection: &mut SqliteConnection,
+        mailbox: i64,
+        batch: &[NewRecord],
+    ) -> Result<()> {
+        let now = micros(self.clock().now());
+        let mut rest = batch;
+        while let Some(first) = rest.first() {
+            let due = rest.iter().take_while(|r| r.placement == Placement::Due).count();
+            if due > 0 {
+                self.insert_due(connection, mailbox, &rest[..due], now).await?;
+                rest = &rest[due..];
+                continue;
+            }
+            self.insert_placed(connection, mailbox, first, now).await?;
+            rest = &rest[1..];
+        }
+        Ok(())
+    }
+
+    /// Many rows a statement; only three sizes, so that each is prepared once.
+    async fn insert_due(
+        &self,
+        connection: &mut SqliteConnection,
+        mailbox: i64,
+        batch: &[NewRecord],
+        now: i64,
+    ) -> Result<()> {
+        let sql = self.sql();
+        let mut rest = batch;
+        while !rest.is_empty() {
+            let (statement, rows) = match rest.len() {
+                64.. => (&sql.append_64, 64),
+                8.. => (&sql.append_8, 8),
+                _ => (&sql.append_1, 1),
+            };
+            let mut query = sqlx::query(statement.clone()).bind(mailbox);
+            for record in &rest[..rows] {
+                query = bind(query, &record.message, now)?;
+            }
+            query
+                .execute(&mut *connection)
+                .await
+                .map_err(doing("appending events"))?;
+            rest = &rest[rows..];
+        }
+        Ok(())
+    }
+
+    async fn insert_placed(
+        &self,
+        connection: &mut SqliteConnection,
+        mailbox: i64,
+        record: &NewRecord,
+        now: i64,
+    ) -> Result<()> {
+        match &record.placement {
+            Placement::Scheduled { after } => {
+                let query = sqlx::query(self.sql().schedule.clone()).bind(mailbox);
+                let query = bind(query, &record.message, now)?.bind(later(now, *after));
+                query
+                    .execute(connection)
+                    .await
+                    .map_err(doing("appending a delayed event"))?;
+                Ok(())
+            }
+            Placement::Parked {
+                after,
+                attempts,
+                errors,
+            } => {
+                self.insert_parked(
+                    connection,
+                    mailbox,
+                    record,
+                    now,
+                    *attempts,
+                    errors,
+                    Some(later(now, *after)),
+                )
+                .await
+            }
+            Placement::Failed { attempts, errors } => {
+                self.insert_parked(connection, mailbox, record, now, *attempts, errors, None)
+                    .await
+            }
+            _ => Err(crate::log::unexpected(
+                "the SQLite log does not know this placement of a record",
+            )),
+        }
+    }
+
+    /// Parks a record on arrival, or makes it a dead letter where there is no time it is due; once for each message id.
+    #[allow(clippy::too_many_arguments)]
+    async fn insert_parked(
+        &self,
+        connection: &mut SqliteConnection,
+        mailbox: i64,
+        record: &NewRecord,
+        now: i64,
+        attempts: u32,
+        errors: &[AttemptError],
+        due_at: Option<i64>,
+    ) -> Result<()> {
+        let failed = doing("parking a message");
+        let (sql, message) = (self.sql(), &record.message);
+        let message_id = message.id();
+        let known = sqlx::query_scalar(sql.is_parked_message.clone()).bind(mailbox);
+        let known = known.bind(&message_id.as_uuid().as_bytes()[..]);
+        if known.fetch_one(&mut *connection).await.map_err(&failed)? {
+            return Ok(());
+        }
+        let id = self.next_id(connection).await?;
+        let is_behind = match (message.key(), due_at) {
+            (Some(key), Some(_)) => {
+                let waits = sqlx::query_scalar(sql.is_parked_key.clone())
+                    .bind(mailbox)
+                    .bind(message.topic().as_str());
+                waits.bind(key).fetch_one(&mut *connection).await.map_err(&failed)?
+            }
+            _ => false,
+        };
+        let mut kept = Vec::new();
+        AttemptError::keep(&mut kept, errors);
+        let state = match due_at {
+            None => state::FAILED,
+            Some(_) if is_behind => state::BEHIND,
+            Some(_) => state::DUE,
+        };
+        bind(sqlx::query(sql.park_new.clone()).bind(mailbox), message, now)?
+            .bind(id)
+            .bind(i64::from(attempts))
+            .bind(state)
+            .bind(due_at.filter(|_| !is_behind))
+            .bind(errors_to_text(&kept)?)
+            .bind(due_at.is_none().then_some(now))
+            .execute(connection)
+            .await
+            .map_err(failed)?;
+        Ok(())
+    }
+
+    /// A position at the end.
+    pub(crate) async fn next_id(&self, connection: &mut SqliteConnection) -> Result<i64> {
+        let next = sqlx::query_scalar(self.sql().next_id.clone());
+        next.fetch_one(connection).await.map_err(doing("taking a position"))
+    }
+}
+
+/// `now` and a delay, in microseconds.
+pub(crate) fn later(now: i64, delay: Duration) -> i64 {
+    now.saturating_add(i64::try_from(delay.as_micros()).unwrap_or(i64::MAX))
+}

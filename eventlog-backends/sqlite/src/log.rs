@@ -1,0 +1,227 @@
+use crate::{
+    SqliteOptions,
+    error::doing,
+    schema,
+    session::SqliteSession,
+    sql::{Names, Sql},
+};
+use async_trait::async_trait;
+use postrider_core::{
+    Error, ErrorKind, EventLog, Mailbox, Result,
+    clock::Clock,
+    log::{EventLogStore, Lease, LogCapabilities, NewRecord, Purge, Session, SessionOptions},
+};
+use sqlx::{
+    ConnectOptions as _, Connection as _, SqliteConnection, SqlitePool,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
+};
+use std::{
+    collections::HashMap,
+    fmt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+/// The event log in a SQLite file. Clones are handles on the same log.
+#[derive(Clone)]
+pub struct SqliteLog(Arc<Inner>);
+
+struct Inner {
+    pool: SqlitePool,
+    /// What a relay's own connection is opened with.
+    relay: SqliteConnectOptions,
+    sql: Sql,
+    options: SqliteOptions,
+    /// The ids of mailboxes that are known to be committed.
+    mailboxes: Mutex<HashMap<Mailbox, i64>>,
+}
+
+impl SqliteLog {
+    /// Opens the file, which comes into being if need be, brings its tables to this version, and keeps a pool on it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Storage`] if the file cannot be opened or written, is no database, or has tables of a newer version;
+    /// [`ErrorKind::Unavailable`] if another process keeps it locked.
+    pub async fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_with(path, SqliteOptions::default()).await
+    }
+
+    /// [`open`](SqliteLog::open), with options.
+    ///
+    /// # Errors
+    /// As there, and [`ErrorKind::Config`] if the options make no sense.
+    pub async fn open_with(path: impl AsRef<Path>, options: SqliteOptions) -> Result<Self> {
+        let path = path.as_ref().to_path_buf();
+        options.validate(&path)?;
+        let synchronous = if options.durable {
+            SqliteSynchronous::Full
+        } else {
+            SqliteSynchronous::Normal
+        };
+        let connect = SqliteConnectOptions::new()
+            .filename(&path)
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(synchronous)
+            .busy_timeout(options.busy_timeout);
+        let file = |error: Error| error.with("file", path.display());
+        let pool = SqlitePoolOptions::new()
+            .max_connections(options.max_connections)
+            .connect_with(connect)
+            .await
+            .map_err(doing("opening the event log"))
+            .map_err(file)?;
+        Self::on_pool(pool, options).await.map_err(file)
+    }
+
+    /// The log in the database of a pool of yours. The tables are brought to this version.
+    ///
+    /// The database should be in WAL mode, which is set if it can be, and the pool's connections decide how durable a
+    /// commit is. A relay opens a connection of its own with the pool's options.
+    ///
+    /// # Errors
+    /// As [`open_with`](SqliteLog::open_with).
+    pub async fn on_pool(pool: SqlitePool, options: SqliteOptions) -> Result<Self> {
+        let connect = (*pool.connect_options()).clone();
+        let path: PathBuf = connect.get_filename().to_path_buf();
+        options.validate(&path)?;
+        let names = Names::new(&options.prefix);
+        let mut connection = pool.acquire().await.map_err(doing("opening the event log"))?;
+        schema::migrate(&mut connection, &names).await?;
+        drop(connection);
+        let relay = connect
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Normal)
+            .busy_timeout(options.busy_timeout)
+            .row_buffer_size(1024)
+            .disable_statement_logging();
+        Ok(Self(Arc::new(Inner {
+            sql: Sql::new(&names),
+            pool,
+            relay,
+            options,
+            mailboxes: Mutex::new(HashMap::from([(Mailbox::outbox(), 1)])),
+        })))
+    }
+
+    /// The pool: for your own tables, in the same file.
+    #[must_use]
+    pub fn pool(&self) -> &SqlitePool {
+        &self.0.pool
+    }
+
+    pub(crate) fn sql(&self) -> &Sql {
+        &self.0.sql
+    }
+
+    pub(crate) fn options(&self) -> &SqliteOptions {
+        &self.0.options
+    }
+
+    pub(crate) fn clock(&self) -> &Arc<dyn Clock> {
+        &self.0.options.clock
+    }
+
+    /// A connection of a relay's own.
+    pub(crate) async fn connect(&self) -> Result<SqliteConnection> {
+        let connected = SqliteConnection::connect_with(&self.0.relay).await;
+        connected.map_err(doing("opening a connection for the relay"))
+    }
+
+    pub(crate) fn known_mailbox(&self, mailbox: &Mailbox) -> Option<i64> {
+        let known = self.0.mailboxes.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(mailbox).copied()
+    }
+
+    /// The mailbox's id is committed.
+    pub(crate) fn remember_mailbox(&self, mailbox: &Mailbox, id: i64) {
+        let mut known = self.0.mailboxes.lock().unwrap_or_else(PoisonError::into_inner);
+        known.insert(mailbox.clone(), id);
+    }
+
+    /// The id of a mailbox, which comes into being in the connection's transaction.
+    pub(crate) async fn mailbox_in(&self, connection: &mut SqliteConnection, mailbox: &Mailbox) -> Result<i64> {
+        if let Some(id) = self.known_mailbox(mailbox) {
+            return Ok(id);
+        }
+        let failed = doing("opening a mailbox");
+        let name = mailbox.to_string();
+        sqlx::query(self.sql().add_mailbox.clone())
+            .bind(&name)
+            .execute(&mut *connection)
+            .await
+            .map_err(&failed)?;
+        let found = sqlx::query_scalar(self.sql().find_mailbox.clone()).bind(&name);
+        found.fetch_one(connection).await.map_err(failed)
+    }
+
+    /// The id of a mailbox, if there is one of this name.
+    pub(crate) async fn find_mailbox(&self, mailbox: &Mailbox) -> Result<Option<i64>> {
+        if let Some(id) = self.known_mailbox(mailbox) {
+            return Ok(Some(id));
+        }
+        let found = sqlx::query_scalar(self.sql().find_mailbox.clone()).bind(mailbox.to_string());
+        found
+            .fetch_optional(self.pool())
+            .await
+            .map_err(doing("looking for a mailbox"))
+    }
+}
+
+impl fmt::Debug for SqliteLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SqliteLog")
+            .field("file", &self.0.relay.get_filename())
+            .field("prefix", &self.0.options.prefix)
+            .finish_non_exhaustive()
+    }
+}
+
+impl From<SqliteLog> for EventLog {
+    fn from(log: SqliteLog) -> Self {
+        Self::new("sqlite", log.clone(), LogCapabilities::all())
+            .with_transactions(log.clone())
+            .with_admin(log)
+    }
+}
+
+#[async_trait]
+impl EventLogStore for SqliteLog {
+    async fn append(&self, mailbox: &Mailbox, batch: &[NewRecord]) -> Result<()> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let failed = doing("appending events");
+        let mut tx = self.pool().begin_with("BEGIN IMMEDIATE").await.map_err(&failed)?;
+        let id = self.mailbox_in(&mut tx, mailbox).await?;
+        self.insert(&mut tx, id, batch).await?;
+        tx.commit().await.map_err(failed)?;
+        self.remember_mailbox(mailbox, id);
+        Ok(())
+    }
+
+    async fn open(&self, mailbox: &Mailbox, options: &SessionOptions) -> Result<Box<dyn Session>> {
+        Lease::check(options.lease)?;
+        let mut connection = self.connect().await?;
+        let failed = doing("opening a mailbox");
+        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await.map_err(&failed)?;
+        let id = self.mailbox_in(&mut tx, mailbox).await?;
+        tx.commit().await.map_err(failed)?;
+        self.remember_mailbox(mailbox, id);
+        Ok(Box::new(SqliteSession::new(
+            self.clone(),
+            id,
+            options.clone(),
+            connection,
+        )))
+    }
+
+    async fn purge(&self, request: &Purge) -> Result<u64> {
+        self.purge_old(request).await
+    }
+}
+
+/// A mistake in the statements of this crate would show as this.
+pub(crate) fn unexpected(what: &'static str) -> Error {
+    Error::new(ErrorKind::Unexpected, what)
+}

@@ -1,0 +1,95 @@
+-- Who has a mailbox: the holder moves the beat, and whoever sees it stand still for lease_ms may take over.
+CREATE TABLE {mailbox} (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    owner BLOB,
+    epoch INTEGER NOT NULL DEFAULT 0,
+    beat INTEGER NOT NULL DEFAULT 0,
+    lease_ms INTEGER NOT NULL DEFAULT 0
+) STRICT;
+INSERT INTO {mailbox} (id, name) VALUES (1, 'outbox:default');
+
+-- What is due and was never refused. AUTOINCREMENT: an id is never used again, since a relay reads with a cursor.
+-- Times are microseconds since 1970; headers a JSON array of pairs.
+CREATE TABLE {event} (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    mailbox INTEGER NOT NULL,
+    message_id BLOB NOT NULL,
+    topic TEXT NOT NULL,
+    type TEXT NOT NULL,
+    source TEXT,
+    key TEXT,
+    content_type TEXT NOT NULL,
+    headers TEXT NOT NULL,
+    time INTEGER,
+    payload BLOB NOT NULL,
+    created_at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX {event_mailbox} ON {event} (mailbox);
+INSERT INTO sqlite_sequence (name, seq) VALUES ({'event'}, 0);
+
+-- What was refused, what waits behind it, and the dead letters. The ids are those of the event table.
+-- state: 0 head of its key, due at due_at; 1 behind another of its key; 2 head, until its topic is resumed;
+--        3 failed; 4 failed, and holding its key
+CREATE TABLE {parked} (
+    id INTEGER PRIMARY KEY,
+    mailbox INTEGER NOT NULL,
+    message_id BLOB NOT NULL,
+    topic TEXT NOT NULL,
+    type TEXT NOT NULL,
+    source TEXT,
+    key TEXT,
+    content_type TEXT NOT NULL,
+    headers TEXT NOT NULL,
+    time INTEGER,
+    payload BLOB NOT NULL,
+    created_at INTEGER NOT NULL,
+    attempts INTEGER NOT NULL,
+    state INTEGER NOT NULL,
+    due_at INTEGER,
+    errors TEXT NOT NULL,
+    finished_at INTEGER
+) STRICT;
+CREATE INDEX {parked_due} ON {parked} (mailbox, due_at, id) WHERE state = 0;
+CREATE INDEX {parked_key} ON {parked} (mailbox, topic, key, id) WHERE state <> 3 AND key IS NOT NULL;
+CREATE INDEX {parked_topic} ON {parked} (mailbox, topic, id) WHERE state = 2;
+CREATE INDEX {parked_failed} ON {parked} (mailbox, finished_at) WHERE state >= 3;
+CREATE INDEX {parked_message} ON {parked} (mailbox, message_id);
+
+-- What is delayed: it enters the event table, under a new id, when its time has come.
+CREATE TABLE {scheduled} (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    mailbox INTEGER NOT NULL,
+    message_id BLOB NOT NULL,
+    topic TEXT NOT NULL,
+    type TEXT NOT NULL,
+    source TEXT,
+    key TEXT,
+    content_type TEXT NOT NULL,
+    headers TEXT NOT NULL,
+    time INTEGER,
+    payload BLOB NOT NULL,
+    created_at INTEGER NOT NULL,
+    due_at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX {scheduled_due} ON {scheduled} (mailbox, due_at, id);
+
+-- The history of what succeeded.
+CREATE TABLE {done} (
+    id INTEGER PRIMARY KEY,
+    mailbox INTEGER NOT NULL,
+    message_id BLOB NOT NULL,
+    topic TEXT NOT NULL,
+    type TEXT NOT NULL,
+    source TEXT,
+    key TEXT,
+    content_type TEXT NOT NULL,
+    headers TEXT NOT NULL,
+    time INTEGER,
+    payload BLOB NOT NULL,
+    created_at INTEGER NOT NULL,
+    attempts INTEGER NOT NULL,
+    errors TEXT NOT NULL,
+    finished_at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX {done_finished} ON {done} (mailbox, finished_at);

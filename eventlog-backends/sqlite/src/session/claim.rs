@@ -1,0 +1,320 @@
+//! Taking what is due.
+
+use super::{
+    Out, Shared, id,
+    lease::{Acquired, acquire},
+    position, tag,
+};
+use crate::{
+    error::doing,
+    row::{Reader, ids},
+};
+use postrider_core::{
+    Message, Result, Topic,
+    log::{Claim, Claimed, Lease, Record},
+};
+use sqlx::{Row as _, SqliteConnection, sqlite::SqliteRow};
+use std::{sync::Arc, time::Duration};
+
+/// How many rows a claim reads for each one it may give: what it passes over is bounded.
+const READ_PER_GIVEN: usize = 8;
+
+pub(super) async fn claim(shared: &Arc<Shared>, connection: &mut SqliteConnection, request: &Claim) -> Result<Claimed> {
+    let acquired = acquire(shared, connection).await?;
+    if let Acquired::NotYet(left) = acquired {
+        let mut claimed = Claimed::empty(Lease::none(shared.log.clock().clone()));
+        claimed.next_due = Some(left);
+        return Ok(claimed);
+    }
+    let (lease, epoch) = {
+        let mut held = shared.held();
+        held.holdings.begin_claim();
+        (held.lease.clone(), held.epoch)
+    };
+    let mut claimed = Claimed::empty(lease);
+    if matches!(acquired, Acquired::Fresh) {
+        claimed.waiting = waiting_topics(shared, connection).await?;
+    }
+    let mut claiming = Claiming {
+        shared,
+        connection,
+        epoch,
+        now: shared.now(),
+        max: request.max,
+        reader: Reader::default(),
+        records: Vec::new(),
+    };
+    let result = claiming.run(request.max_parked).await;
+    let records = claiming.records;
+    match result {
+        Ok(next_due) => {
+            claimed.records = records;
+            claimed.next_due = next_due;
+            Ok(claimed)
+        }
+        Err(error) => {
+            // Nothing was taken: it is all there for the next claim.
+            let mut held = shared.held();
+            for record in records {
+                let position = record.message.sequence().unwrap_or(0);
+                let out = held.records.remove(&position);
+                if out.is_some_and(|out| out.is_parked) {
+                    held.holdings.let_go(position);
+                } else {
+                    held.holdings.give_back(position);
+                }
+            }
+            Err(error)
+        }
+    }
+}
+
+async fn waiting_topics(shared: &Shared, connection: &mut SqliteConnection) -> Result<Vec<Topic>> {
+    let topics = sqlx::query_scalar(shared.log.sql().waiting_topics.clone()).bind(shared.mailbox);
+    let topics: Vec<String> = topics
+        .fetch_all(connection)
+        .await
+        .map_err(doing("looking for waiting topics"))?;
+    topics.into_iter().map(Topic::parse).collect()
+}
+
+struct Claiming<'a> {
+    shared: &'a Shared,
+    connection: &'a mut SqliteConnection,
+    epoch: i64,
+    now: i64,
+    max: usize,
+    reader: Reader,
+    records: Vec<Record>,
+}
+
+impl Claiming<'_> {
+    /// Takes what is due, and says when more will be.
+    async fn run(&mut self, max_parked: usize) -> Result<Option<Duration>> {
+        let failed = doing("looking for what is due");
+        let due = sqlx::query(self.shared.log.sql().next_due.clone()).bind(self.shared.mailbox);
+        let due = due.fetch_one(&mut *self.connection).await.map_err(failed)?;
+        let mut next_scheduled: Option<i64> = due.get(0);
+        let has_parked_keys: bool = due.get(1);
+        if next_scheduled.is_some_and(|at| at <= self.now) {
+            next_scheduled = self.enter_scheduled().await?;
+        }
+        let next_parked = self.parked(max_parked).await?;
+        self.freed().await?;
+        let read_all = self.fresh(has_parked_keys).await?;
+        if !read_all {
+            return Ok(Some(Duration::ZERO));
+        }
+        let next = next_scheduled.into_iter().chain(next_parked).min();
+        Ok(next.map(|at| Duration::from_micros(u64::try_from(at - self.now).unwrap_or(0))))
+    }
+
+    fn room(&self) -> usize {
+        self.max - self.records.len()
+    }
+
+    /// Moves scheduled rows whose time has come to the end of the hot table; gives when the next one's will.
+    async fn enter_scheduled(&mut self) -> Result<Option<i64>> {
+        let failed = doing("moving delayed events");
+        let (sql, mailbox) = (self.shared.log.sql(), self.shared.mailbox);
+        let at_most = i64::try_from(self.max.max(100)).unwrap_or(i64::MAX);
+        let Some(mut tx) = self.shared.fenced(self.connection, self.epoch).await? else {
+            return Ok(None);
+        };
+        for statement in [&sql.enter_scheduled, &sql.leave_scheduled] {
+            let moving = sqlx::query(statement.clone())
+                .bind(mailbox)
+                .bind(self.now)
+                .bind(at_most);
+            moving.execute(&mut *tx).await.map_err(&failed)?;
+        }
+        let next = sqlx::query(sql.next_due.clone())
+            .bind(mailbox)
+            .fetch_one(&mut *tx)
+            .await
+            .map_err(&failed)?;
+        tx.commit().await.map_err(failed)?;
+        Ok(next.get(0))
+    }
+
+    /// Due heads, each with its followers. Gives when the next head is due.
+    async fn parked(&mut self, max_runs: usize) -> Result<Option<i64>> {
+        let failed = doing("looking for parked events");
+        let out = self.shared.held().records.values().filter(|out| out.is_parked).count();
+        let at_most = i64::try_from(max_runs.saturating_add(out).saturating_add(1)).unwrap_or(i64::MAX);
+        let heads = sqlx::query(self.shared.log.sql().due_heads.clone())
+            .bind(self.shared.mailbox)
+            .bind(at_most);
+        let heads = heads.fetch_all(&mut *self.connection).await.map_err(failed)?;
+        let mut runs = 0;
+        for head in heads {
+            let (head, due_at): (i64, i64) = (head.get(0), head.get(1));
+            if self.shared.held().holdings.is_held(position(head)) {
+                continue;
+            }
+            if due_at > self.now || runs == max_runs || self.room() == 0 {
+                return Ok(Some(due_at));
+            }
+            runs += 1;
+            self.run_behind(head).await?;
+        }
+        Ok(None)
+    }
+
+    async fn run_behind(&mut self, head: i64) -> Result<()> {
+        let failed = doing("reading parked events");
+        let sql = self.shared.log.sql();
+        let first = sqlx::query(sql.parked_by_id.clone()).bind(head);
+        let Some(first) = first.fetch_optional(&mut *self.connection).await.map_err(&failed)? else {
+            return Ok(());
+        };
+        let message = self.reader.message(&first, 1)?;
+        let Some(key) = message.key_hash() else {
+            return self.give_parked(&first);
+        };
+        if self.shared.held().holdings.is_busy(key) {
+            return Ok(());
+        }
+        let run = sqlx::query(sql.run_of_key.clone())
+            .bind(self.shared.mailbox)
+            .bind(message.topic().as_str())
+            .bind(message.key())
+            .bind(head)
+            .bind(i64::try_from(self.room()).unwrap_or(i64::MAX));
+        for row in run.fetch_all(&mut *self.connection).await.map_err(failed)? {
+            let is_behind = row.get::<i64, _>(11) == crate::append::state::BEHIND;
+            if row.get::<i64, _>(0) != head && !is_behind {
+                break;
+            }
+            self.give_parked(&row)?;
+        }
+        Ok(())
+    }
+
+    fn give_parked(&mut self, row: &SqliteRow) -> Result<()> {
+        let message = self.reader.message(row, 1)?;
+        let attempts = u32::try_from(row.get::<i64, _>(10)).unwrap_or(u32::MAX);
+        let at = position(row.get(0));
+        self.shared.held().holdings.take_run(at, message.key_hash());
+        self.give(at, message, attempts, true);
+        Ok(())
+    }
+
+    fn give(&mut self, at: u64, message: Message, attempts: u32, is_parked: bool) {
+        let message = message.with_sequence(at);
+        let out = Out {
+            message: message.clone(),
+            is_parked,
+        };
+        self.shared.held().records.insert(at, out);
+        self.records.push(Record::new(tag(self.epoch, at), message, attempts));
+    }
+
+    /// What was passed over for keys that have become free.
+    async fn freed(&mut self) -> Result<()> {
+        let freed = self.shared.held().holdings.take_freed(self.room());
+        if freed.is_empty() {
+            return Ok(());
+        }
+        let events = sqlx::query(self.shared.log.sql().events_by_id.clone()).bind(ids(freed.iter().map(|p| id(*p))));
+        let rows = events
+            .fetch_all(&mut *self.connection)
+            .await
+            .map_err(doing("reading events"));
+        let rows = rows.inspect_err(|_| {
+            let mut held = self.shared.held();
+            freed.iter().for_each(|position| held.holdings.give_back(*position));
+        })?;
+        for row in &rows {
+            let message = self.reader.message(row, 1)?;
+            self.give(position(row.get(0)), message, 0, false);
+        }
+        let mut held = self.shared.held();
+        let gone: Vec<u64> = freed
+            .into_iter()
+            .filter(|position| !held.records.contains_key(position))
+            .collect();
+        gone.into_iter().for_each(|position| {
+            held.holdings.let_go(position);
+        });
+        Ok(())
+    }
+
+    /// What was not read yet. `false` if it stopped before the end for another reason than `max`.
+    async fn fresh(&mut self, has_parked_keys: bool) -> Result<bool> {
+        let sql = self.shared.log.sql();
+        let statement = if has_parked_keys {
+            &sql.fresh_and_parked
+        } else {
+            &sql.fresh
+        };
+        let mut may_read = self.max.saturating_mul(READ_PER_GIVEN);
+        while self.room() > 0 {
+            let (cursor, is_full) = {
+                let held = self.shared.held();
+                (held.cursor, held.holdings.is_full())
+            };
+            if is_full {
+                return Ok(true);
+            }
+            let wanted = self.room().min(may_read);
+            if wanted == 0 {
+                return Ok(false);
+            }
+            may_read -= wanted;
+            let fresh = sqlx::query(statement.clone()).bind(self.shared.mailbox).bind(cursor);
+            let fresh = fresh.bind(i64::try_from(wanted).unwrap_or(i64::MAX));
+            let rows = fresh
+                .fetch_all(&mut *self.connection)
+                .await
+                .map_err(doing("reading events"))?;
+            let read = rows.len();
+            self.take_fresh(rows, has_parked_keys).await?;
+            if read < wanted {
+                return Ok(true);
+            }
+        }
+        Ok(true)
+    }
+
+    async fn take_fresh(&mut self, rows: Vec<SqliteRow>, has_parked_keys: bool) -> Result<()> {
+        let mut behind = Vec::new();
+        let (mut taken, mut last) = (Vec::with_capacity(rows.len()), None);
+        for row in &rows {
+            let row_id: i64 = row.get(0);
+            last = Some(row_id);
+            if has_parked_keys && row.get::<bool, _>(10) {
+                behind.push(row_id);
+            } else {
+                taken.push((row_id, self.reader.message(row, 1)?));
+            }
+        }
+        if !behind.is_empty() {
+            let failed = doing("parking events behind others of their key");
+            let Some(mut tx) = self.shared.fenced(self.connection, self.epoch).await? else {
+                return Ok(());
+            };
+            let sql = self.shared.log.sql();
+            let behind = ids(behind);
+            for statement in [&sql.park_behind, &sql.delete_ids] {
+                sqlx::query(statement.clone())
+                    .bind(&behind)
+                    .execute(&mut *tx)
+                    .await
+                    .map_err(&failed)?;
+            }
+            tx.commit().await.map_err(failed)?;
+        }
+        for (row_id, message) in taken {
+            let at = position(row_id);
+            let is_taken = self.shared.held().holdings.take(at, message.key_hash());
+            if is_taken {
+                self.give(at, message, 0, false);
+            }
+        }
+        if let Some(last) = last {
+            self.shared.held().cursor = last;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,261 @@
+//! Every statement, with the names filled in: the one place where identifiers become SQL.
+
+use sqlx::{AssertSqlSafe, SqlSafeStr as _, SqlStr};
+use std::sync::Arc;
+
+/// The columns that make a message, in the order [`row::message`](crate::row::message) reads them, behind the id.
+macro_rules! message_columns {
+    () => {
+        "message_id, topic, type, source, key, content_type, headers, time, payload"
+    };
+}
+
+/// The tables by the names they have under a prefix, quoted.
+#[derive(Debug, Clone)]
+pub(crate) struct Names {
+    prefix: String,
+}
+
+impl Names {
+    pub(crate) fn new(prefix: &str) -> Self {
+        Self {
+            prefix: prefix.to_owned(),
+        }
+    }
+
+    fn quoted(&self, name: &str) -> String {
+        format!("\"{}{name}\"", self.prefix.replace('"', "\"\""))
+    }
+
+    /// Puts the names into `{table}`s.
+    pub(crate) fn fill(&self, template: &str) -> SqlStr {
+        const NAMES: [&str; 14] = [
+            "meta",
+            "mailbox",
+            "event_mailbox",
+            "event",
+            "parked_due",
+            "parked_key",
+            "parked_failed",
+            "parked_topic",
+            "parked_message",
+            "parked",
+            "scheduled_due",
+            "scheduled",
+            "done_finished",
+            "done",
+        ];
+        let mut text = template.to_owned();
+        for name in NAMES {
+            text = text.replace(&format!("{{{name}}}"), &self.quoted(name));
+        }
+        // As a string, where SQLite's own table of sequences asks for it.
+        let sequence = format!("'{}event'", self.prefix.replace('\'', "''"));
+        let text: Arc<str> = text.replace("{'event'}", &sequence).into();
+        AssertSqlSafe(text).into_sql_str()
+    }
+}
+
+macro_rules! statements {
+    ($($(#[$doc:meta])* $name:ident: $sql:expr;)*) => {
+        /// The statements.
+        #[derive(Debug)]
+        pub(crate) struct Sql {
+            $($(#[$doc])* pub(crate) $name: SqlStr,)*
+        }
+        impl Sql {
+            pub(crate) fn new(names: &Names) -> Self {
+                Self { $($name: names.fill($sql),)* }
+            }
+        }
+    };
+}
+
+statements! {
+    add_mailbox: "INSERT INTO {mailbox} (name) VALUES (?1) ON CONFLICT (name) DO NOTHING";
+    find_mailbox: "SELECT id FROM {mailbox} WHERE name = ?1";
+
+    // Appending. ?1 is the mailbox; then eleven values a row.
+    append_1: &insert_events(1);
+    append_8: &insert_events(8);
+    append_64: &insert_events(64);
+    schedule: concat!(
+        "INSERT INTO {scheduled} (mailbox, ", message_columns!(), ", created_at, due_at) ",
+        "VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+    );
+    is_parked_message: "SELECT EXISTS (SELECT 1 FROM {parked} WHERE mailbox = ?1 AND message_id = ?2)";
+    next_id: "UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = {'event'} RETURNING seq";
+    park_new: concat!(
+        "INSERT INTO {parked} (id, mailbox, ", message_columns!(), ", created_at, attempts, state, due_at, errors, finished_at) ",
+        "VALUES (?12, ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?13, ?14, ?15, ?16, ?17)",
+    );
+
+    // The lease.
+    read_lease: "SELECT owner, epoch, beat, lease_ms FROM {mailbox} WHERE id = ?1";
+    take_lease:
+        "UPDATE {mailbox} SET owner = ?2, epoch = epoch + 1, beat = beat + 1, lease_ms = ?3 WHERE id = ?1 RETURNING epoch";
+    renew_lease: "UPDATE {mailbox} SET beat = beat + 1 WHERE id = ?1 AND owner = ?2 AND epoch = ?3";
+    free_lease: "UPDATE {mailbox} SET owner = NULL WHERE id = ?1 AND owner = ?2 AND epoch = ?3";
+    fence: "SELECT 1 FROM {mailbox} WHERE id = ?1 AND owner = ?2 AND epoch = ?3";
+
+    // Claiming.
+    next_due: "SELECT (SELECT min(due_at) FROM {scheduled} WHERE mailbox = ?1), \
+        (SELECT EXISTS (SELECT 1 FROM {parked} WHERE mailbox = ?1 AND key IS NOT NULL AND state <> 3))";
+    enter_scheduled: concat!(
+        "INSERT INTO {event} (mailbox, ", message_columns!(), ", created_at) ",
+        "SELECT mailbox, ", message_columns!(), ", created_at FROM {scheduled} WHERE mailbox = ?1 AND due_at <= ?2 ",
+        "ORDER BY due_at, id LIMIT ?3",
+    );
+    leave_scheduled: "DELETE FROM {scheduled} WHERE id IN \
+        (SELECT id FROM {scheduled} WHERE mailbox = ?1 AND due_at <= ?2 ORDER BY due_at, id LIMIT ?3)";
+    due_heads: "SELECT id, due_at FROM {parked} INDEXED BY {parked_due} WHERE mailbox = ?1 AND state = 0 ORDER BY due_at, id LIMIT ?2";
+    run_of_key: concat!(
+        "SELECT id, ", message_columns!(), ", attempts, state FROM {parked} INDEXED BY {parked_key} ",
+        "WHERE mailbox = ?1 AND topic = ?2 AND key = ?3 AND state <> 3 AND key IS NOT NULL AND id >= ?4 ORDER BY id LIMIT ?5",
+    );
+    parked_by_id: concat!("SELECT id, ", message_columns!(), ", attempts, state FROM {parked} WHERE id = ?1");
+    fresh: concat!(
+        "SELECT id, ", message_columns!(), " FROM {event} INDEXED BY {event_mailbox} ",
+        "WHERE mailbox = ?1 AND id > ?2 ORDER BY id LIMIT ?3",
+    );
+    /// As `fresh`, with whether something of the row's key is parked.
+    fresh_and_parked: concat!(
+        "SELECT id, ", message_columns!(), ", key IS NOT NULL AND EXISTS (SELECT 1 FROM {parked} p INDEXED BY {parked_key} ",
+        "WHERE p.mailbox = e.mailbox AND p.topic = e.topic AND p.key = e.key AND p.state <> 3 AND p.key IS NOT NULL) ",
+        "FROM {event} e INDEXED BY {event_mailbox} WHERE mailbox = ?1 AND id > ?2 ORDER BY id LIMIT ?3",
+    );
+    events_by_id: concat!(
+        "SELECT id, ", message_columns!(), " FROM {event} WHERE id IN (SELECT value FROM json_each(?1)) ORDER BY id",
+    );
+    waiting_topics: "SELECT DISTINCT topic FROM {parked} INDEXED BY {parked_topic} WHERE mailbox = ?1 AND state = 2";
+
+    // Settling. Ids come as a JSON array.
+    keep_done: concat!(
+        "INSERT INTO {done} (id, mailbox, ", message_columns!(), ", created_at, attempts, errors, finished_at) ",
+        "SELECT id, mailbox, ", message_columns!(), ", created_at, 0, '[]', ?3 FROM {event} ",
+        "WHERE id IN (SELECT value FROM json_each(?2)) AND mailbox = ?1",
+    );
+    delete_events: "DELETE FROM {event} WHERE id IN (SELECT value FROM json_each(?2)) AND mailbox = ?1";
+    park: concat!(
+        "INSERT INTO {parked} (id, mailbox, ", message_columns!(), ", created_at, attempts, state, due_at, errors, finished_at) ",
+        "SELECT id, mailbox, ", message_columns!(), ", created_at, ?2, ?3, ?4, ?5, ?6 FROM {event} WHERE id = ?1",
+    );
+    park_behind: concat!(
+        "INSERT INTO {parked} (id, mailbox, ", message_columns!(), ", created_at, attempts, state, due_at, errors, finished_at) ",
+        "SELECT id, mailbox, ", message_columns!(), ", created_at, 0, 1, NULL, '[]', NULL FROM {event} ",
+        "WHERE id IN (SELECT value FROM json_each(?1))",
+    );
+    delete_ids: "DELETE FROM {event} WHERE id IN (SELECT value FROM json_each(?1))";
+    same_key: "SELECT id FROM {event} WHERE id IN (SELECT value FROM json_each(?1)) AND topic = ?2 AND key = ?3 ORDER BY id";
+    parked_errors: "SELECT errors FROM {parked} WHERE id = ?1";
+    set_parked: "UPDATE {parked} SET attempts = ?2, state = ?3, due_at = ?4, errors = ?5, finished_at = ?6 WHERE id = ?1";
+    keep_done_parked: concat!(
+        "INSERT INTO {done} (id, mailbox, ", message_columns!(), ", created_at, attempts, errors, finished_at) ",
+        "SELECT id, mailbox, ", message_columns!(), ", created_at, attempts, errors, ?2 FROM {parked} WHERE id = ?1",
+    );
+    delete_parked: "DELETE FROM {parked} WHERE id = ?1";
+    is_behind: "SELECT EXISTS (SELECT 1 FROM {parked} INDEXED BY {parked_key} \
+        WHERE mailbox = ?1 AND topic = ?2 AND key = ?3 AND state <> 3 AND key IS NOT NULL AND id < ?4)";
+    is_parked_key: "SELECT EXISTS (SELECT 1 FROM {parked} INDEXED BY {parked_key} \
+        WHERE mailbox = ?1 AND topic = ?2 AND key = ?3 AND state <> 3 AND key IS NOT NULL)";
+    /// Those behind a new head are heads no more.
+    demote: "UPDATE {parked} INDEXED BY {parked_key} SET state = 1, due_at = NULL \
+        WHERE mailbox = ?1 AND topic = ?2 AND key = ?3 AND state <> 3 AND key IS NOT NULL AND id > ?4 AND state IN (0, 2)";
+    /// The first of a key becomes its head, due at once, if it was behind another.
+    promote: "UPDATE {parked} SET state = 0, due_at = ?4 WHERE state = 1 AND id = \
+        (SELECT min(id) FROM {parked} INDEXED BY {parked_key} WHERE mailbox = ?1 AND topic = ?2 AND key = ?3 AND state <> 3 AND key IS NOT NULL)";
+    resume: "UPDATE {parked} SET state = 0, due_at = ?4 WHERE id IN \
+        (SELECT id FROM {parked} INDEXED BY {parked_topic} WHERE mailbox = ?1 AND topic = ?2 AND state = 2 ORDER BY id LIMIT ?3)";
+
+    // Cleaning up.
+    purge_done: "DELETE FROM {done} WHERE id IN \
+        (SELECT id FROM {done} INDEXED BY {done_finished} WHERE mailbox = ?1 AND finished_at <= ?2 ORDER BY finished_at LIMIT ?3)";
+    old_failed: "SELECT id, topic, key, state FROM {parked} INDEXED BY {parked_failed} \
+        WHERE mailbox = ?1 AND state >= 3 AND finished_at <= ?2 ORDER BY finished_at LIMIT ?3";
+
+    // Administration.
+    failed: "SELECT id, topic, key, state FROM {parked} INDEXED BY {parked_failed} WHERE mailbox = ?1 AND state >= 3 \
+        AND (?2 IS NULL OR topic = ?2) AND (?3 IS NULL OR type = ?3) AND (?4 IS NULL OR key = ?4) \
+        AND (?5 IS NULL OR hex(message_id) IN (SELECT value FROM json_each(?5))) ORDER BY id LIMIT ?6";
+    redrive_in_place: "UPDATE {parked} SET state = 0, attempts = 0, due_at = ?2, finished_at = NULL WHERE id = ?1";
+    redrive_at_the_end: "UPDATE {parked} SET id = ?3, state = 0, attempts = 0, due_at = ?2, finished_at = NULL WHERE id = ?1";
+    list: &list();
+    stats: "SELECT m.name, \
+        (SELECT count(*) FROM {event} WHERE mailbox = m.id), \
+        (SELECT count(*) FROM {parked} WHERE mailbox = m.id AND state < 3), \
+        (SELECT count(*) FROM {scheduled} WHERE mailbox = m.id), \
+        (SELECT count(*) FROM {parked} WHERE mailbox = m.id AND state >= 3), \
+        (SELECT count(*) FROM {done} WHERE mailbox = m.id), \
+        (SELECT min(created_at) FROM {event} WHERE mailbox = m.id), \
+        (SELECT min(created_at) FROM {parked} WHERE mailbox = m.id AND state < 3) \
+        FROM {mailbox} m";
+}
+
+fn insert_events(rows: usize) -> String {
+    let mut sql = concat!(
+        "INSERT INTO {event} (mailbox, ",
+        message_columns!(),
+        ", created_at) VALUES "
+    )
+    .to_owned();
+    for row in 0..rows {
+        let first = 2 + row * 10;
+        let values: Vec<String> = (first..first + 10).map(|n| format!("?{n}")).collect();
+        let separator = if row == 0 { "" } else { ", " };
+        sql.push_str(&format!("{separator}(?1, {})", values.join(", ")));
+    }
+    sql
+}
+
+/// A page of everything in a mailbox: ?1 mailbox, ?2 part and ?3 id to begin behind, ?4 topic, ?5 type, ?6 key, ?7 ids,
+/// ?8 state (0 pending, 1 succeeded, 2 failed), ?9 limit. Part 0 is ordered by the common ids, part 1 is what is
+/// scheduled, whose ids are its own.
+fn list() -> String {
+    let part = |part: u8, table: &str, of: &str, columns: &str, also: &str| {
+        format!(
+            concat!(
+                "SELECT * FROM (SELECT {part} AS part, id, ",
+                message_columns!(),
+                ", created_at, {columns} FROM {table} ",
+                "WHERE mailbox = ?1 AND (?2 < {part} OR (?2 = {part} AND id > ?3)) {also} ",
+                "AND (?4 IS NULL OR topic = ?4) AND (?5 IS NULL OR type = ?5) AND (?6 IS NULL OR key = ?6) ",
+                "AND (?7 IS NULL OR hex(message_id) IN (SELECT value FROM json_each(?7))) ",
+                "AND (?8 IS NULL OR ?8 = {of}) ORDER BY id LIMIT ?9)"
+            ),
+            part = part,
+            columns = columns,
+            table = table,
+            also = also,
+            of = of,
+        )
+    };
+    [
+        part(0, "{event}", "0", "0, '[]', NULL, NULL, 0", ""),
+        part(
+            0,
+            "{parked}",
+            "CASE WHEN state >= 3 THEN 2 ELSE 0 END",
+            "attempts, errors, due_at, finished_at, CASE WHEN state >= 3 THEN 2 ELSE 0 END",
+            "",
+        ),
+        part(0, "{done}", "1", "attempts, errors, NULL, finished_at, 1", ""),
+        part(1, "{scheduled}", "0", "0, '[]', due_at, NULL, 0", ""),
+    ]
+    .join(" UNION ALL ")
+        + " ORDER BY 1, 2 LIMIT ?9"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_is_filled_in_and_quoted() {
+        let sql = Sql::new(&Names::new("a\"b'c"));
+        for statement in [&sql.list, &sql.next_id, &sql.append_64, &sql.promote, &sql.stats] {
+            assert!(!statement.as_str().contains('{'), "{}", statement.as_str());
+        }
+        assert!(sql.next_id.as_str().contains("'a\"b''cevent'"));
+        assert!(sql.stats.as_str().contains("\"a\"\"b'cevent\""));
+    }
+}

@@ -1,0 +1,66 @@
+//! Appending in the caller's transaction.
+
+use crate::{SqliteLog, error::doing};
+use async_trait::async_trait;
+use postrider_core::{
+    Error, ErrorKind, Mailbox, Result,
+    log::{Lent, LogTransaction, NewRecord, TransactionOf, TransactionalLog},
+};
+use sqlx::{Connection as _, Sqlite, SqliteConnection, Transaction};
+
+impl TransactionOf<SqliteLog> for Transaction<'_, Sqlite> {
+    fn lend(&mut self) -> Lent<'_> {
+        Lent::exclusive::<SqliteConnection>(&mut **self)
+    }
+}
+
+/// A plain connection has to be in a transaction, which is checked when something is appended.
+impl TransactionOf<SqliteLog> for SqliteConnection {
+    fn lend(&mut self) -> Lent<'_> {
+        Lent::exclusive(self)
+    }
+}
+
+#[derive(Debug)]
+struct SqliteTransaction(Transaction<'static, Sqlite>);
+
+#[async_trait]
+impl LogTransaction for SqliteTransaction {
+    fn lend(&mut self) -> Lent<'_> {
+        Lent::exclusive::<SqliteConnection>(&mut *self.0)
+    }
+    async fn commit(self: Box<Self>) -> Result<()> {
+        self.0.commit().await.map_err(doing("committing"))
+    }
+    async fn rollback(self: Box<Self>) -> Result<()> {
+        self.0.rollback().await.map_err(doing("rolling back"))
+    }
+}
+
+#[async_trait]
+impl TransactionalLog for SqliteLog {
+    async fn begin(&self) -> Result<Box<dyn LogTransaction>> {
+        // A deferred transaction that has read cannot always become a writer.
+        let tx = self
+            .pool()
+            .begin_with("BEGIN IMMEDIATE")
+            .await
+            .map_err(doing("beginning a transaction"))?;
+        Ok(Box::new(SqliteTransaction(tx)))
+    }
+
+    async fn append_in(&self, tx: Lent<'_>, mailbox: &Mailbox, batch: &[NewRecord]) -> Result<()> {
+        let connection: &mut SqliteConnection = tx.get_mut()?;
+        if !connection.is_in_transaction() {
+            return Err(Error::new(
+                ErrorKind::WrongTransaction,
+                "the connection is in no transaction: begin one with `pool.begin().await?`, or say `bus.publish(…)`",
+            ));
+        }
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let id = self.mailbox_in(connection, mailbox).await?;
+        self.insert(connection, id, batch).await
+    }
+}
