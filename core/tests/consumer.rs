@@ -458,3 +458,69 @@ async fn without_a_log_dead_letters_are_the_transports_and_publishing_says_what_
     bus.shutdown(secs(5)).await.unwrap();
     assert_eq!(transport.dead_letters(&GroupName::new("g")).len(), 1);
 }
+
+#[tokio::test]
+async fn a_broker_that_confirms_what_was_handled_leaves_the_rest_in_the_log() {
+    let world = World::new(options()).await;
+    let in_process = || MemoryTransport::on_clock(world.clock.clone()).confirm_when_handled();
+    let build = |transport| {
+        Bus::builder()
+            .log(world.log.clone())
+            .transport(transport)
+            .clock(world.clock.clone())
+            .relay(options())
+            .build()
+            .unwrap()
+    };
+    let handled: Arc<Mutex<Vec<u32>>> = Arc::default();
+    let subscribe = async |bus: &Bus, from: u32| {
+        bus.subscribe::<OrderPlaced>("g")
+            .state(Arc::new((handled.clone(), from)))
+            .handler(async |(handled, from), order, _| {
+                if order.id >= *from {
+                    std::future::pending::<()>().await;
+                }
+                handled.lock().unwrap().push(order.id);
+                Ok(())
+            })
+            .start()
+            .await
+            .unwrap()
+    };
+    let bus = build(in_process());
+    bus.publish_all(
+        (0..10)
+            .map(|id| placed(id, &format!("c{id}")))
+            .collect::<Vec<_>>()
+            .iter(),
+    )
+    .await
+    .unwrap();
+    bus.start().await.unwrap();
+    world.until(|_| bus.relay_report().paused_topics.len() == 1).await;
+    subscribe(&bus, 5).await;
+    for _ in 0..5 {
+        world.pass(secs(1)).await;
+    }
+    world.until(|_| handled.lock().unwrap().len() == 5).await;
+    let (stopping, clock) = (bus.clone(), world.clock.clone());
+    let stop = tokio::spawn(async move { stopping.shutdown(secs(1)).await });
+    world.settle().await;
+    clock.advance(secs(2));
+    assert!(stop.await.unwrap().is_err(), "five handlers never end");
+    assert!(
+        world.stats().await.pending >= 5,
+        "what was not handled is still in the log"
+    );
+    let next = build(in_process());
+    subscribe(&next, 100).await;
+    next.start().await.unwrap();
+    for _ in 0..5 {
+        world.pass(secs(1)).await;
+    }
+    world.until_async(async |w| w.stats().await.pending == 0).await;
+    let mut all = handled.lock().unwrap().clone();
+    all.sort_unstable();
+    all.dedup();
+    assert_eq!(all, (0..10).collect::<Vec<_>>());
+}

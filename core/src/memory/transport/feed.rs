@@ -111,7 +111,6 @@ impl Settler for MemorySettler {
         let member = &self.0;
         let now = member.clock.elapsed();
         let mut state = member.group.state();
-        let mut news = false;
         let outcomes = batch
             .iter()
             .map(|(tag, disposition)| {
@@ -123,7 +122,6 @@ impl Settler for MemorySettler {
                     Disposition::DeadLetter => state.dead_letter(tag, member.id),
                     Disposition::Release => state.release(tag, member.id),
                 };
-                news = true;
                 if known {
                     Ok(())
                 } else {
@@ -132,9 +130,7 @@ impl Settler for MemorySettler {
             })
             .collect();
         drop(state);
-        if news {
-            member.group.news.notify_waiters();
-        }
+        member.group.news.notify_waiters();
         outcomes
     }
 

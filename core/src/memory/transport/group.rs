@@ -1,11 +1,13 @@
 //! What a group has still to do.
 
-use super::Locked;
-use crate::{Message, clock::Moment};
+use crate::{Message, MessageId, clock::Moment};
 use rustc_hash::FxHashMap;
 use std::{
-    collections::BTreeMap,
-    sync::{Mutex, PoisonError},
+    collections::{BTreeMap, HashMap},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 use tokio::sync::Notify;
 
@@ -16,8 +18,32 @@ pub(super) struct Group {
 }
 
 impl Group {
-    pub(super) fn state(&self) -> Locked<'_> {
+    pub(super) fn state(&self) -> MutexGuard<'_, GroupState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How many deliveries a publish call still waits for.
+#[derive(Debug, Default)]
+pub(super) struct Handled {
+    left: AtomicUsize,
+    none_left: Notify,
+}
+
+impl Handled {
+    fn one_less(&self) {
+        if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.none_left.notify_waiters();
+        }
+    }
+
+    /// Waits until every group has settled its deliveries.
+    pub(super) async fn all(&self) {
+        let mut none_left = std::pin::pin!(self.none_left.notified());
+        none_left.as_mut().enable();
+        if self.left.load(Ordering::Acquire) > 0 {
+            none_left.await;
+        }
     }
 }
 
@@ -37,6 +63,8 @@ pub(super) struct GroupState {
     last_tag: u64,
     pub(super) last_member: u64,
     pub(super) dead: Vec<Message>,
+    /// Who waits for a message to be settled: one publish call, or several that repeat it.
+    awaited: HashMap<MessageId, Vec<Arc<Handled>>>,
 }
 
 #[derive(Debug)]
@@ -65,7 +93,17 @@ impl Key {
 }
 
 impl GroupState {
-    pub(super) fn arrive(&mut self, offset: u64, message: Message) {
+    /// A message for the group; `handled` is told when it has been settled. One that is awaited already is not queued
+    /// twice.
+    pub(super) fn arrive(&mut self, offset: u64, message: Message, handled: Option<&Arc<Handled>>) {
+        if let Some(handled) = handled {
+            handled.left.fetch_add(1, Ordering::AcqRel);
+            let waiting = self.awaited.entry(message.id()).or_default();
+            waiting.push(handled.clone());
+            if waiting.len() > 1 {
+                return;
+            }
+        }
         let entry = Entry {
             offset,
             message,
@@ -141,10 +179,19 @@ impl GroupState {
         Some((out.entry, out.key))
     }
 
+    fn settled(&mut self, message: &Message) {
+        if self.awaited.is_empty() {
+            return;
+        }
+        let waiting = self.awaited.remove(&message.id()).unwrap_or_default();
+        waiting.iter().for_each(|handled| handled.one_less());
+    }
+
     pub(super) fn ack(&mut self, tag: u64, member: u64) -> bool {
-        let Some((_, key)) = self.take_back(tag, member) else {
+        let Some((entry, key)) = self.take_back(tag, member) else {
             return false;
         };
+        self.settled(&entry.message);
         self.free(key);
         true
     }
@@ -153,6 +200,7 @@ impl GroupState {
         let Some((entry, key)) = self.take_back(tag, member) else {
             return false;
         };
+        self.settled(&entry.message);
         self.dead.push(entry.message);
         self.free(key);
         true

@@ -13,7 +13,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use feed::Member;
-use group::{Group, GroupState};
+use group::{Group, Handled};
 use std::{
     collections::{HashMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -32,6 +32,7 @@ pub struct MemoryTransport {
 struct Broker {
     clock: Arc<dyn Clock>,
     retention: usize,
+    confirms_when_handled: bool,
     faults: MemoryFaults,
     state: Mutex<State>,
 }
@@ -59,25 +60,38 @@ impl MemoryTransport {
     /// A broker on another clock.
     #[must_use]
     pub fn on_clock(clock: Arc<dyn Clock>) -> Self {
-        Self::with(clock, 100_000)
+        Self::with(clock, 100_000, false)
     }
 
-    /// A broker that keeps the last `messages` of a topic for groups to come. What a group has not settled is kept
-    /// whatever the number.
-    #[must_use]
-    pub fn with_retention(messages: usize) -> Self {
-        Self::with(SystemClock::shared(), messages)
-    }
-
-    fn with(clock: Arc<dyn Clock>, retention: usize) -> Self {
+    fn with(clock: Arc<dyn Clock>, retention: usize, confirms_when_handled: bool) -> Self {
         Self {
             broker: Arc::new(Broker {
                 clock,
                 retention,
+                confirms_when_handled,
                 faults: MemoryFaults::default(),
                 state: Mutex::default(),
             }),
         }
+    }
+
+    /// An empty broker like this one that keeps the last `messages` of a topic for groups to come. What a group has not
+    /// settled is kept whatever the number.
+    #[must_use]
+    pub fn with_retention(self, messages: usize) -> Self {
+        let broker = &self.broker;
+        Self::with(broker.clock.clone(), messages, broker.confirms_when_handled)
+    }
+
+    /// An empty broker like this one that confirms a message only once every group has settled it: for handlers in the
+    /// same process as the event log. This broker forgets everything when the process ends; the log then still has what
+    /// was not handled, and the next start delivers it.
+    ///
+    /// A topic without a group leads nowhere. A message published again while a group still has it is not queued twice.
+    #[must_use]
+    pub fn confirm_when_handled(self) -> Self {
+        let broker = &self.broker;
+        Self::with(broker.clock.clone(), broker.retention, true)
     }
 
     /// What is to go wrong.
@@ -129,27 +143,13 @@ impl From<MemoryTransport> for Transport {
 impl Publisher for MemoryTransport {
     async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
         self.broker.faults.delay(&*self.broker.clock).await;
-        let mut state = self.state();
-        let mut lost: Option<PublishError> = None;
-        let mut outcomes = Vec::with_capacity(batch.len());
-        let mut reached: Vec<(Arc<Group>, bool)> = Vec::new();
-        for message in batch {
-            let outcome = match &lost {
-                Some(error) => Err(error.clone()),
-                None => self.broker.faults.outcome(message),
-            };
-            match &outcome {
-                Ok(()) => state.store(message, self.broker.retention, &mut reached),
-                Err(error) if error.kind() == PublishErrorKind::Unavailable(Scope::Connection) => {
-                    lost = Some(error.clone());
-                }
-                Err(_) => {}
-            }
-            outcomes.push(outcome);
-        }
-        drop(state);
-        for (group, _) in reached {
+        let handled = self.broker.confirms_when_handled.then(|| Arc::new(Handled::default()));
+        let (outcomes, reached) = self.store(batch, handled.as_ref());
+        for group in reached {
             group.news.notify_waiters();
+        }
+        if let Some(handled) = handled {
+            handled.all().await;
         }
         outcomes
     }
@@ -159,26 +159,65 @@ impl Publisher for MemoryTransport {
     }
 }
 
+type Outcomes = Vec<Result<(), PublishError>>;
+
+impl MemoryTransport {
+    /// Stores what no fault forbids; gives the outcomes, and the groups that have news.
+    fn store(&self, batch: &[Message], handled: Option<&Arc<Handled>>) -> (Outcomes, Vec<Arc<Group>>) {
+        let mut state = self.state();
+        let mut lost: Option<PublishError> = None;
+        let mut outcomes = Vec::with_capacity(batch.len());
+        let mut reached: Vec<Arc<Group>> = Vec::new();
+        for message in batch {
+            let outcome = match &lost {
+                Some(error) => Err(error.clone()),
+                None => self.broker.faults.outcome(message),
+            };
+            let outcome = outcome.and_then(|()| state.store(message, self.broker.retention, handled, &mut reached));
+            if let Err(error) = &outcome
+                && error.kind() == PublishErrorKind::Unavailable(Scope::Connection)
+            {
+                lost = Some(error.clone());
+            }
+            outcomes.push(outcome);
+        }
+        (outcomes, reached)
+    }
+}
+
 impl State {
-    fn store(&mut self, message: &Message, retention: usize, reached: &mut Vec<(Arc<Group>, bool)>) {
+    fn store(
+        &mut self,
+        message: &Message,
+        retention: usize,
+        handled: Option<&Arc<Handled>>,
+        reached: &mut Vec<Arc<Group>>,
+    ) -> Result<(), PublishError> {
         self.last_offset += 1;
         let offset = self.last_offset;
         if !self.topics.contains_key(message.topic()) {
             self.topics.insert(message.topic().clone(), TopicLog::default());
         }
         let Some(log) = self.topics.get_mut(message.topic()) else {
-            return;
+            return Ok(());
         };
+        if handled.is_some() && log.groups.is_empty() {
+            return Err(PublishError::unroutable("no group has subscribed to the topic"));
+        }
         for group in &log.groups {
-            group.state().arrive(offset, message.clone());
-            if !reached.iter().any(|(known, _)| Arc::ptr_eq(known, group)) {
-                reached.push((group.clone(), true));
+            group.state().arrive(offset, message.clone(), handled);
+            if !reached.iter().any(|known| Arc::ptr_eq(known, group)) {
+                reached.push(group.clone());
             }
         }
-        log.kept.push_back((offset, message.clone()));
-        if log.kept.len() > retention {
-            log.kept.pop_front();
+        // What was handled is not for groups to come.
+        if handled.is_none() {
+            log.kept.push_back((offset, message.clone()));
+            if log.kept.len() > retention {
+                log.kept.pop_front();
+            }
         }
+        Ok(())
     }
 }
 
@@ -193,7 +232,7 @@ impl Subscriber for MemoryTransport {
                 log.groups.push(group.clone());
                 let mut of_group = group.state();
                 for (offset, message) in &log.kept {
-                    of_group.arrive(*offset, message.clone());
+                    of_group.arrive(*offset, message.clone(), None);
                 }
             }
         }
@@ -205,5 +244,3 @@ impl Subscriber for MemoryTransport {
         ))
     }
 }
-
-type Locked<'a> = MutexGuard<'a, GroupState>;

@@ -1,0 +1,10 @@
+//! The long texts.
+
+#[doc = include_str!("guarantees.md")]
+pub mod guarantees {}
+
+#[doc = include_str!("options.md")]
+pub mod options {}
+
+#[doc = include_str!("extending.md")]
+pub mod extending {}
