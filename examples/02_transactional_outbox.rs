@@ -122,7 +122,7 @@ async fn main() -> anyhow::Result<()> {
         .map_or_else(|| temporary.path().join("shop.db"), PathBuf::from);
 
     // A short lease, so that a run that follows a killed one waits for two seconds only.
-    let log = SqliteLog::open_with(&file, SqliteOptions::default().with_max_connections(4)).await?;
+    let log = SqliteLog::open_with(&file, SqliteOptions::default().with_max_connections(1)).await?;
     let pool = log.pool().clone();
     sqlx::raw_sql(TABLES).execute(&pool).await?;
     let bus = Bus::builder()

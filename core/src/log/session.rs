@@ -171,13 +171,22 @@ pub enum Until {
 pub struct SettleReport {
     /// The records that were not settled, because the lease they were claimed under is lost or they are gone.
     pub lost: Vec<RecordTag>,
+    /// Whether something may be claimed now that could not before: a key has become free, or the next of it due. A log
+    /// that does not know says `true`.
+    pub may_claim: bool,
 }
 
 impl SettleReport {
-    /// A report of these losses.
+    /// A report of these losses; `may_claim` unless said otherwise.
     #[must_use]
-    pub fn lost(lost: Vec<RecordTag>) -> Self {
-        Self { lost }
+    pub fn new(lost: Vec<RecordTag>) -> Self {
+        Self { lost, may_claim: true }
+    }
+    /// Sets whether something may be claimed now that could not before.
+    #[must_use]
+    pub fn with_may_claim(mut self, may_claim: bool) -> Self {
+        self.may_claim = may_claim;
+        self
     }
 }
 

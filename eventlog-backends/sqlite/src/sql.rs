@@ -10,6 +10,12 @@ macro_rules! message_columns {
     };
 }
 
+macro_rules! fence_stands {
+    () => {
+        "EXISTS (SELECT 1 FROM {mailbox} WHERE id = ?1 AND owner = ?4 AND epoch = ?5)"
+    };
+}
+
 /// The tables by the names they have under a prefix, quoted.
 #[derive(Debug, Clone)]
 pub(crate) struct Names {
@@ -100,6 +106,7 @@ statements! {
 
     // Claiming.
     next_due: "SELECT (SELECT min(due_at) FROM {scheduled} WHERE mailbox = ?1), \
+        (SELECT min(due_at) FROM {parked} INDEXED BY {parked_due} WHERE mailbox = ?1 AND state = 0), \
         (SELECT EXISTS (SELECT 1 FROM {parked} WHERE mailbox = ?1 AND key IS NOT NULL AND state <> 3))";
     enter_scheduled: concat!(
         "INSERT INTO {event} (mailbox, ", message_columns!(), ", created_at) ",
@@ -130,12 +137,21 @@ statements! {
     waiting_topics: "SELECT DISTINCT topic FROM {parked} INDEXED BY {parked_topic} WHERE mailbox = ?1 AND state = 2";
 
     // Settling. Ids come as a JSON array.
+    /// At once, and fenced: ?1 mailbox, ?2 ids, ?3 time, ?4 owner, ?5 epoch. It changes nothing if the fence is down,
+    /// and gives one row that says whether it stands.
     keep_done: concat!(
+        "BEGIN IMMEDIATE; ",
         "INSERT INTO {done} (id, mailbox, ", message_columns!(), ", created_at, attempts, errors, finished_at) ",
         "SELECT id, mailbox, ", message_columns!(), ", created_at, 0, '[]', ?3 FROM {event} ",
-        "WHERE id IN (SELECT value FROM json_each(?2)) AND mailbox = ?1",
+        "WHERE id IN (SELECT value FROM json_each(?2)) AND mailbox = ?1 AND ", fence_stands!(), "; ",
+        "DELETE FROM {event} WHERE id IN (SELECT value FROM json_each(?2)) AND mailbox = ?1 AND ", fence_stands!(), "; ",
+        "SELECT ", fence_stands!(), "; COMMIT",
     );
-    delete_events: "DELETE FROM {event} WHERE id IN (SELECT value FROM json_each(?2)) AND mailbox = ?1";
+    delete_done: concat!(
+        "BEGIN IMMEDIATE; ",
+        "DELETE FROM {event} WHERE id IN (SELECT value FROM json_each(?2)) AND mailbox = ?1 AND ", fence_stands!(), "; ",
+        "SELECT ", fence_stands!(), "; COMMIT",
+    );
     park: concat!(
         "INSERT INTO {parked} (id, mailbox, ", message_columns!(), ", created_at, attempts, state, due_at, errors, finished_at) ",
         "SELECT id, mailbox, ", message_columns!(), ", created_at, ?2, ?3, ?4, ?5, ?6 FROM {event} WHERE id = ?1",

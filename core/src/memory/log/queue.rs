@@ -224,6 +224,11 @@ impl Rows {
         }
     }
 
+    /// Whether anything is parked that is not a dead letter without a place.
+    pub(super) fn has_parked(&self) -> bool {
+        !self.by_key.is_empty() || !self.due.is_empty()
+    }
+
     /// Whether nothing of its key is before it.
     pub(super) fn is_head(&self, position: u64) -> bool {
         let key = self.parked.get(&position).and_then(|p| key_of(&p.row.message));

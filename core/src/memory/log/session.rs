@@ -258,7 +258,7 @@ impl Session for MemorySession {
         let mut rows = self.queue.rows();
         if !self.may_write(&held, &rows) {
             held.lease.end();
-            return Ok(SettleReport::lost(batch.iter().map(|s| s.tag).collect()));
+            return Ok(SettleReport::new(batch.iter().map(|s| s.tag).collect()));
         }
         let now = self.clock.now();
         let mut lost = Vec::new();
@@ -325,7 +325,8 @@ impl Session for MemorySession {
                 lost.push(settled.tag);
             }
         }
-        Ok(SettleReport::lost(lost))
+        let may_claim = held.holdings.has_freed() || rows.has_parked();
+        Ok(SettleReport::new(lost).with_may_claim(may_claim))
     }
 
     async fn resume(&self, topic: &Topic, max: usize) -> Result<u64> {

@@ -40,8 +40,7 @@ impl Engine {
                     tracing::warn!(mailbox = %self.mailbox, records = report.lost.len(), "records were not settled: their lease is lost, others may publish them once more");
                 }
                 self.tell_of_exhausted(&report.lost);
-                // A key has become free, or the next of a parked key due.
-                self.wants_claim = true;
+                self.wants_claim |= report.may_claim;
             }
             Err(error) => {
                 self.log_failed(&error, now);

@@ -240,9 +240,12 @@ impl Engine {
     }
 
     fn called(&mut self, commit_to_come: bool) {
-        self.wants_claim = true;
         if commit_to_come {
+            // Not yet: the commit takes a moment.
             self.quick_poll = Some(SHORTEST_POLL);
+            self.poll_at = self.poll_at.min(self.clock.elapsed() + SHORTEST_POLL);
+        } else {
+            self.wants_claim = true;
         }
     }
 

@@ -95,11 +95,15 @@ impl Claiming<'_> {
         let due = sqlx::query(self.shared.log.sql().next_due.clone()).bind(self.shared.mailbox);
         let due = due.fetch_one(&mut *self.connection).await.map_err(failed)?;
         let mut next_scheduled: Option<i64> = due.get(0);
-        let has_parked_keys: bool = due.get(1);
+        let next_head: Option<i64> = due.get(1);
+        let has_parked_keys: bool = due.get(2);
         if next_scheduled.is_some_and(|at| at <= self.now) {
             next_scheduled = self.enter_scheduled().await?;
         }
-        let next_parked = self.parked(max_parked).await?;
+        let next_parked = match next_head {
+            Some(at) if at <= self.now => self.parked(max_parked).await?,
+            later => later,
+        };
         self.freed().await?;
         let read_all = self.fresh(has_parked_keys).await?;
         if !read_all {

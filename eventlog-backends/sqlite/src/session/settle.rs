@@ -52,24 +52,68 @@ pub(super) async fn settle(
 ) -> Result<SettleReport> {
     let epoch = shared.held().epoch;
     let (known, mut lost) = known(shared, epoch, batch);
-    if known.is_empty() {
-        return Ok(SettleReport::lost(lost));
+    // The common case at once; the rest one by one.
+    let is_plain = |(settled, out): &&(&Settled, Out)| settled.outcome == Outcome::Done && !out.is_parked;
+    let plain: Vec<u64> = known
+        .iter()
+        .filter(is_plain)
+        .map(|(settled, _)| untag(settled.tag).1)
+        .collect();
+    let others: Vec<_> = known.iter().filter(|both| !is_plain(both)).collect();
+    if !plain.is_empty() {
+        if !done(shared, connection, epoch, &plain).await? {
+            lost.extend(known.iter().map(|(settled, _)| settled.tag));
+            return Ok(SettleReport::new(lost));
+        }
+        let effects = Effects {
+            let_go: plain,
+            ..Effects::default()
+        };
+        effects.apply(&mut shared.held());
     }
-    let Some(mut tx) = shared.fenced(connection, epoch).await? else {
-        lost.extend(known.iter().map(|(settled, _)| settled.tag));
-        return Ok(SettleReport::lost(lost));
+    if !others.is_empty() {
+        let Some(mut tx) = shared.fenced(connection, epoch).await? else {
+            lost.extend(others.iter().map(|(settled, _)| settled.tag));
+            return Ok(SettleReport::new(lost));
+        };
+        let mut settling = Settling {
+            shared,
+            connection: &mut tx,
+            now: shared.now(),
+            effects: Effects::default(),
+        };
+        settling.all(&others).await?;
+        let effects = settling.effects;
+        tx.commit().await.map_err(doing("settling events"))?;
+        effects.apply(&mut shared.held());
+    }
+    let may_claim = !others.is_empty() || shared.held().holdings.has_freed();
+    Ok(SettleReport::new(lost).with_may_claim(may_claim))
+}
+
+/// Deletes what is done, or moves it to the history, in one round trip. `false` if the lease is lost.
+async fn done(shared: &Shared, connection: &mut SqliteConnection, epoch: i64, positions: &[u64]) -> Result<bool> {
+    let sql = shared.log.sql();
+    let statement = if shared.options.keep_succeeded {
+        &sql.keep_done
+    } else {
+        &sql.delete_done
     };
-    let mut settling = Settling {
-        shared,
-        connection: &mut tx,
-        now: shared.now(),
-        effects: Effects::default(),
-    };
-    settling.all(&known).await?;
-    let effects = settling.effects;
-    tx.commit().await.map_err(doing("settling events"))?;
-    effects.apply(&mut shared.held());
-    Ok(SettleReport::lost(lost))
+    let settle = sqlx::query(statement.clone())
+        .bind(shared.mailbox)
+        .bind(ids(positions.iter().map(|p| id(*p))))
+        .bind(shared.now())
+        .bind(&shared.options.owner.as_uuid().as_bytes()[..])
+        .bind(epoch);
+    // To the end, or the commit would not be reached; the one row is the fence's.
+    match settle.fetch_all(&mut *connection).await {
+        Ok(rows) => Ok(rows.first().is_some_and(|row| row.get(0))),
+        Err(error) => {
+            // It may have stopped in the middle of the transaction.
+            let _ = sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await;
+            Err(doing("settling events")(error))
+        }
+    }
 }
 
 type Known<'a> = Vec<(&'a Settled, Out)>;
@@ -96,20 +140,10 @@ struct Settling<'a> {
 }
 
 impl Settling<'_> {
-    async fn all(&mut self, known: &[(&Settled, Out)]) -> Result<()> {
-        // The common case at once; the rest one by one.
-        let is_plain = |(settled, out): &&(&Settled, Out)| settled.outcome == Outcome::Done && !out.is_parked;
-        let plain: Vec<u64> = known
-            .iter()
-            .filter(is_plain)
-            .map(|(settled, _)| untag(settled.tag).1)
-            .collect();
-        if !plain.is_empty() {
-            self.done(plain).await?;
-        }
+    async fn all(&mut self, known: &[&(&Settled, Out)]) -> Result<()> {
         // What is released comes last: it waits behind what the same batch parks of its key.
-        let is_released = |(settled, _): &&(&Settled, Out)| settled.outcome == Outcome::Released;
-        let others = known.iter().filter(|both| !is_plain(both) && !is_released(both));
+        let is_released = |both: &&&(&Settled, Out)| both.0.outcome == Outcome::Released;
+        let others = known.iter().filter(|both| !is_released(both));
         for (settled, out) in others.chain(known.iter().filter(is_released)) {
             let at = untag(settled.tag).1;
             match &settled.outcome {
@@ -150,24 +184,6 @@ impl Settling<'_> {
                 }
             }
         }
-        Ok(())
-    }
-
-    async fn done(&mut self, positions: Vec<u64>) -> Result<()> {
-        let failed = doing("settling events");
-        let (sql, list) = (self.shared.log.sql(), ids(positions.iter().map(|p| id(*p))));
-        if self.shared.options.keep_succeeded {
-            let keep = sqlx::query(sql.keep_done.clone())
-                .bind(self.shared.mailbox)
-                .bind(&list)
-                .bind(self.now);
-            keep.execute(&mut *self.connection).await.map_err(&failed)?;
-        }
-        let delete = sqlx::query(sql.delete_events.clone())
-            .bind(self.shared.mailbox)
-            .bind(&list);
-        delete.execute(&mut *self.connection).await.map_err(failed)?;
-        self.effects.let_go.extend(positions);
         Ok(())
     }
 
