@@ -223,7 +223,7 @@ pub trait Session: Debug + Send + Sync {
     /// - All or nothing but for the lost. After an error nothing is settled, and the same call may be made again.
     /// - Parking or failing with `hold_key` puts what the log holds of that key behind the record; settling the head
     ///   of a parked key otherwise makes the next of it due. A record that is released keeps its place and attempts.
-    /// - A record parked with `keep` may be settled again, by the same tag.
+    /// - A record parked with `keep` may be settled again, by the same tag, in a later call: a batch names a record once.
     /// - Settles of one session take effect in the order they were called in.
     ///
     /// Held by `log::a_stale_settle_changes_nothing`, `log::a_parked_record_is_settled_again`,

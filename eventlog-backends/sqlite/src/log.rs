@@ -20,6 +20,7 @@ use std::{
     fmt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 /// The event log in a SQLite file. Clones are handles on the same log.
@@ -65,13 +66,23 @@ impl SqliteLog {
             .synchronous(synchronous)
             .busy_timeout(options.busy_timeout);
         let file = |error: Error| error.with("file", path.display());
-        let pool = SqlitePoolOptions::new()
-            .max_connections(options.max_connections)
-            .connect_with(connect)
-            .await
-            .map_err(doing("opening the event log"))
-            .map_err(file)?;
-        Self::on_pool(pool, options).await.map_err(file)
+        let began = Instant::now();
+        loop {
+            let pool = SqlitePoolOptions::new()
+                .max_connections(options.max_connections)
+                .connect_with(connect.clone());
+            let opened = match pool.await.map_err(doing("opening the event log")) {
+                Ok(pool) => Self::on_pool(pool, options.clone()).await,
+                Err(error) => Err(error),
+            };
+            match opened {
+                // Two processes that open a new file at once: the change to WAL does not wait for a lock by itself.
+                Err(error) if error.is_retryable() && began.elapsed() < options.busy_timeout => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                opened => return opened.map_err(file),
+            }
+        }
     }
 
     /// The log in the database of a pool of yours. The tables are brought to this version.

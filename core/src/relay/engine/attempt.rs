@@ -4,7 +4,7 @@ use super::{Engine, Event};
 use crate::{
     Message, Publisher,
     clock::{Clock, Moment},
-    log::{AttemptError, Outcome, Parking, RecordState, Settled, Stored, Until},
+    log::{AttemptError, Outcome, Parking, RecordState, Stored, Until},
     publisher::{PublishError, PublishErrorKind, Reachability, Scope},
     relay::{
         OnFailed, Reporter, SendOrder, Unroutable,
@@ -105,8 +105,15 @@ impl Engine {
     fn confirmed(&mut self, place: Place) {
         let Some(held) = self.in_hand.take(place) else { return };
         self.topic_answered(&held);
-        self.settle(held.record.tag, Outcome::Done);
+        self.settle_held(&held, Outcome::Done);
         self.follow(held.next);
+    }
+
+    fn settle_held(&mut self, held: &Held, outcome: Outcome) {
+        match held.kept_since {
+            None => self.settle(held.record.tag, outcome),
+            Some(_) => self.settle_again(held.record.tag, outcome),
+        }
     }
 
     /// The next of a key may be sent.
@@ -182,14 +189,18 @@ impl Engine {
 
     /// The attempt is over: the record waits in the log.
     pub(super) fn leave_local_tier(&mut self, place: Place) {
-        let Some(held) = self.in_hand.take(place) else { return };
+        let Some(mut held) = self.in_hand.take(place) else {
+            return;
+        };
+        let outcome = self.parked_for_later(&mut held);
+        self.settle_held(&held, outcome);
+    }
+
+    fn parked_for_later(&mut self, held: &mut Held) -> Outcome {
         let attempt = held.record.attempts + 1;
         let backoff = self.options.of(held.record.message.topic()).backoff;
         let until = Until::After(backoff.after(attempt, &mut self.rng));
-        self.settle(
-            held.record.tag,
-            Outcome::Parked(Parking::new(until, attempt, held.errors)),
-        );
+        Outcome::Parked(Parking::new(until, attempt, std::mem::take(&mut held.errors)))
     }
 
     /// The message becomes a dead letter.
@@ -216,9 +227,9 @@ impl Engine {
             failed.errors.clone_from(&held.errors);
             self.exhausted.push((held.record.tag, failed));
         }
-        let errors = held.errors;
-        self.settle(
-            held.record.tag,
+        let errors = std::mem::take(&mut held.errors);
+        self.settle_held(
+            &held,
             Outcome::Failed {
                 attempts,
                 errors,
@@ -238,7 +249,7 @@ impl Engine {
         if error.is_unroutable() && self.options.of(&topic).unroutable == Unroutable::Drop {
             Reporter::count(&self.reporter.dropped, 1);
             if let Some(held) = self.in_hand.take(place) {
-                self.settle(held.record.tag, Outcome::Done);
+                self.settle_held(&held, Outcome::Done);
                 self.follow(held.next);
             }
             return;
@@ -259,8 +270,9 @@ impl Engine {
             held.errors
                 .push(AttemptError::new(self.clock.now(), 0, crate::error::chain(error)));
         }
-        let parking = Parking::new(Until::Resumed, held.record.attempts, held.errors);
-        self.settle(held.record.tag, Outcome::Parked(parking));
+        let errors = std::mem::take(&mut held.errors);
+        let parking = Parking::new(Until::Resumed, held.record.attempts, errors);
+        self.settle_held(&held, Outcome::Parked(parking));
     }
 
     /// The client confirmed something: more may be in flight.
@@ -360,11 +372,12 @@ impl Engine {
     /// Gives a record back to the log, and its followers.
     pub(super) fn release_run(&mut self, place: Place) {
         let mut next = Some(place);
-        while let Some(held) = next.and_then(|place| self.in_hand.take(place)) {
-            self.settling.push(Settled {
-                tag: held.record.tag,
-                outcome: Outcome::Released,
-            });
+        while let Some(mut held) = next.and_then(|place| self.in_hand.take(place)) {
+            let outcome = match held.kept_since {
+                None => Outcome::Released,
+                Some(_) => self.parked_for_later(&mut held),
+            };
+            self.settle_held(&held, outcome);
             next = held.next;
         }
     }

@@ -4,7 +4,7 @@ use super::{Engine, Event, SHORTEST_POLL, attempt::tell};
 use crate::{
     Error, Result, Topic,
     clock::Moment,
-    log::{Claim, Claimed, Outcome, RecordTag, SettleReport, Settled, Stored},
+    log::{AttemptError, Claim, Claimed, Outcome, RecordTag, SettleReport, Settled, Stored},
     relay::{Reporter, outage::Probing},
 };
 use std::time::Duration;
@@ -12,6 +12,18 @@ use std::time::Duration;
 impl Engine {
     pub(super) fn settle(&mut self, tag: RecordTag, outcome: Outcome) {
         self.settling.push(Settled { tag, outcome });
+    }
+
+    /// Settles a record that was parked before, and whose parking may not be written yet: then this takes its place,
+    /// since a batch names a record once.
+    pub(super) fn settle_again(&mut self, tag: RecordTag, mut outcome: Outcome) {
+        if let Some(at) = self.settling.iter().position(|settled| settled.tag == tag) {
+            let before = self.settling.remove(at);
+            if let (Outcome::Parked(before), Some(errors)) = (before.outcome, errors_of(&mut outcome)) {
+                errors.splice(0..0, before.errors);
+            }
+        }
+        self.settle(tag, outcome);
     }
 
     /// One settle at a time: what comes meanwhile goes with the next, and settles take effect in order.
@@ -208,5 +220,13 @@ impl Engine {
             self.log_probing = Probing::new(self.options.max_probe_interval);
             self.reporter.log_away(None);
         }
+    }
+}
+
+fn errors_of(outcome: &mut Outcome) -> Option<&mut Vec<AttemptError>> {
+    match outcome {
+        Outcome::Parked(parking) => Some(&mut parking.errors),
+        Outcome::Failed { errors, .. } => Some(errors),
+        _ => None,
     }
 }

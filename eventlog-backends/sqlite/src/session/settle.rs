@@ -262,7 +262,11 @@ impl Settling<'_> {
             .bind(due_at)
             .bind(errors_to_text(&errors)?)
             .bind((!waits).then_some(self.now));
-        park.execute(&mut *self.connection).await.map_err(&failed)?;
+        let parked = park.execute(&mut *self.connection).await.map_err(&failed)?;
+        if parked.rows_affected() == 0 {
+            // It is gone: nothing may be put behind it.
+            return Ok(());
+        }
         if !out.is_parked {
             let delete = sqlx::query(sql.delete_ids.clone()).bind(ids([id(at)]));
             delete.execute(&mut *self.connection).await.map_err(&failed)?;

@@ -1,0 +1,163 @@
+//! A process that publishes and relays: what is killed.
+
+use crate::ledger;
+use async_trait::async_trait;
+use postrider::{
+    Bus, Event, Message, PublishError, Publisher, Reachability, RelayOptions, Transport,
+    relay::Backoff,
+    sqlite::{SqliteLog, SqliteOptions},
+};
+use sqlx::SqlitePool;
+use std::{
+    fs::File,
+    io::Write as _,
+    path::Path,
+    sync::Mutex,
+    time::{Duration, SystemTime},
+};
+
+pub(crate) const LEASE: Duration = Duration::from_millis(600);
+const KEYS: i64 = 12;
+
+/// The `n`-th event of a key.
+#[derive(serde::Serialize, serde::Deserialize, Event)]
+#[event(name = "counted", key = "key")]
+struct Counted {
+    key: i64,
+    n: i64,
+}
+
+/// A broker that outlives every process: a file that lines are appended to. It refuses some messages, some times.
+#[derive(Debug)]
+struct FileBroker {
+    file: Mutex<File>,
+}
+
+impl FileBroker {
+    fn refuses(message: &Message) -> bool {
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default()
+            .subsec_nanos();
+        (u64::from(now / 1000) ^ message.id().as_uuid().as_u64_pair().1) % 40 == 0
+    }
+}
+
+#[async_trait]
+impl Publisher for FileBroker {
+    async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
+        let mut lines = String::new();
+        let outcomes = batch
+            .iter()
+            .map(|message| {
+                if Self::refuses(message) {
+                    return Err(PublishError::rejected("not just now"));
+                }
+                let event: Counted = serde_json::from_slice(message.payload()).map_err(PublishError::invalid)?;
+                lines.push_str(&ledger::line(event.key, event.n));
+                Ok(())
+            })
+            .collect();
+        match self.file.lock().unwrap().write_all(lines.as_bytes()) {
+            Ok(()) => outcomes,
+            Err(error) => PublishError::connection(error).for_all(batch),
+        }
+    }
+    async fn check(&self) -> Reachability {
+        Reachability::Up
+    }
+}
+
+/// One transaction on a key: the next number in the ledger's table, and its event. Some are rolled back, and their
+/// numbers are used again, by negative ones that must never be seen.
+async fn count(bus: &Bus, pool: &SqlitePool, key: i64, round: u64) -> anyhow::Result<()> {
+    let mut tx = pool.begin_with("BEGIN IMMEDIATE").await?;
+    let n: i64 = sqlx::query_scalar("SELECT coalesce(max(n), 0) + 1 FROM ledger WHERE key = ?")
+        .bind(key)
+        .fetch_one(&mut *tx)
+        .await?;
+    let rolls_back = round % 5 == 0;
+    let n = if rolls_back { -n } else { n };
+    sqlx::query("INSERT INTO ledger VALUES (?, ?)")
+        .bind(key)
+        .bind(n)
+        .execute(&mut *tx)
+        .await?;
+    bus.publish_in(&mut tx, &Counted { key, n }).await?;
+    if rolls_back {
+        tx.rollback().await?;
+    } else {
+        tx.commit().await?;
+    }
+    Ok(())
+}
+
+#[tokio::main(flavor = "multi_thread", worker_threads = 2)]
+pub(crate) async fn run(dir: &Path, what: &str) {
+    let options = SqliteOptions::default().with_max_connections(2);
+    let log = SqliteLog::open_with(ledger::database(dir), options)
+        .await
+        .expect("the log opens");
+    let pool = log.pool().clone();
+    sqlx::raw_sql(ledger::TABLE)
+        .execute(&pool)
+        .await
+        .expect("the table is made");
+    let file = File::options()
+        .create(true)
+        .append(true)
+        .open(ledger::broker(dir))
+        .expect("the broker's file");
+    let transport = Transport::new("file", postrider::Capabilities::default())
+        .with_publisher(FileBroker { file: Mutex::new(file) });
+    let relay = RelayOptions::default()
+        .with_lease(LEASE)
+        .with_poll_interval(Duration::from_millis(50))
+        .with_local_interval(Duration::from_millis(10))
+        .with_min_retry_interval(Duration::from_millis(300))
+        .with_backoff(Backoff::Fixed(Duration::from_millis(50)))
+        .with_max_attempts(1000);
+    let bus = Bus::builder()
+        .log(log)
+        .transport(transport)
+        .relay(relay)
+        .source("crash")
+        .build()
+        .expect("a bus");
+    bus.start().await.expect("the bus starts");
+    if what == "finish" {
+        finish(&bus).await;
+        return;
+    }
+    for round in u64::from(std::process::id()).. {
+        let key = i64::try_from(round).unwrap_or(0) % KEYS;
+        if let Err(error) = count(&bus, &pool, key, round).await {
+            // The other process has the file locked for long: it is paused in a transaction.
+            eprintln!("(a transaction failed, as it may: {error:#})");
+        }
+        if round % 3 == 0 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+}
+
+/// Waits until nothing is pending, and ends as a program should.
+async fn finish(bus: &Bus) {
+    let admin = bus.log().unwrap().admin().unwrap().clone();
+    let began = std::time::Instant::now();
+    loop {
+        let stats = admin
+            .stats()
+            .await
+            .expect("numbers")
+            .remove(&postrider::Mailbox::outbox())
+            .unwrap_or_default();
+        if stats.pending == 0 {
+            assert_eq!(stats.failed, 0, "nothing has failed for good");
+            break;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "still pending: {stats:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    bus.shutdown(Duration::from_secs(10)).await.expect("a clean shutdown");
+}

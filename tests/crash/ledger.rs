@@ -1,0 +1,95 @@
+//! What was committed, what was sent, and whether the two agree.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    fmt,
+    path::{Path, PathBuf},
+};
+
+pub(crate) const TABLE: &str =
+    "CREATE TABLE IF NOT EXISTS ledger (key INTEGER, n INTEGER, PRIMARY KEY (key, n)) WITHOUT ROWID";
+
+pub(crate) fn database(dir: &Path) -> PathBuf {
+    dir.join("shop.db")
+}
+
+pub(crate) fn broker(dir: &Path) -> PathBuf {
+    dir.join("broker.txt")
+}
+
+pub(crate) fn line(key: i64, n: i64) -> String {
+    format!("{key} {n}\n")
+}
+
+pub(crate) struct Report {
+    pub(crate) committed: usize,
+    sent: usize,
+    lost: Vec<(i64, i64)>,
+    /// Sent, though never committed.
+    invented: Vec<(i64, i64)>,
+    inversions: Vec<(i64, i64)>,
+    duplicates: usize,
+}
+
+impl Report {
+    pub(crate) fn is_kept(&self) -> bool {
+        self.lost.is_empty() && self.invented.is_empty() && self.inversions.is_empty()
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} committed, {} sent, lost {:?}, sent though rolled back {:?}, out of order {:?}, {} duplicates",
+            self.committed, self.sent, self.lost, self.invented, self.inversions, self.duplicates
+        )
+    }
+}
+
+#[tokio::main(flavor = "current_thread")]
+pub(crate) async fn compare(dir: &Path) -> Report {
+    let url = format!("sqlite://{}", database(dir).display());
+    let pool = sqlx::SqlitePool::connect(&url).await.unwrap();
+    let rows: Vec<(i64, i64)> = sqlx::query_as("SELECT key, n FROM ledger")
+        .fetch_all(&pool)
+        .await
+        .unwrap();
+    let committed: BTreeSet<(i64, i64)> = rows.into_iter().collect();
+    let text = std::fs::read_to_string(broker(dir)).unwrap();
+    let sent: Vec<(i64, i64)> = text
+        .lines()
+        .map(|line| {
+            let (key, n) = line.split_once(' ').unwrap();
+            (key.parse().unwrap(), n.parse().unwrap())
+        })
+        .collect();
+    let mut seen = HashSet::new();
+    let mut last: BTreeMap<i64, i64> = BTreeMap::new();
+    let mut inversions = Vec::new();
+    for (key, n) in sent.iter().copied() {
+        if seen.insert((key, n)) {
+            let last = last.entry(key).or_default();
+            if n < *last {
+                inversions.push((key, n));
+            }
+            *last = n;
+        }
+    }
+    Report {
+        committed: committed.len(),
+        lost: committed
+            .iter()
+            .filter(|event| !seen.contains(event))
+            .copied()
+            .collect(),
+        invented: seen
+            .iter()
+            .filter(|event| !committed.contains(event))
+            .copied()
+            .collect(),
+        inversions,
+        duplicates: sent.len() - seen.len(),
+        sent: sent.len(),
+    }
+}
