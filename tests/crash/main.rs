@@ -63,7 +63,7 @@ fn kill_at_random(seconds: u64, seed: u64) {
     let mut children = [spawn(dir.path(), "work"), spawn(dir.path(), "work")];
     let until = Instant::now() + Duration::from_secs(seconds);
     while Instant::now() < until {
-        std::thread::sleep(dice.millis(30, 900));
+        std::thread::sleep(dice.millis(30, 600));
         let child = &mut children[usize::try_from(dice.below(2)).unwrap()];
         assert!(child.try_wait().unwrap().is_none(), "a child ended by itself");
         if dice.below(4) == 0 {

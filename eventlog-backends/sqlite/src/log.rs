@@ -70,6 +70,7 @@ impl SqliteLog {
         loop {
             let pool = SqlitePoolOptions::new()
                 .max_connections(options.max_connections)
+                .after_release(|connection, _| Box::pin(async move { Ok(!is_stuck(connection).await) }))
                 .connect_with(connect.clone());
             let opened = match pool.await.map_err(doing("opening the event log")) {
                 Ok(pool) => Self::on_pool(pool, options.clone()).await,
@@ -230,6 +231,13 @@ impl EventLogStore for SqliteLog {
     async fn purge(&self, request: &Purge) -> Result<u64> {
         self.purge_old(request).await
     }
+}
+
+/// Whether a connection is of no use any more. A full disk makes SQLite roll back by itself; the driver's own rollback
+/// then fails, and it goes on believing in a transaction. (sqlx 0.9: every later `begin_with` is refused.)
+pub(crate) async fn is_stuck(connection: &mut SqliteConnection) -> bool {
+    // A transaction that was dropped is rolled back behind what is queued already: the ping waits for that.
+    connection.is_in_transaction() && (connection.ping().await.is_err() || connection.is_in_transaction())
 }
 
 /// A mistake in the statements of this crate would show as this.

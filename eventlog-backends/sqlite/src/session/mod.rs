@@ -4,7 +4,7 @@ mod claim;
 mod lease;
 mod settle;
 
-use crate::{SqliteLog, error::doing, row::micros};
+use crate::{SqliteLog, error::doing, log::is_stuck, row::micros};
 use async_trait::async_trait;
 use lease::Observed;
 use postrider_core::{
@@ -130,9 +130,12 @@ impl Shared {
         // Taken out for the time of the work: if this is cancelled in the middle, the connection is dropped with
         // whatever it was doing, and the next one is opened anew.
         let result = work(&mut connection).await;
-        let is_lost = result
-            .as_ref()
-            .is_err_and(|error| error.kind() == ErrorKind::Unavailable && !is_busy(error));
+        let is_lost = match &result {
+            Ok(_) => false,
+            Err(error) => {
+                (error.kind() == ErrorKind::Unavailable && !is_busy(error)) || is_stuck(&mut connection).await
+            }
+        };
         if !is_lost {
             *guard = Some(connection);
         }
