@@ -1,1 +1,47 @@
-fn main() {}
+//! `cargo run --release -p postrider-benches -- <workload> [--quick] [--json]`
+//!
+//! Each case is run in interleaved rounds: the raw limit, ours, the raw limit, ours. The figures are medians, the ratio is
+//! ours ÷ raw of the same run.
+
+#![allow(clippy::print_stdout)]
+
+mod engine;
+mod sqlite;
+mod table;
+
+use anyhow::bail;
+use table::Table;
+
+/// How much work a run does.
+#[derive(Debug, Clone, Copy)]
+struct Size {
+    quick: bool,
+}
+
+impl Size {
+    fn rounds(self) -> usize {
+        if self.quick { 1 } else { 5 }
+    }
+    /// `full`, or a twentieth of it for a smoke test.
+    fn of(self, full: usize) -> usize {
+        if self.quick { full / 20 } else { full }
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let has = |flag: &str| arguments.iter().any(|argument| argument == flag);
+    let size = Size { quick: has("--quick") };
+    let mut table = Table::new(has("--json"));
+    let workload = arguments.iter().find(|argument| !argument.starts_with("--"));
+    match workload.map(String::as_str) {
+        Some("engine") => engine::run(size, &mut table)?,
+        Some("sqlite") => sqlite::run(size, &mut table)?,
+        other => bail!(
+            "unknown workload {:?}: known are `engine` and `sqlite`",
+            other.unwrap_or("")
+        ),
+    }
+    table.print();
+    Ok(())
+}

@@ -1,0 +1,8 @@
+//! The mistakes users make, and what the compiler says to them.
+//!
+//! The texts are those of one compiler version; `TRYBUILD=overwrite cargo test --test compile` writes them anew.
+
+#[test]
+fn mistakes_are_explained() {
+    trybuild::TestCases::new().compile_fail("tests/compile/*.rs");
+}
