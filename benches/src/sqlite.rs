@@ -244,7 +244,7 @@ pub(crate) fn run(size: Size, table: &mut Table) -> anyhow::Result<()> {
         .enable_all()
         .build()?;
     let (name, rounds) = ("sqlite", size.rounds());
-    let n = size.of(4000);
+    let n = size.of(1500);
     let on = |work: std::pin::Pin<Box<dyn Future<Output = anyhow::Result<Duration>>>>| runtime.block_on(work);
     table.compare(
         name,

@@ -243,7 +243,7 @@ pub struct Delivery {
     delivery_count: u32,
     tag: DeliveryTag,
     assignment: Assignment,
-    gone: CancellationToken,
+    gone: Arc<CancellationToken>,
     dropped: Option<Dropped>,
 }
 
@@ -324,7 +324,8 @@ pub enum Taken {
 #[derive(Debug)]
 pub struct Intake {
     deliveries: Box<dyn Deliveries>,
-    assignments: HashMap<Assignment, CancellationToken>,
+    /// Shared by pointer: cloning a token itself takes a lock.
+    assignments: HashMap<Assignment, Arc<CancellationToken>>,
     dropped: Dropped,
 }
 

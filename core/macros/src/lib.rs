@@ -79,11 +79,16 @@ fn expand(input: &DeriveInput) -> Result<Tokens> {
             ),
         ));
     };
+    for literal in options.topic.iter().chain([name]) {
+        if let Some(why) = name_problem(&literal.value()) {
+            let text = format!("names of events and topics have 1 to 200 bytes of A-Z a-z 0-9 . _ -: {why}");
+            return Err(Error::new(literal.span(), text));
+        }
+    }
     let version = version(options.version.as_ref())?;
     let krate = options.krate.map_or_else(|| quote!(::postrider), |path| quote!(#path));
     let topic = options.topic.as_ref().unwrap_or(name);
     let topic = quote_spanned!(topic.span()=> #krate::Topic::new(#topic));
-    let checked_name = quote_spanned!(name.span()=> #krate::Topic::new(#name));
     let codec = options.codec.map_or_else(|| quote!(#krate::Json), |path| quote!(#path));
     let keyed = options.key.is_some();
     let key = options.key.map(|key| key_method(input, key)).transpose()?;
@@ -103,10 +108,21 @@ fn expand(input: &DeriveInput) -> Result<Tokens> {
                 ::std::borrow::Cow::Borrowed(#kind)
             }
         }
-        // Checked even where nobody publishes it: the name follows the rules of a topic's.
-        const _: #krate::Topic = #topic;
-        const _: #krate::Topic = #checked_name;
     })
+}
+
+/// The rules of `Topic::new`, told at the literal.
+fn name_problem(name: &str) -> Option<&'static str> {
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if name.is_empty() || name.len() > 200 {
+        Some("this one is empty or longer")
+    } else if !name.chars().all(is_allowed) {
+        Some("this one has another character")
+    } else if name.split('.').any(str::is_empty) {
+        Some("this one has an empty segment before, after or between dots")
+    } else {
+        None
+    }
 }
 
 fn version(given: Option<&LitInt>) -> Result<u16> {

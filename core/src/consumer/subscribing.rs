@@ -6,7 +6,8 @@ use super::{
     worker::{Shared, Worker},
 };
 use crate::{Bus, Error, ErrorKind, Event, GroupName, Result, Subscription, Topic};
-use std::{any::type_name, collections::HashMap, fmt, marker::PhantomData, sync::Arc};
+use rustc_hash::FxHashMap;
+use std::{any::type_name, fmt, marker::PhantomData, sync::Arc};
 use tokio_util::task::TaskTracker;
 
 /// A subscription without state.
@@ -190,7 +191,7 @@ impl About {
             .ordered
             .unwrap_or_else(|| self.finished.iter().any(|chain| chain.keyed()));
         let mut topics: Vec<Topic> = Vec::new();
-        let mut chains: HashMap<String, Box<dyn AnyChain>> = HashMap::new();
+        let mut chains: FxHashMap<String, Box<dyn AnyChain>> = FxHashMap::default();
         for chain in self.finished {
             if !topics.contains(&chain.topic()) {
                 topics.push(chain.topic());

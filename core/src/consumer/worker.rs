@@ -13,8 +13,9 @@ use crate::{
 use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use rustc_hash::FxHashMap;
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     sync::Arc,
+    task::{Context as TaskContext, Poll, Waker},
     time::Duration,
 };
 use tokio_util::sync::CancellationToken;
@@ -23,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) group: Arc<GroupName>,
-    pub(super) chains: HashMap<String, Box<dyn AnyChain>>,
+    pub(super) chains: FxHashMap<String, Box<dyn AnyChain>>,
     pub(super) retry: Retry,
     pub(super) bus: Arc<dyn EventBus>,
     pub(super) log: Option<EventLog>,
@@ -171,30 +172,42 @@ impl Worker {
         self.start(hand, delivery, key);
     }
 
+    /// Handles a delivery, and those of its key behind it for as long as handlers have nothing to wait for.
     fn start(&self, hand: &mut InHand, delivery: Delivery, key: Option<u64>) {
-        let shared = self.shared.clone();
-        hand.handling.push(
-            async move {
+        let mut next = Some(delivery);
+        while let Some(delivery) = next.take() {
+            let shared = self.shared.clone();
+            let mut handling: Handling = Box::pin(async move {
                 let settlement = shared.handle(delivery).await;
                 Finished { settlement, key }
+            });
+            // Most handlers of a busy group are quick: the set of futures, which costs more than they do, is for those
+            // that wait. What is put in it is polled again, so the waker of this first poll need not wake anybody.
+            match handling.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())) {
+                Poll::Ready(finished) => next = Self::settled(hand, finished),
+                Poll::Pending => hand.handling.push(handling),
             }
-            .boxed(),
-        );
+        }
     }
 
     fn finished(&self, hand: &mut InHand, finished: Finished) {
-        hand.settlements.push(finished.settlement);
-        let Some(key) = finished.key else { return };
-        let Some(waiting) = hand.keys.get_mut(&key) else { return };
-        match waiting.pop_front() {
-            Some(next) => {
-                hand.waiting -= 1;
-                self.start(hand, next, Some(key));
-            }
-            None => {
-                hand.keys.remove(&key);
-            }
+        let key = finished.key;
+        if let Some(next) = Self::settled(hand, finished) {
+            self.start(hand, next, key);
         }
+    }
+
+    /// Notes the outcome, and gives the next of the key.
+    fn settled(hand: &mut InHand, finished: Finished) -> Option<Delivery> {
+        hand.settlements.push(finished.settlement);
+        let key = finished.key?;
+        let next = hand.keys.get_mut(&key)?.pop_front();
+        if next.is_some() {
+            hand.waiting -= 1;
+        } else {
+            hand.keys.remove(&key);
+        }
+        next
     }
 }
 

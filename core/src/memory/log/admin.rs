@@ -31,7 +31,7 @@ fn stored_parked(parked: &Parked) -> Stored {
 
 /// Every record with what it is ordered by: those with a position of their own first, then the scheduled ones.
 fn all(rows: &Rows) -> BTreeMap<(u8, u64), Stored> {
-    let hot = rows.hot.iter().map(|(p, row)| ((0, *p), stored(row)));
+    let hot = rows.hot.iter().map(|(p, row)| ((0, p), stored(row)));
     let parked = rows.parked.iter().map(|(p, parked)| ((0, *p), stored_parked(parked)));
     let done = rows.done.iter().map(|(p, done)| {
         let mut entry = stored(&done.row);
@@ -70,7 +70,7 @@ fn stats(rows: &Rows, now: Timestamp) -> Stats {
     let failed = rows.parked.values().filter(is_failed).count();
     let parked = rows.parked.len() - failed;
     let waiting = rows.parked.values().filter(|p| !is_failed(p)).map(|p| p.row.created_at);
-    let oldest = rows.hot.values().map(|row| row.created_at).chain(waiting).min();
+    let oldest = rows.hot.iter().map(|(_, row)| row.created_at).chain(waiting).min();
     Stats {
         pending: (rows.hot.len() + parked + rows.scheduled.len()) as u64,
         parked: parked as u64,

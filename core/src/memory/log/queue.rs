@@ -7,7 +7,7 @@ use crate::{
     log::{AttemptError, NewRecord, Owner, Placement, Purge},
 };
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     sync::{
         Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
@@ -89,12 +89,71 @@ pub(super) struct Done {
     pub(super) at: Timestamp,
 }
 
+/// The rows by position. Positions ascend and most rows go in order, so this is a deque with gaps.
+#[derive(Debug, Default)]
+pub(super) struct Hot {
+    /// The position of the first slot.
+    first: u64,
+    slots: VecDeque<Option<Row>>,
+    len: usize,
+}
+
+impl Hot {
+    fn index(&self, position: u64) -> Option<usize> {
+        usize::try_from(position.checked_sub(self.first)?).ok()
+    }
+
+    /// Puts a row at the end.
+    fn push(&mut self, position: u64, row: Row) {
+        if self.slots.is_empty() {
+            self.first = position;
+        }
+        while self.index(position).is_some_and(|index| index > self.slots.len()) {
+            self.slots.push_back(None);
+        }
+        self.slots.push_back(Some(row));
+        self.len += 1;
+    }
+
+    fn remove(&mut self, position: u64) -> Option<Row> {
+        let index = self.index(position)?;
+        let row = self.slots.get_mut(index)?.take()?;
+        self.len -= 1;
+        while let Some(None) = self.slots.front() {
+            self.slots.pop_front();
+            self.first += 1;
+        }
+        Some(row)
+    }
+
+    pub(super) fn get(&self, position: u64) -> Option<&Row> {
+        self.slots.get(self.index(position)?)?.as_ref()
+    }
+
+    /// The first row behind `position`.
+    pub(super) fn next_after(&self, position: u64) -> Option<(u64, &Row)> {
+        let from = (position + 1).max(self.first);
+        let index = self.index(from)?;
+        (index..self.slots.len()).find_map(|i| Some((self.first + i as u64, self.slots[i].as_ref()?)))
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &Row)> {
+        (self.first..)
+            .zip(&self.slots)
+            .filter_map(|(position, row)| Some((position, row.as_ref()?)))
+    }
+}
+
 type Key = (Topic, String);
 
 #[derive(Debug, Default)]
 pub(super) struct Rows {
     last_position: u64,
-    pub(super) hot: BTreeMap<u64, Row>,
+    pub(super) hot: Hot,
     pub(super) parked: BTreeMap<u64, Parked>,
     /// The parked rows of a key that keep its place, in order: the first is the head.
     by_key: HashMap<Key, BTreeSet<u64>>,
@@ -134,7 +193,7 @@ impl Rows {
             };
             let (state, attempts, errors) = match &record.placement {
                 Placement::Due => {
-                    self.hot.insert(position, row);
+                    self.hot.push(position, row);
                     continue;
                 }
                 Placement::Scheduled { after } => {
@@ -179,7 +238,7 @@ impl Rows {
             }
             let row = first.remove();
             let position = self.next_position();
-            self.hot.insert(position, row);
+            self.hot.push(position, row);
         }
     }
 
@@ -275,7 +334,7 @@ impl Rows {
 
     /// Takes a row out of wherever it is claimed from: the hot table or the parked ones.
     pub(super) fn remove(&mut self, position: u64, now: Timestamp) -> Option<(Row, u32, Vec<AttemptError>)> {
-        match self.hot.remove(&position) {
+        match self.hot.remove(position) {
             Some(row) => Some((row, 0, Vec::new())),
             None => {
                 let parked = self.unpark(position, now)?;
@@ -286,7 +345,7 @@ impl Rows {
 
     /// Moves rows of the hot table behind the head of their key.
     pub(super) fn park_behind(&mut self, position: u64, now: Timestamp) {
-        if let Some(row) = self.hot.remove(&position) {
+        if let Some(row) = self.hot.remove(position) {
             let parked = Parked {
                 row,
                 state: ParkedState::Behind,

@@ -137,7 +137,7 @@ impl Claiming<'_> {
 
     fn give(&mut self, position: u64) {
         let epoch = self.held.epoch;
-        let (message, attempts) = match self.rows.hot.get(&position) {
+        let (message, attempts) = match self.rows.hot.get(position) {
             Some(row) => (row.message.clone(), 0),
             None => match self.rows.parked.get(&position) {
                 Some(parked) => (parked.row.message.clone(), parked.attempts),
@@ -190,7 +190,7 @@ impl Claiming<'_> {
             if self.held.holdings.is_full() {
                 return true;
             }
-            let Some((&position, row)) = self.rows.hot.range(self.held.cursor + 1..).next() else {
+            let Some((position, row)) = self.rows.hot.next_after(self.held.cursor) else {
                 return true;
             };
             if looks == 0 {
@@ -364,7 +364,7 @@ impl Session for MemorySession {
 }
 
 fn release(held: &mut Held, rows: &mut Rows, position: u64, now: Timestamp) -> bool {
-    if let Some(row) = rows.hot.get(&position) {
+    if let Some(row) = rows.hot.get(position) {
         if rows.is_parked_key(&row.message) {
             rows.park_behind(position, now);
             held.holdings.let_go(position);
@@ -417,7 +417,7 @@ fn park(
         && holds_key
     {
         let same_key = |p: u64| {
-            let row = rows.hot.get(&p);
+            let row = rows.hot.get(p);
             row.is_some_and(|r| r.message.topic() == message.topic() && r.message.key() == message.key())
         };
         for behind in held.holdings.forget_key(hash, same_key) {

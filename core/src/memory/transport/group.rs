@@ -3,7 +3,7 @@
 use crate::{Message, MessageId, clock::Moment};
 use rustc_hash::FxHashMap;
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -56,7 +56,8 @@ pub(super) struct Entry {
 
 #[derive(Debug, Default)]
 pub(super) struct GroupState {
-    ready: BTreeMap<u64, Entry>,
+    /// By offset, ascending. What arrives goes to the end; what comes back, seldom, to its place.
+    ready: VecDeque<Entry>,
     keys: FxHashMap<u64, Key>,
     delayed: BTreeMap<(Moment, u64), Entry>,
     out: FxHashMap<u64, Out>,
@@ -64,7 +65,7 @@ pub(super) struct GroupState {
     pub(super) last_member: u64,
     pub(super) dead: Vec<Message>,
     /// Who waits for a message to be settled: one publish call, or several that repeat it.
-    awaited: HashMap<MessageId, Vec<Arc<Handled>>>,
+    awaited: FxHashMap<MessageId, Vec<Arc<Handled>>>,
 }
 
 #[derive(Debug)]
@@ -109,7 +110,16 @@ impl GroupState {
             message,
             delivery_count: 0,
         };
-        self.ready.insert(offset, entry);
+        self.make_ready(entry);
+    }
+
+    fn make_ready(&mut self, entry: Entry) {
+        if self.ready.back().is_none_or(|last| last.offset < entry.offset) {
+            self.ready.push_back(entry);
+        } else {
+            let at = self.ready.partition_point(|other| other.offset < entry.offset);
+            self.ready.insert(at, entry);
+        }
     }
 
     pub(super) fn next_delayed(&self) -> Option<Moment> {
@@ -121,7 +131,7 @@ impl GroupState {
         self.end_delays(now);
         let mut taken = Vec::new();
         while taken.len() < max {
-            let Some((_, mut entry)) = self.ready.pop_first() else {
+            let Some(mut entry) = self.ready.pop_front() else {
                 break;
             };
             let key = if ordered { entry.message.key_hash() } else { None };
@@ -161,7 +171,7 @@ impl GroupState {
                     self.free(hash);
                 }
                 _ => {
-                    self.ready.insert(entry.offset, entry);
+                    self.make_ready(entry);
                 }
             }
         }
@@ -216,7 +226,7 @@ impl GroupState {
                 key.waiting.insert(entry.offset, entry);
             }
             None => {
-                self.ready.insert(entry.offset, entry);
+                self.make_ready(entry);
             }
         }
         self.free(hash);
@@ -254,12 +264,15 @@ impl GroupState {
     fn free(&mut self, hash: Option<u64>) {
         let Some(hash) = hash else { return };
         let Some(key) = self.keys.get_mut(&hash) else { return };
-        if key.out == 0 && key.delayed == 0 {
-            self.ready.append(&mut key.waiting);
-            self.keys.remove(&hash);
-        } else if key.may_go_to(key.member) {
-            // Given to another member in vain: its own may have it.
-            self.ready.append(&mut key.waiting);
+        let is_free = key.out == 0 && key.delayed == 0;
+        // What was kept from another member may go to the one that has the key.
+        if !is_free && !key.may_go_to(key.member) {
+            return;
         }
+        let waiting = std::mem::take(&mut key.waiting);
+        if is_free {
+            self.keys.remove(&hash);
+        }
+        waiting.into_values().for_each(|entry| self.make_ready(entry));
     }
 }

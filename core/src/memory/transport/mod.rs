@@ -14,8 +14,9 @@ use crate::{
 use async_trait::async_trait;
 use feed::Member;
 use group::{Group, Handled};
+use rustc_hash::FxHashMap;
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -40,8 +41,8 @@ struct Broker {
 #[derive(Debug, Default)]
 struct State {
     last_offset: u64,
-    topics: HashMap<Topic, TopicLog>,
-    groups: HashMap<GroupName, Arc<Group>>,
+    topics: FxHashMap<Topic, TopicLog>,
+    groups: FxHashMap<GroupName, Arc<Group>>,
 }
 
 #[derive(Debug, Default)]
