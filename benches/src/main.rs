@@ -1,4 +1,4 @@
-//! `cargo run --release -p postrider-benches -- <workload> [--quick] [--json]`
+//! `cargo run --release -p postrider-benches -- <workload> [--quick] [--json] [--case=<part of a name>]`
 //!
 //! Each case is run in interleaved rounds: the raw limit, ours, the raw limit, ours. The figures are medians, the ratio is
 //! ours ÷ raw of the same run.
@@ -32,7 +32,8 @@ fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let has = |flag: &str| arguments.iter().any(|argument| argument == flag);
     let size = Size { quick: has("--quick") };
-    let mut table = Table::new(has("--json"));
+    let case = arguments.iter().find_map(|argument| argument.strip_prefix("--case="));
+    let mut table = Table::new(has("--json"), case.unwrap_or(""));
     let workload = arguments.iter().find(|argument| !argument.starts_with("--"));
     match workload.map(String::as_str) {
         Some("engine") => engine::run(size, &mut table)?,

@@ -17,13 +17,16 @@ struct Case {
 #[derive(Debug)]
 pub(crate) struct Table {
     json: bool,
+    /// Only cases whose names contain this.
+    only: String,
     cases: Vec<Case>,
 }
 
 impl Table {
-    pub(crate) fn new(json: bool) -> Self {
+    pub(crate) fn new(json: bool, only: &str) -> Self {
         Self {
             json,
+            only: only.to_owned(),
             cases: Vec::new(),
         }
     }
@@ -39,10 +42,14 @@ impl Table {
         mut raw: impl FnMut() -> anyhow::Result<Duration>,
         mut ours: impl FnMut() -> anyhow::Result<Duration>,
     ) -> anyhow::Result<()> {
+        let case = case.into();
+        if !case.contains(&self.only) {
+            return Ok(());
+        }
         let rate = |took: Duration| work as f64 / took.as_secs_f64().max(1e-9);
         let mut result = Case {
             workload,
-            case: case.into(),
+            case,
             unit,
             raw: Vec::new(),
             ours: Vec::new(),

@@ -61,7 +61,7 @@ impl SqliteLog {
         Ok(())
     }
 
-    /// Many rows a statement; only three sizes, so that each is prepared once.
+    /// Many rows a statement; only four sizes, so that each is prepared once.
     async fn insert_due(
         &self,
         connection: &mut SqliteConnection,
@@ -74,12 +74,13 @@ impl SqliteLog {
         while !rest.is_empty() {
             let (statement, rows) = match rest.len() {
                 64.. => (&sql.append_64, 64),
-                8.. => (&sql.append_8, 8),
+                16.. => (&sql.append_16, 16),
+                4.. => (&sql.append_4, 4),
                 _ => (&sql.append_1, 1),
             };
-            let mut query = sqlx::query(statement.clone()).bind(mailbox);
+            let mut query = sqlx::query(statement.clone());
             for record in &rest[..rows] {
-                query = bind(query, &record.message, now)?;
+                query = bind(query.bind(mailbox), &record.message, now)?;
             }
             query
                 .execute(&mut *connection)

@@ -5,7 +5,7 @@ use postrider_core::{
     message::Text,
 };
 use sqlx::{Row as _, sqlite::SqliteRow};
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 use uuid::Uuid;
 
 pub(crate) fn micros(time: Timestamp) -> i64 {
@@ -32,17 +32,89 @@ fn shared(last: &mut Option<Text>, text: &str) -> Text {
     }
 }
 
+/// An event as the claims read it: see `fresh`.
+#[derive(Debug, serde::Deserialize)]
+pub(crate) struct Packed<'a>(
+    pub(crate) i64,
+    /// Whether something of its key is parked.
+    pub(crate) u8,
+    /// The message id, in hexadecimal.
+    #[serde(borrow)]
+    Cow<'a, str>,
+    #[serde(borrow)] Cow<'a, str>,
+    #[serde(borrow)] Cow<'a, str>,
+    #[serde(borrow)] Option<Cow<'a, str>>,
+    #[serde(borrow)] Option<Cow<'a, str>>,
+    #[serde(borrow)] Cow<'a, str>,
+    #[serde(borrow)] Cow<'a, str>,
+    Option<i64>,
+    /// The payload, in hexadecimal.
+    #[serde(borrow)]
+    Cow<'a, str>,
+);
+
+/// The events of one row of `fresh`, in order.
+pub(crate) fn unpack(text: &str) -> Result<Vec<Packed<'_>>> {
+    let mut packed: Vec<Packed<'_>> = serde_json::from_str(text).map_err(|e| unreadable().because(e))?;
+    packed.sort_unstable_by_key(|event| event.0);
+    Ok(packed)
+}
+
+fn unreadable() -> Error {
+    Error::new(
+        ErrorKind::Storage,
+        "a row of the event log cannot be read: was it written by something else?",
+    )
+}
+
+/// SQLite's `hex`, read back.
+fn from_hex(text: &str) -> Option<Vec<u8>> {
+    let digit = |c: u8| match c {
+        b'0'..=b'9' => Some(c - b'0'),
+        b'A'..=b'F' => Some(c - b'A' + 10),
+        _ => None,
+    };
+    let pairs = text.as_bytes().chunks_exact(2);
+    pairs.map(|pair| Some(digit(pair[0])? << 4 | digit(pair[1])?)).collect()
+}
+
 impl Reader {
+    /// The message of an event.
+    pub(crate) fn packed(&mut self, event: &Packed<'_>) -> Result<Message> {
+        self.read_packed(event)
+            .map_err(|error| unreadable().with("id", event.0).because(error))
+    }
+
+    fn read_packed(
+        &mut self,
+        event: &Packed<'_>,
+    ) -> std::result::Result<Message, Box<dyn std::error::Error + Send + Sync>> {
+        let Packed(_, _, id, topic, kind, source, key, content_type, headers, at, payload) = event;
+        Ok(Message::from(MessageParts {
+            id: MessageId::from_uuid(Uuid::try_parse_ascii(id.as_bytes())?),
+            kind: shared(&mut self.kind, kind),
+            source: source.as_deref().map(|source| shared(&mut self.source, source)),
+            topic: self.topic(topic)?,
+            key: key.as_deref().map(Into::into),
+            headers: headers_from_text(headers)?,
+            content_type: shared(&mut self.content_type, content_type),
+            time: at.map(time),
+            payload: from_hex(payload).ok_or("the payload is no hexadecimal")?.into(),
+        }))
+    }
+
+    fn topic(&mut self, topic: &str) -> Result<Topic> {
+        match &self.topic {
+            Some(last) if last.as_str() == topic => Ok(last.clone()),
+            _ => Ok(self.topic.insert(Topic::parse(topic.to_owned())?).clone()),
+        }
+    }
+
     /// The message in the columns from `first` on.
     pub(crate) fn message(&mut self, row: &SqliteRow, first: usize) -> Result<Message> {
         self.read(row, first).map_err(|error| {
             let id: i64 = row.try_get(first.saturating_sub(1)).unwrap_or_default();
-            Error::new(
-                ErrorKind::Storage,
-                "a row of the event log cannot be read: was it written by something else?",
-            )
-            .with("id", id)
-            .because(error)
+            unreadable().with("id", id).because(error)
         })
     }
 
@@ -53,10 +125,7 @@ impl Reader {
     ) -> std::result::Result<Message, Box<dyn std::error::Error + Send + Sync>> {
         let id: &[u8] = row.try_get(first)?;
         let topic: &str = row.try_get(first + 1)?;
-        let topic = match &self.topic {
-            Some(last) if last.as_str() == topic => last.clone(),
-            _ => self.topic.insert(Topic::parse(topic.to_owned())?).clone(),
-        };
+        let topic = self.topic(topic)?;
         let kind: &str = row.try_get(first + 2)?;
         let source: Option<&str> = row.try_get(first + 3)?;
         let key: Option<&str> = row.try_get(first + 4)?;
@@ -70,15 +139,19 @@ impl Reader {
             source: source.map(|source| shared(&mut self.source, source)),
             topic,
             key: key.map(Into::into),
-            headers: if headers == "[]" {
-                Vec::new()
-            } else {
-                serde_json::from_str(headers)?
-            },
+            headers: headers_from_text(headers)?,
             content_type: shared(&mut self.content_type, content_type),
             time: time_of.map(time),
             payload: payload.to_vec().into(),
         }))
+    }
+}
+
+fn headers_from_text(text: &str) -> serde_json::Result<Vec<(String, String)>> {
+    if text == "[]" {
+        Ok(Vec::new())
+    } else {
+        serde_json::from_str(text)
     }
 }
 

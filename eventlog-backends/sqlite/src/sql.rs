@@ -10,6 +10,13 @@ macro_rules! message_columns {
     };
 }
 
+/// What [`row::Packed`](crate::row::Packed) reads.
+macro_rules! packed_event {
+    () => {
+        "json_array(id, is_parked, hex(message_id), topic, type, source, key, content_type, headers, time, hex(payload))"
+    };
+}
+
 macro_rules! fence_stands {
     () => {
         "EXISTS (SELECT 1 FROM {mailbox} WHERE id = ?1 AND owner = ?4 AND epoch = ?5)"
@@ -81,9 +88,10 @@ statements! {
     add_mailbox: "INSERT INTO {mailbox} (name) VALUES (?1) ON CONFLICT (name) DO NOTHING";
     find_mailbox: "SELECT id FROM {mailbox} WHERE name = ?1";
 
-    // Appending. ?1 is the mailbox; then eleven values a row.
+    // Appending: eleven values a row.
     append_1: &insert_events(1);
-    append_8: &insert_events(8);
+    append_4: &insert_events(4);
+    append_16: &insert_events(16);
     append_64: &insert_events(64);
     schedule: concat!(
         "INSERT INTO {scheduled} (mailbox, ", message_columns!(), ", created_at, due_at) ",
@@ -121,15 +129,18 @@ statements! {
         "WHERE mailbox = ?1 AND topic = ?2 AND key = ?3 AND state <> 3 AND key IS NOT NULL AND id >= ?4 ORDER BY id LIMIT ?5",
     );
     parked_by_id: concat!("SELECT id, ", message_columns!(), ", attempts, state FROM {parked} WHERE id = ?1");
+    /// What is next, packed: the driver hands over row by row between two threads, which costs more than the row. Each
+    /// row of the answer is a JSON array of up to 64 events.
     fresh: concat!(
-        "SELECT id, ", message_columns!(), " FROM {event} INDEXED BY {event_mailbox} ",
-        "WHERE mailbox = ?1 AND id > ?2 ORDER BY id LIMIT ?3",
+        "SELECT json_group_array(", packed_event!(), ") FROM (SELECT id, ", message_columns!(), ", 0 AS is_parked ",
+        "FROM {event} INDEXED BY {event_mailbox} WHERE mailbox = ?1 AND id > ?2 ORDER BY id LIMIT ?3) GROUP BY id / 64",
     );
-    /// As `fresh`, with whether something of the row's key is parked.
+    /// As `fresh`, with whether something of the event's key is parked.
     fresh_and_parked: concat!(
-        "SELECT id, ", message_columns!(), ", key IS NOT NULL AND EXISTS (SELECT 1 FROM {parked} p INDEXED BY {parked_key} ",
-        "WHERE p.mailbox = e.mailbox AND p.topic = e.topic AND p.key = e.key AND p.state <> 3 AND p.key IS NOT NULL) ",
-        "FROM {event} e INDEXED BY {event_mailbox} WHERE mailbox = ?1 AND id > ?2 ORDER BY id LIMIT ?3",
+        "SELECT json_group_array(", packed_event!(), ") FROM (SELECT id, ", message_columns!(), ", ",
+        "key IS NOT NULL AND EXISTS (SELECT 1 FROM {parked} p INDEXED BY {parked_key} ",
+        "WHERE p.mailbox = e.mailbox AND p.topic = e.topic AND p.key = e.key AND p.state <> 3 AND p.key IS NOT NULL) AS is_parked ",
+        "FROM {event} e INDEXED BY {event_mailbox} WHERE mailbox = ?1 AND id > ?2 ORDER BY id LIMIT ?3) GROUP BY id / 64",
     );
     events_by_id: concat!(
         "SELECT id, ", message_columns!(), " FROM {event} WHERE id IN (SELECT value FROM json_each(?1)) ORDER BY id",
@@ -207,20 +218,15 @@ statements! {
         FROM {mailbox} m";
 }
 
+/// Without numbers: to find a numbered parameter SQLite walks a list of them all, for each one bound.
 fn insert_events(rows: usize) -> String {
-    let mut sql = concat!(
+    let columns = concat!(
         "INSERT INTO {event} (mailbox, ",
         message_columns!(),
         ", created_at) VALUES "
-    )
-    .to_owned();
-    for row in 0..rows {
-        let first = 2 + row * 10;
-        let values: Vec<String> = (first..first + 10).map(|n| format!("?{n}")).collect();
-        let separator = if row == 0 { "" } else { ", " };
-        sql.push_str(&format!("{separator}(?1, {})", values.join(", ")));
-    }
-    sql
+    );
+    let values = vec!["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"; rows];
+    columns.to_owned() + &values.join(", ")
 }
 
 /// A page of everything in a mailbox: ?1 mailbox, ?2 part and ?3 id to begin behind, ?4 topic, ?5 type, ?6 key, ?7 ids,

@@ -39,8 +39,11 @@ impl Member {
     }
 
     fn leave(&self) {
+        let mut state = self.group.state();
+        // Under the lock: nothing is taken once this has come back.
         self.closed.store(true, Ordering::Release);
-        self.group.state().release_all(self.id);
+        state.release_all(self.id);
+        drop(state);
         self.group.news.notify_waiters();
     }
 
@@ -48,9 +51,12 @@ impl Member {
         self.closed.load(Ordering::Acquire)
     }
 
-    fn take(&self, max: usize) -> (Vec<Received>, Option<Duration>) {
+    fn take(&self, max: usize) -> Result<(Vec<Received>, Option<Duration>)> {
         let now = self.clock.elapsed();
         let mut state = self.group.state();
+        if self.is_closed() {
+            return Err(Error::new(ErrorKind::Closed, "the subscription has been closed"));
+        }
         let taken = state.take(self.id, self.ordered, max, now);
         let received = taken.into_iter().map(|(tag, entry)| Received {
             message: entry.message,
@@ -58,10 +64,10 @@ impl Member {
             delivery_count: entry.delivery_count,
             assignment: Assignment::WHOLE,
         });
-        (
+        Ok((
             received.collect(),
             state.next_delayed().map(|at| at.saturating_sub(now)),
-        )
+        ))
     }
 }
 
@@ -83,10 +89,7 @@ impl Deliveries for MemoryDeliveries {
         loop {
             let mut news = std::pin::pin!(member.group.news.notified());
             news.as_mut().enable();
-            if member.is_closed() {
-                return Err(Error::new(ErrorKind::Closed, "the subscription has been closed"));
-            }
-            let (received, delayed_for) = member.take(max);
+            let (received, delayed_for) = member.take(max)?;
             if !received.is_empty() {
                 return Ok(Incoming::Batch(received));
             }

@@ -22,7 +22,10 @@ pub async fn concurrent_close_loses_nothing(fixture: &dyn TransportFixture) {
             Ok(Taken::Batch(mut taken)) => {
                 let unfinished = taken.split_off(taken.len() / 2);
                 let taken_names = names(&taken);
-                let errors = closing.settling.settle(taken.into_iter().map(Delivery::ack).collect()).await;
+                let errors = closing
+                    .settling
+                    .settle(taken.into_iter().map(Delivery::ack).collect())
+                    .await;
                 // A settle that comes after the close is refused: then its messages come again.
                 if errors.is_empty() {
                     acked.extend(taken_names);

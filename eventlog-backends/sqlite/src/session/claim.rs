@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     error::doing,
-    row::{Reader, ids},
+    row::{Reader, ids, unpack},
 };
 use postrider_core::{
     Message, Result, Topic,
@@ -266,14 +266,15 @@ impl Claiming<'_> {
                 return Ok(false);
             }
             may_read -= wanted;
-            let fresh = sqlx::query(statement.clone()).bind(self.shared.mailbox).bind(cursor);
+            let fresh = sqlx::query_scalar(statement.clone())
+                .bind(self.shared.mailbox)
+                .bind(cursor);
             let fresh = fresh.bind(i64::try_from(wanted).unwrap_or(i64::MAX));
-            let rows = fresh
+            let packed: Vec<String> = fresh
                 .fetch_all(&mut *self.connection)
                 .await
                 .map_err(doing("reading events"))?;
-            let read = rows.len();
-            self.take_fresh(rows, has_parked_keys).await?;
+            let read = self.take_fresh(&packed).await?;
             if read < wanted {
                 return Ok(true);
             }
@@ -281,22 +282,26 @@ impl Claiming<'_> {
         Ok(true)
     }
 
-    async fn take_fresh(&mut self, rows: Vec<SqliteRow>, has_parked_keys: bool) -> Result<()> {
-        let mut behind = Vec::new();
-        let (mut taken, mut last) = (Vec::with_capacity(rows.len()), None);
-        for row in &rows {
-            let row_id: i64 = row.get(0);
-            last = Some(row_id);
-            if has_parked_keys && row.get::<bool, _>(10) {
-                behind.push(row_id);
-            } else {
-                taken.push((row_id, self.reader.message(row, 1)?));
+    /// Takes what was read, but for what has to be parked behind another of its key. Gives how many were read.
+    async fn take_fresh(&mut self, packed: &[String]) -> Result<usize> {
+        let (mut taken, mut behind, mut last) = (Vec::new(), Vec::new(), None);
+        for text in packed {
+            for event in unpack(text)? {
+                last = last.max(Some(event.0));
+                if event.1 == 1 {
+                    behind.push(event.0);
+                } else {
+                    taken.push((event.0, self.reader.packed(&event)?));
+                }
             }
         }
+        // SQLite groups in order today; nothing promises it.
+        taken.sort_by_key(|(id, _)| *id);
+        let read = taken.len() + behind.len();
         if !behind.is_empty() {
             let failed = doing("parking events behind others of their key");
             let Some(mut tx) = self.shared.fenced(self.connection, self.epoch).await? else {
-                return Ok(());
+                return Ok(0);
             };
             let sql = self.shared.log.sql();
             let behind = ids(behind);
@@ -319,6 +324,6 @@ impl Claiming<'_> {
         if let Some(last) = last {
             self.shared.held().cursor = last;
         }
-        Ok(())
+        Ok(read)
     }
 }
