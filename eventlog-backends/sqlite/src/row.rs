@@ -1,5 +1,6 @@
 //! Rows and what they mean.
 
+use bytes::Bytes;
 use postrider_core::{
     Error, ErrorKind, Message, MessageId, MessageParts, Result, Topic, clock::Timestamp, log::AttemptError,
     message::Text,
@@ -48,16 +49,26 @@ pub(crate) struct Packed<'a>(
     #[serde(borrow)] Cow<'a, str>,
     #[serde(borrow)] Cow<'a, str>,
     Option<i64>,
-    /// The payload, in hexadecimal.
-    #[serde(borrow)]
-    Cow<'a, str>,
+    /// How long the payload is.
+    usize,
 );
 
-/// The events of one row of `fresh`, in order.
-pub(crate) fn unpack(text: &str) -> Result<Vec<Packed<'_>>> {
-    let mut packed: Vec<Packed<'_>> = serde_json::from_str(text).map_err(|e| unreadable().because(e))?;
-    packed.sort_unstable_by_key(|event| event.0);
-    Ok(packed)
+/// The events of one row of `fresh`, each with its payload.
+pub(crate) fn unpack(text: &str, payloads: Vec<u8>) -> Result<Vec<(Packed<'_>, Bytes)>> {
+    let packed: Vec<Packed<'_>> = serde_json::from_str(text).map_err(|e| unreadable().because(e))?;
+    let mut payloads = Bytes::from(payloads);
+    let lengths: usize = packed.iter().map(|event| event.10).sum();
+    if lengths != payloads.len() {
+        return Err(unreadable()
+            .with("payload bytes", payloads.len())
+            .with("expected", lengths));
+    }
+    let cut = |event| {
+        let event: Packed<'_> = event;
+        let payload = payloads.split_to(event.10);
+        (event, payload)
+    };
+    Ok(packed.into_iter().map(cut).collect())
 }
 
 fn unreadable() -> Error {
@@ -67,29 +78,19 @@ fn unreadable() -> Error {
     )
 }
 
-/// SQLite's `hex`, read back.
-fn from_hex(text: &str) -> Option<Vec<u8>> {
-    let digit = |c: u8| match c {
-        b'0'..=b'9' => Some(c - b'0'),
-        b'A'..=b'F' => Some(c - b'A' + 10),
-        _ => None,
-    };
-    let pairs = text.as_bytes().chunks_exact(2);
-    pairs.map(|pair| Some(digit(pair[0])? << 4 | digit(pair[1])?)).collect()
-}
-
 impl Reader {
     /// The message of an event.
-    pub(crate) fn packed(&mut self, event: &Packed<'_>) -> Result<Message> {
-        self.read_packed(event)
+    pub(crate) fn packed(&mut self, event: &Packed<'_>, payload: Bytes) -> Result<Message> {
+        self.read_packed(event, payload)
             .map_err(|error| unreadable().with("id", event.0).because(error))
     }
 
     fn read_packed(
         &mut self,
         event: &Packed<'_>,
+        payload: Bytes,
     ) -> std::result::Result<Message, Box<dyn std::error::Error + Send + Sync>> {
-        let Packed(_, _, id, topic, kind, source, key, content_type, headers, at, payload) = event;
+        let Packed(_, _, id, topic, kind, source, key, content_type, headers, at, _) = event;
         Ok(Message::from(MessageParts {
             id: MessageId::from_uuid(Uuid::try_parse_ascii(id.as_bytes())?),
             kind: shared(&mut self.kind, kind),
@@ -99,7 +100,7 @@ impl Reader {
             headers: headers_from_text(headers)?,
             content_type: shared(&mut self.content_type, content_type),
             time: at.map(time),
-            payload: from_hex(payload).ok_or("the payload is no hexadecimal")?.into(),
+            payload,
         }))
     }
 

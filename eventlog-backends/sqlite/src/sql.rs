@@ -13,7 +13,8 @@ macro_rules! message_columns {
 /// What [`row::Packed`](crate::row::Packed) reads.
 macro_rules! packed_event {
     () => {
-        "json_array(id, is_parked, hex(message_id), topic, type, source, key, content_type, headers, time, hex(payload))"
+        "json_group_array(json_array(id, is_parked, hex(message_id), topic, type, source, key, content_type, headers, time, length(payload))), \
+         CAST(group_concat(payload, '') AS BLOB)"
     };
 }
 
@@ -130,14 +131,14 @@ statements! {
     );
     parked_by_id: concat!("SELECT id, ", message_columns!(), ", attempts, state FROM {parked} WHERE id = ?1");
     /// What is next, packed: the driver hands over row by row between two threads, which costs more than the row. Each
-    /// row of the answer is a JSON array of up to 64 events.
+    /// row of the answer is a JSON array of up to 64 events, and their payloads one behind the other.
     fresh: concat!(
-        "SELECT json_group_array(", packed_event!(), ") FROM (SELECT id, ", message_columns!(), ", 0 AS is_parked ",
+        "SELECT ", packed_event!(), " FROM (SELECT id, ", message_columns!(), ", 0 AS is_parked ",
         "FROM {event} INDEXED BY {event_mailbox} WHERE mailbox = ?1 AND id > ?2 ORDER BY id LIMIT ?3) GROUP BY id / 64",
     );
     /// As `fresh`, with whether something of the event's key is parked.
     fresh_and_parked: concat!(
-        "SELECT json_group_array(", packed_event!(), ") FROM (SELECT id, ", message_columns!(), ", ",
+        "SELECT ", packed_event!(), " FROM (SELECT id, ", message_columns!(), ", ",
         "key IS NOT NULL AND EXISTS (SELECT 1 FROM {parked} p INDEXED BY {parked_key} ",
         "WHERE p.mailbox = e.mailbox AND p.topic = e.topic AND p.key = e.key AND p.state <> 3 AND p.key IS NOT NULL) AS is_parked ",
         "FROM {event} e INDEXED BY {event_mailbox} WHERE mailbox = ?1 AND id > ?2 ORDER BY id LIMIT ?3) GROUP BY id / 64",
@@ -150,19 +151,11 @@ statements! {
     // Settling. Ids come as a JSON array.
     /// At once, and fenced: ?1 mailbox, ?2 ids, ?3 time, ?4 owner, ?5 epoch. It changes nothing if the fence is down,
     /// and gives one row that says whether it stands.
-    keep_done: concat!(
-        "BEGIN IMMEDIATE; ",
-        "INSERT INTO {done} (id, mailbox, ", message_columns!(), ", created_at, attempts, errors, finished_at) ",
-        "SELECT id, mailbox, ", message_columns!(), ", created_at, 0, '[]', ?3 FROM {event} ",
-        "WHERE id IN (SELECT value FROM json_each(?2)) AND mailbox = ?1 AND ", fence_stands!(), "; ",
-        "DELETE FROM {event} WHERE id IN (SELECT value FROM json_each(?2)) AND mailbox = ?1 AND ", fence_stands!(), "; ",
-        "SELECT ", fence_stands!(), "; COMMIT",
-    );
-    delete_done: concat!(
-        "BEGIN IMMEDIATE; ",
-        "DELETE FROM {event} WHERE id IN (SELECT value FROM json_each(?2)) AND mailbox = ?1 AND ", fence_stands!(), "; ",
-        "SELECT ", fence_stands!(), "; COMMIT",
-    );
+    keep_done: &keep_done("id IN (SELECT value FROM json_each(?2))");
+    delete_done: &delete_done("id IN (SELECT value FROM json_each(?2))");
+    /// The same for all ids from ?2 to ?6: the common case, without a list.
+    keep_done_range: &keep_done("id BETWEEN ?2 AND ?6");
+    delete_done_range: &delete_done("id BETWEEN ?2 AND ?6");
     park: concat!(
         "INSERT INTO {parked} (id, mailbox, ", message_columns!(), ", created_at, attempts, state, due_at, errors, finished_at) ",
         "SELECT id, mailbox, ", message_columns!(), ", created_at, ?2, ?3, ?4, ?5, ?6 FROM {event} WHERE id = ?1",
@@ -216,6 +209,21 @@ statements! {
         (SELECT min(created_at) FROM {event} WHERE mailbox = m.id), \
         (SELECT min(created_at) FROM {parked} WHERE mailbox = m.id AND state < 3) \
         FROM {mailbox} m";
+}
+
+fn delete_done(which: &str) -> String {
+    const FENCE: &str = fence_stands!();
+    format!("BEGIN IMMEDIATE; DELETE FROM {{event}} WHERE {which} AND mailbox = ?1 AND {FENCE}; SELECT {FENCE}; COMMIT")
+}
+
+fn keep_done(which: &str) -> String {
+    const FENCE: &str = fence_stands!();
+    const COLUMNS: &str = message_columns!();
+    let keep = format!(
+        "INSERT INTO {{done}} (id, mailbox, {COLUMNS}, created_at, attempts, errors, finished_at) \
+         SELECT id, mailbox, {COLUMNS}, created_at, 0, '[]', ?3 FROM {{event}} WHERE {which} AND mailbox = ?1 AND {FENCE}"
+    );
+    delete_done(which).replacen("BEGIN IMMEDIATE; ", &format!("BEGIN IMMEDIATE; {keep}; "), 1)
 }
 
 /// Without numbers: to find a numbered parameter SQLite walks a list of them all, for each one bound.

@@ -266,15 +266,13 @@ impl Claiming<'_> {
                 return Ok(false);
             }
             may_read -= wanted;
-            let fresh = sqlx::query_scalar(statement.clone())
-                .bind(self.shared.mailbox)
-                .bind(cursor);
+            let fresh = sqlx::query_as(statement.clone()).bind(self.shared.mailbox).bind(cursor);
             let fresh = fresh.bind(i64::try_from(wanted).unwrap_or(i64::MAX));
-            let packed: Vec<String> = fresh
+            let packed: Vec<(String, Vec<u8>)> = fresh
                 .fetch_all(&mut *self.connection)
                 .await
                 .map_err(doing("reading events"))?;
-            let read = self.take_fresh(&packed).await?;
+            let read = self.take_fresh(packed).await?;
             if read < wanted {
                 return Ok(true);
             }
@@ -283,15 +281,15 @@ impl Claiming<'_> {
     }
 
     /// Takes what was read, but for what has to be parked behind another of its key. Gives how many were read.
-    async fn take_fresh(&mut self, packed: &[String]) -> Result<usize> {
+    async fn take_fresh(&mut self, packed: Vec<(String, Vec<u8>)>) -> Result<usize> {
         let (mut taken, mut behind, mut last) = (Vec::new(), Vec::new(), None);
-        for text in packed {
-            for event in unpack(text)? {
+        for (text, payloads) in packed {
+            for (event, payload) in unpack(&text, payloads)? {
                 last = last.max(Some(event.0));
                 if event.1 == 1 {
                     behind.push(event.0);
                 } else {
-                    taken.push((event.0, self.reader.packed(&event)?));
+                    taken.push((event.0, self.reader.packed(&event, payload)?));
                 }
             }
         }

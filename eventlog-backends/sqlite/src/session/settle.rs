@@ -93,18 +93,25 @@ pub(super) async fn settle(
 
 /// Deletes what is done, or moves it to the history, in one round trip. `false` if the lease is lost.
 async fn done(shared: &Shared, connection: &mut SqliteConnection, epoch: i64, positions: &[u64]) -> Result<bool> {
-    let sql = shared.log.sql();
-    let statement = if shared.options.keep_succeeded {
-        &sql.keep_done
-    } else {
-        &sql.delete_done
+    let (sql, keep) = (shared.log.sql(), shared.options.keep_succeeded);
+    let owner = &shared.options.owner.as_uuid().as_bytes()[..];
+    let settle = match range(positions) {
+        Some((first, last)) => {
+            let statement = if keep {
+                &sql.keep_done_range
+            } else {
+                &sql.delete_done_range
+            };
+            let settle = sqlx::query(statement.clone()).bind(shared.mailbox).bind(first);
+            settle.bind(shared.now()).bind(owner).bind(epoch).bind(last)
+        }
+        None => {
+            let statement = if keep { &sql.keep_done } else { &sql.delete_done };
+            let list = ids(positions.iter().map(|p| id(*p)));
+            let settle = sqlx::query(statement.clone()).bind(shared.mailbox).bind(list);
+            settle.bind(shared.now()).bind(owner).bind(epoch)
+        }
     };
-    let settle = sqlx::query(statement.clone())
-        .bind(shared.mailbox)
-        .bind(ids(positions.iter().map(|p| id(*p))))
-        .bind(shared.now())
-        .bind(&shared.options.owner.as_uuid().as_bytes()[..])
-        .bind(epoch);
     // To the end, or the commit would not be reached; the one row is the fence's.
     match settle.fetch_all(&mut *connection).await {
         Ok(rows) => Ok(rows.first().is_some_and(|row| row.get(0))),
@@ -114,6 +121,13 @@ async fn done(shared: &Shared, connection: &mut SqliteConnection, epoch: i64, po
             Err(doing("settling events")(error))
         }
     }
+}
+
+/// The first and the last id, if there is none between them but these.
+fn range(positions: &[u64]) -> Option<(i64, i64)> {
+    let (first, last) = (*positions.iter().min()?, *positions.iter().max()?);
+    let is_whole = last - first + 1 == positions.len() as u64;
+    is_whole.then(|| (id(first), id(last)))
 }
 
 type Known<'a> = Vec<(&'a Settled, Out)>;
