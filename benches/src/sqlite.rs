@@ -175,6 +175,8 @@ async fn business(n: usize, with_event: bool) -> anyhow::Result<Duration> {
     Ok(began.elapsed())
 }
 
+type RawRow = (i64, Vec<u8>, String, String, i64, Vec<u8>);
+
 /// Read in order, then deleted, or moved to a history: what any relay has to do at least.
 async fn drain_raw(n: usize, history: bool) -> anyhow::Result<Duration> {
     let fresh = Fresh::new().await?;
@@ -187,7 +189,7 @@ async fn drain_raw(n: usize, history: bool) -> anyhow::Result<Duration> {
     let began = Instant::now();
     let mut cursor = 0_i64;
     loop {
-        let rows: Vec<(i64, Vec<u8>, String, String, i64, Vec<u8>)> = sqlx::query_as(
+        let rows: Vec<RawRow> = sqlx::query_as(
             "SELECT id, message_id, topic, type, time, payload FROM raw WHERE id > ? ORDER BY id LIMIT 1000",
         )
         .bind(cursor)

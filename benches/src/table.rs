@@ -32,6 +32,7 @@ impl Table {
     }
 
     /// Runs a case in interleaved rounds. Each closure does `work` units of it and says how long that took.
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn compare(
         &mut self,
         workload: &'static str,

@@ -39,7 +39,7 @@ impl FileBroker {
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default()
             .subsec_nanos();
-        (u64::from(now / 1000) ^ message.id().as_uuid().as_u64_pair().1) % 40 == 0
+        (u64::from(now / 1000) ^ message.id().as_uuid().as_u64_pair().1).is_multiple_of(40)
     }
 }
 
@@ -76,7 +76,7 @@ async fn count(bus: &Bus, pool: &SqlitePool, key: i64, round: u64) -> anyhow::Re
         .bind(key)
         .fetch_one(&mut *tx)
         .await?;
-    let rolls_back = round % 5 == 0;
+    let rolls_back = round.is_multiple_of(5);
     let n = if rolls_back { -n } else { n };
     sqlx::query("INSERT INTO ledger VALUES (?, ?)")
         .bind(key)
@@ -135,7 +135,7 @@ pub(crate) async fn run(dir: &Path, what: &str) {
             // The other process has the file locked for long: it is paused in a transaction.
             eprintln!("(a transaction failed, as it may: {error:#})");
         }
-        if round % 3 == 0 {
+        if round.is_multiple_of(3) {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }

@@ -146,6 +146,7 @@ fn key_method(input: &DeriveInput, key: Expr) -> Result<Tokens> {
         }
     };
     Ok(quote! {
+        #[allow(clippy::redundant_closure_call)]
         fn key(&self) -> ::core::option::Option<::std::borrow::Cow<'_, str>> {
             ::core::option::Option::Some(::std::borrow::Cow::Owned(#value))
         }

@@ -43,7 +43,6 @@ struct Inner {
 
 impl Bus {
     /// Describes a bus.
-    #[must_use]
     pub fn builder() -> BusBuilder {
         BusBuilder::default()
     }

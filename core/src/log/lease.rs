@@ -99,6 +99,7 @@ impl Lease {
 
     /// Records a renewal that was sent at `sent`. `false`, and the lease stays over, if it had run out before the
     /// answer came: others may have held it meanwhile.
+    #[must_use]
     pub fn extend(&self, sent: Moment, length: Duration) -> bool {
         let new = nanos(sent + Self::held_for(length));
         let now = nanos(self.clock.elapsed());

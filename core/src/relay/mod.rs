@@ -1,6 +1,6 @@
 //! The relay: claims what is due in a mailbox, attempts it, and settles it.
 //!
-//! One task a mailbox runs the [engine](self::engine), pipelined and bounded: while one batch is with the broker the next
+//! One task a mailbox runs the engine, pipelined and bounded: while one batch is with the broker the next
 //! is claimed and the one before is settled.
 //!
 //! - **Order.** Of each (topic, key) one message is in flight; the next is sent once it is confirmed, since no broker

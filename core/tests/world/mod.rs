@@ -1,6 +1,6 @@
 //! A bus on memory backends and a clock that only moves when told.
 
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(dead_code, clippy::unwrap_used, clippy::panic)]
 
 use async_trait::async_trait;
 use postrider_core::{

@@ -2,7 +2,7 @@ use postrider_core::{
     Error, ErrorKind, Result,
     clock::{Clock, SystemClock},
 };
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 /// How a [`SqliteLog`](crate::SqliteLog) is opened.
 #[derive(Debug, Clone)]
@@ -73,7 +73,7 @@ impl SqliteOptions {
         self
     }
 
-    pub(crate) fn validate(&self, path: &PathBuf) -> Result<()> {
+    pub(crate) fn validate(&self, path: &Path) -> Result<()> {
         let wrong = |text: &'static str| Err(Error::new(ErrorKind::Config, text).with("file", path.display()));
         if self.prefix.is_empty() || self.prefix.len() > 100 || self.prefix.contains('\0') {
             return wrong("the table prefix of the SQLite log has to have 1 to 100 bytes, and no NUL");

@@ -57,7 +57,6 @@ impl MemoryLog {
     }
 
     /// Begins a transaction: what is appended in it appears with its commit.
-    #[must_use]
     pub fn transaction(&self) -> MemoryTransaction {
         MemoryTransaction {
             log: self.clone(),
