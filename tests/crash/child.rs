@@ -129,9 +129,23 @@ pub(crate) async fn run(dir: &Path, what: &str) {
         finish(&bus).await;
         return;
     }
+    if what == "serve" {
+        // The rounds go on until the process ends; the bus does what a server's does.
+        let working = bus.clone();
+        tokio::spawn(async move { work(&working, &pool).await });
+        bus.run_until_signal(Duration::from_secs(10))
+            .await
+            .expect("a clean shutdown");
+        return;
+    }
+    work(&bus, &pool).await;
+}
+
+/// Transactions, for ever.
+async fn work(bus: &Bus, pool: &SqlitePool) {
     for round in u64::from(std::process::id()).. {
         let key = i64::try_from(round).unwrap_or(0) % KEYS;
-        if let Err(error) = count(&bus, &pool, key, round).await {
+        if let Err(error) = count(bus, pool, key, round).await {
             // The other process has the file locked for long: it is paused in a transaction.
             eprintln!("(a transaction failed, as it may: {error:#})");
         }

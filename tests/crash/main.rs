@@ -91,6 +91,28 @@ fn kill_at_random(seconds: u64, seed: u64) {
     assert!(report.is_kept(), "a promise was broken");
 }
 
+/// A process that is told to end (SIGTERM) ends well and at once, and leaves nothing for the next to wait for.
+fn told_to_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = spawn(dir.path(), "serve");
+    let until = Instant::now() + Duration::from_secs(20);
+    while std::fs::read_to_string(ledger::broker(dir.path()))
+        .unwrap_or_default()
+        .lines()
+        .count()
+        < 20
+    {
+        assert!(Instant::now() < until, "nothing is sent");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    signal(&child, "-TERM");
+    assert!(child.wait().unwrap().success(), "it did not end well");
+    assert!(spawn(dir.path(), "finish").wait().unwrap().success());
+    let report = ledger::compare(dir.path());
+    println!("told to end: {report}");
+    assert!(report.is_kept(), "a promise was broken");
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     if let [_, role, dir, what] = &arguments[..]
@@ -100,7 +122,7 @@ fn main() {
         return;
     }
     if arguments.iter().any(|argument| argument == "--list") {
-        println!("killed_and_paused_at_random: test");
+        println!("told_to_end: test\nkilled_and_paused_at_random: test");
         return;
     }
     let seconds = std::env::var("POSTRIDER_CRASH_SECONDS")
@@ -108,9 +130,11 @@ fn main() {
         .and_then(|s| s.parse().ok())
         .unwrap_or(40);
     let seed = u64::from(std::process::id());
-    println!("\nrunning 1 test (seed {seed}, {seconds} s)");
+    println!("\nrunning 2 tests (seed {seed}, {seconds} s)");
+    told_to_end();
+    println!("test told_to_end ... ok");
     kill_at_random(seconds, seed);
     println!(
-        "test killed_and_paused_at_random ... ok\n\ntest result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out"
+        "test killed_and_paused_at_random ... ok\n\ntest result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out"
     );
 }

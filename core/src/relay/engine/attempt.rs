@@ -154,7 +154,9 @@ impl Engine {
         let Some(held) = self.in_hand.get_mut(place) else {
             return;
         };
-        if held.tries >= of_topic.local_max_attempts || self.is_stopping {
+        // The local tier may not take up all the room there is: the rest waits in the log.
+        let is_crowded = self.local.len() >= self.options.max_in_flight / 2;
+        if held.tries >= of_topic.local_max_attempts || self.is_stopping || is_crowded {
             if attempt >= of_topic.max_attempts {
                 self.fail(place, attempt, None);
             } else {

@@ -137,6 +137,7 @@ impl Engine {
                 self.tenure += 1;
             }
             self.lease = claimed.lease;
+            self.has_lease = self.lease.is_held();
         }
         for topic in claimed.waiting {
             tracing::info!(%topic, "records wait for this topic: it will be probed");

@@ -51,6 +51,8 @@ pub(crate) struct Engine {
     rng: fastrand::Rng,
 
     lease: Lease,
+    /// Whether `lease` was held when last looked at: its loss is dealt with once.
+    has_lease: bool,
     tenure: u64,
     in_hand: InHand,
     /// To be sent, in order.
@@ -114,6 +116,7 @@ impl Engine {
         let max_probe = parts.options.max_probe_interval;
         Self {
             lease: Lease::none(parts.clock.clone()),
+            has_lease: false,
             tenure: 0,
             in_hand: InHand::default(),
             ready: VecDeque::new(),
@@ -184,7 +187,7 @@ impl Engine {
 
     /// Starts every job that may be started.
     fn start_what_may(&mut self, now: Moment) {
-        if self.in_hand.len() > 0 && !self.lease.is_held() {
+        if self.has_lease && !self.lease.is_held() {
             self.lose_lease();
         }
         self.end_local_waits(now);
@@ -216,7 +219,7 @@ impl Engine {
         let may_poll = !self.is_claiming && !self.wants_claim && self.link.window() > 0 && !self.is_stopping;
         let poll = Some(self.poll_at).filter(|_| may_poll);
         let lease = self.lease.remaining().map(|left| self.clock.elapsed() + left);
-        let lease = lease.filter(|_| self.in_hand.len() > 0);
+        let lease = lease.filter(|_| self.has_lease);
         let timers = [link, local, log_retry, probe, poll, lease];
         let next = timers.into_iter().flatten().min();
         let soonest = self.clock.elapsed() + SHORTEST_POLL;
@@ -262,10 +265,11 @@ impl Engine {
 
     /// The records in hand are not ours any more, but for those with the client, whose outcome is then ignored.
     fn lose_lease(&mut self) {
-        let lost = self.in_hand.len() - self.in_flight + self.settling.len();
+        let lost = self.in_hand.len().saturating_sub(self.in_flight) + self.settling.len();
         Reporter::count(&self.reporter.lost, lost);
         tracing::warn!(mailbox = %self.mailbox, records = lost, "the lease is lost: its records are left to the next holder");
         self.tenure += 1;
+        self.has_lease = false;
         while let Some(place) = self.ready.pop_front() {
             self.forget_run(place);
         }
