@@ -156,6 +156,11 @@ statements! {
     /// The same for all ids from ?2 to ?6: the common case, without a list.
     keep_done_range: &keep_done("id BETWEEN ?2 AND ?6");
     delete_done_range: &delete_done("id BETWEEN ?2 AND ?6");
+    /// In a transaction that has checked the fence.
+    keep_events: concat!(
+        "INSERT INTO {done} (id, mailbox, ", message_columns!(), ", created_at, attempts, errors, finished_at) ",
+        "SELECT id, mailbox, ", message_columns!(), ", created_at, 0, '[]', ?2 FROM {event} WHERE id IN (SELECT value FROM json_each(?1))",
+    );
     park: concat!(
         "INSERT INTO {parked} (id, mailbox, ", message_columns!(), ", created_at, attempts, state, due_at, errors, finished_at) ",
         "SELECT id, mailbox, ", message_columns!(), ", created_at, ?2, ?3, ?4, ?5, ?6 FROM {event} WHERE id = ?1",

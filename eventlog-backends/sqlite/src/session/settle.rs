@@ -52,6 +52,9 @@ pub(super) async fn settle(
 ) -> Result<SettleReport> {
     let epoch = shared.held().epoch;
     let (known, mut lost) = known(shared, epoch, batch);
+    if known.is_empty() {
+        return Ok(SettleReport::new(lost));
+    }
     // The common case at once; the rest one by one.
     let is_plain = |(settled, out): &&(&Settled, Out)| settled.outcome == Outcome::Done && !out.is_parked;
     let plain: Vec<u64> = known
@@ -60,7 +63,7 @@ pub(super) async fn settle(
         .map(|(settled, _)| untag(settled.tag).1)
         .collect();
     let others: Vec<_> = known.iter().filter(|both| !is_plain(both)).collect();
-    if !plain.is_empty() {
+    if others.is_empty() {
         if !done(shared, connection, epoch, &plain).await? {
             lost.extend(known.iter().map(|(settled, _)| settled.tag));
             return Ok(SettleReport::new(lost));
@@ -70,10 +73,9 @@ pub(super) async fn settle(
             ..Effects::default()
         };
         effects.apply(&mut shared.held());
-    }
-    if !others.is_empty() {
+    } else {
         let Some(mut tx) = shared.fenced(connection, epoch).await? else {
-            lost.extend(others.iter().map(|(settled, _)| settled.tag));
+            lost.extend(known.iter().map(|(settled, _)| settled.tag));
             return Ok(SettleReport::new(lost));
         };
         let mut settling = Settling {
@@ -82,6 +84,7 @@ pub(super) async fn settle(
             now: shared.now(),
             effects: Effects::default(),
         };
+        settling.done(plain).await?;
         settling.all(&others).await?;
         let effects = settling.effects;
         tx.commit().await.map_err(doing("settling events"))?;
@@ -154,6 +157,22 @@ struct Settling<'a> {
 }
 
 impl Settling<'_> {
+    async fn done(&mut self, positions: Vec<u64>) -> Result<()> {
+        if positions.is_empty() {
+            return Ok(());
+        }
+        let failed = doing("settling events");
+        let (sql, list) = (self.shared.log.sql(), ids(positions.iter().map(|p| id(*p))));
+        if self.shared.options.keep_succeeded {
+            let keep = sqlx::query(sql.keep_events.clone()).bind(&list).bind(self.now);
+            keep.execute(&mut *self.connection).await.map_err(&failed)?;
+        }
+        let delete = sqlx::query(sql.delete_ids.clone()).bind(&list);
+        delete.execute(&mut *self.connection).await.map_err(failed)?;
+        self.effects.let_go.extend(positions);
+        Ok(())
+    }
+
     async fn all(&mut self, known: &[&(&Settled, Out)]) -> Result<()> {
         // What is released comes last: it waits behind what the same batch parks of its key.
         let is_released = |both: &&&(&Settled, Out)| both.0.outcome == Outcome::Released;
