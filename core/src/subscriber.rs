@@ -255,6 +255,13 @@ pub struct Settlement {
     disposition: Disposition,
 }
 
+impl Settlement {
+    /// Whether the message comes again.
+    pub(crate) fn comes_again(&self) -> bool {
+        matches!(self.disposition, Disposition::Release | Disposition::Retry { .. })
+    }
+}
+
 impl Delivery {
     /// The message.
     #[must_use]

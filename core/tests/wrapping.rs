@@ -146,6 +146,57 @@ async fn a_wrapped_log_works_as_before() {
 }
 
 #[tokio::test]
+async fn a_topic_that_is_back_before_its_parkings_are_written_strands_nothing() {
+    let clock = ManualClock::shared();
+    let (memory, transport) = (
+        MemoryLog::on_clock(clock.clone()),
+        MemoryTransport::on_clock(clock.clone()),
+    );
+    let (meter, calls) = (clock.clone(), Arc::new(AtomicU32::new(0)));
+    let log = EventLog::from(memory).map_store(|inner| Metered {
+        inner,
+        clock: meter,
+        calls,
+    });
+    // Away for a moment, again and again, while each settle takes a second.
+    let now = clock.clone();
+    transport.faults().on_publish(move |_| {
+        let is_away = now.elapsed().as_millis() % 1700 < 900;
+        if is_away {
+            Err(PublishError::destination("full"))
+        } else {
+            Ok(())
+        }
+    });
+    let relay = options().with_batch_size(4).with_max_in_flight(8);
+    let bus = Bus::builder()
+        .log(log)
+        .transport(transport.clone())
+        .relay(relay)
+        .clock(clock.clone())
+        .seed(3)
+        .build()
+        .unwrap();
+    bus.start().await.unwrap();
+    for n in 0..40 {
+        bus.publish(event("t", Some(["a", "b", "c"][n % 3]), &n.to_string()))
+            .await
+            .unwrap();
+    }
+    for _ in 0..6000 {
+        clock.advance(Duration::from_millis(50));
+        for _ in 0..20 {
+            tokio::task::yield_now().await;
+        }
+        if transport.published(&Topic::new("t")).len() >= 40 {
+            break;
+        }
+    }
+    let sent: HashSet<String> = transport.published(&Topic::new("t")).iter().map(name).collect();
+    assert_eq!(sent.len(), 40, "{:?}", bus.relay_report());
+}
+
+#[tokio::test]
 async fn parts_that_are_missing_are_refused_by_name() {
     let memory = MemoryLog::new();
     let bare = EventLog::new("bare", memory.clone(), LogCapabilities::default());

@@ -199,9 +199,16 @@ impl Worker {
 
     /// Notes the outcome, and gives the next of the key.
     fn settled(hand: &mut InHand, finished: Finished) -> Option<Delivery> {
+        let comes_again = finished.settlement.comes_again();
         hand.settlements.push(finished.settlement);
         let key = finished.key?;
-        let next = hand.keys.get_mut(&key)?.pop_front();
+        let waiting = hand.keys.get_mut(&key)?;
+        if comes_again {
+            // What waits behind it comes again behind it.
+            hand.waiting -= waiting.len();
+            hand.settlements.extend(waiting.drain(..).map(Delivery::release));
+        }
+        let next = waiting.pop_front();
         if next.is_some() {
             hand.waiting -= 1;
         } else {

@@ -199,21 +199,13 @@ impl RelayOptions {
             let least = format!("at least batch_size, {}", self.batch_size);
             return Err(wrong("max_in_flight", self.max_in_flight, least));
         }
-        match self.backoff {
-            Backoff::FullJitter { min, max } if min > max || max.is_zero() => {
-                let given = format!("{min:?} to {max:?}");
-                return Err(wrong(
-                    "backoff",
-                    given,
-                    "a range that begins before it ends, longer than zero",
-                ));
-            }
-            Backoff::Fixed(wait) if wait.is_zero() => return Err(wrong("backoff", "0s", "longer than zero")),
-            _ => {}
-        }
+        check_backoff(self.backoff)?;
         for (pattern, options) in &self.topics {
             if options.max_attempts == Some(0) || options.local_max_attempts == Some(0) {
                 return Err(wrong("max_attempts", "0", "at least 1").with("topics", &pattern.0));
+            }
+            if let Some(backoff) = options.backoff {
+                check_backoff(backoff).map_err(|e| e.with("topics", &pattern.0))?;
             }
         }
         Lease::check(self.lease).map_err(|e| e.with("option", "relay.lease"))
@@ -231,6 +223,21 @@ impl RelayOptions {
             on_failed: options.on_failed,
             unroutable: options.unroutable,
         }
+    }
+}
+
+fn check_backoff(backoff: Backoff) -> Result<()> {
+    match backoff {
+        Backoff::FullJitter { min, max } if min > max || max.is_zero() => {
+            let given = format!("{min:?} to {max:?}");
+            Err(wrong(
+                "backoff",
+                given,
+                "a range that begins before it ends, longer than zero",
+            ))
+        }
+        Backoff::Fixed(wait) if wait.is_zero() => Err(wrong("backoff", "0s", "longer than zero")),
+        _ => Ok(()),
     }
 }
 
@@ -410,6 +417,13 @@ mod tests {
             (base().with_lease(Duration::from_millis(50)), "option: relay.lease"),
             (base().with_backoff(Backoff::Fixed(zero)), "relay.backoff is 0s"),
             (base().with_failed_retention(zero), "relay.failed_retention is 0s"),
+            (
+                base().topic(
+                    TopicPattern::parse("a").unwrap(),
+                    TopicOptions::default().with_backoff(Backoff::Fixed(zero)),
+                ),
+                "relay.backoff is 0s",
+            ),
             (base().with_max_attempts(0), "relay.max_attempts is 0"),
         ] {
             let error = options.validate().unwrap_err();

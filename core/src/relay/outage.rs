@@ -164,9 +164,11 @@ impl Destinations {
     }
 
     /// A topic for whose probe the log is to be asked; it counts as asked from now on.
-    pub(super) fn ask_for_probe(&mut self, now: Moment) -> Option<Topic> {
+    ///
+    /// `may` says which topics: those whose parkings are all written.
+    pub(super) fn ask_for_probe(&mut self, now: Moment, may: impl Fn(&Topic) -> bool) -> Option<Topic> {
         let due = |p: &Paused| matches!(p.probe, Probe::At(at) | Probe::Asked(at) if at <= now);
-        let (topic, paused) = self.paused.iter_mut().find(|(_, p)| due(p))?;
+        let (topic, paused) = self.paused.iter_mut().find(|(topic, p)| due(p) && may(topic))?;
         paused.probe = Probe::Asked(now + ASK_AGAIN);
         Some(topic.clone())
     }

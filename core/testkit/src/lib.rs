@@ -40,6 +40,7 @@ macro_rules! log_conformance {
             a_topic_is_resumed
             topics_that_wait_are_told_to_the_next_holder
             failed_records_are_redriven_and_discarded
+            a_redriven_record_may_be_refused_again
             a_failed_record_can_hold_its_key
             parked_and_failed_are_unique
             retries_do_not_starve_what_is_new

@@ -121,15 +121,6 @@ impl SqliteLog {
         let failed = doing("redriving a dead letter");
         let (topic, key): (&str, Option<&str>) = (row.get(1), row.get(2));
         let position = self.next_id(connection).await?;
-        let is_behind = match key {
-            None => false,
-            Some(key) => {
-                let waits = sqlx::query_scalar(self.sql().is_parked_key.clone())
-                    .bind(mailbox)
-                    .bind(topic);
-                waits.bind(key).fetch_one(&mut *connection).await.map_err(&failed)?
-            }
-        };
         let redrive = sqlx::query(self.sql().redrive_at_the_end.clone()).bind(row.get::<i64, _>(0));
         redrive
             .bind(now)
@@ -137,15 +128,10 @@ impl SqliteLog {
             .execute(&mut *connection)
             .await
             .map_err(&failed)?;
-        if let Some(key) = key.filter(|_| is_behind) {
-            // The head of its key is before it: it waits behind.
-            let demote = sqlx::query(self.sql().demote.clone())
-                .bind(mailbox)
-                .bind(topic)
-                .bind(key);
-            demote.bind(position - 1).execute(connection).await.map_err(failed)?;
+        match key {
+            Some(key) => self.right_key(connection, mailbox, topic, key, now).await,
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 

@@ -184,6 +184,31 @@ impl SqliteLog {
         Ok(())
     }
 
+    /// Sees to it that of what is parked of a key the first, and only the first, is a head. Whatever parks a row of a
+    /// key calls it, since the row may be before the head there is, or behind one that is none.
+    pub(crate) async fn right_key(
+        &self,
+        connection: &mut SqliteConnection,
+        mailbox: i64,
+        topic: &str,
+        key: &str,
+        now: i64,
+    ) -> Result<()> {
+        let failed = doing("letting a key go on");
+        let promote = sqlx::query(self.sql().promote.clone())
+            .bind(mailbox)
+            .bind(topic)
+            .bind(key)
+            .bind(now);
+        promote.execute(&mut *connection).await.map_err(&failed)?;
+        let demote = sqlx::query(self.sql().demote.clone())
+            .bind(mailbox)
+            .bind(topic)
+            .bind(key);
+        demote.execute(connection).await.map_err(failed)?;
+        Ok(())
+    }
+
     /// A position at the end.
     pub(crate) async fn next_id(&self, connection: &mut SqliteConnection) -> Result<i64> {
         let next = sqlx::query_scalar(self.sql().next_id.clone());

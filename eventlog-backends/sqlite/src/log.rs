@@ -99,6 +99,14 @@ impl SqliteLog {
         options.validate(&path)?;
         let names = Names::new(&options.prefix);
         let mut connection = pool.acquire().await.map_err(doing("opening the event log"))?;
+        let encoding: String = sqlx::query_scalar("PRAGMA encoding")
+            .fetch_one(&mut *connection)
+            .await
+            .map_err(doing("opening the event log"))?;
+        if encoding != "UTF-8" {
+            let text = "the event log needs a SQLite database in UTF-8";
+            return Err(Error::new(ErrorKind::Config, text).with("encoding", encoding));
+        }
         schema::migrate(&mut connection, &names).await?;
         drop(connection);
         let relay = connect

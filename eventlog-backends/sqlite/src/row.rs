@@ -53,6 +53,12 @@ pub(crate) struct Packed<'a>(
     usize,
 );
 
+impl Packed<'_> {
+    pub(crate) fn topic_and_key(&self) -> Option<(String, String)> {
+        Some((self.3.clone().into_owned(), self.6.clone()?.into_owned()))
+    }
+}
+
 /// The events of one row of `fresh`, each with its payload.
 pub(crate) fn unpack(text: &str, payloads: Vec<u8>) -> Result<Vec<(Packed<'_>, Bytes)>> {
     let packed: Vec<Packed<'_>> = serde_json::from_str(text).map_err(|e| unreadable().because(e))?;

@@ -18,6 +18,13 @@ macro_rules! packed_event {
     };
 }
 
+macro_rules! first_of_key {
+    () => {
+        "(SELECT min(id) FROM {parked} INDEXED BY {parked_key} \
+         WHERE mailbox = ?1 AND topic = ?2 AND key = ?3 AND state <> 3 AND key IS NOT NULL)"
+    };
+}
+
 macro_rules! fence_stands {
     () => {
         "EXISTS (SELECT 1 FROM {mailbox} WHERE id = ?1 AND owner = ?4 AND epoch = ?5)"
@@ -183,12 +190,14 @@ statements! {
         WHERE mailbox = ?1 AND topic = ?2 AND key = ?3 AND state <> 3 AND key IS NOT NULL AND id < ?4)";
     is_parked_key: "SELECT EXISTS (SELECT 1 FROM {parked} INDEXED BY {parked_key} \
         WHERE mailbox = ?1 AND topic = ?2 AND key = ?3 AND state <> 3 AND key IS NOT NULL)";
-    /// Those behind a new head are heads no more.
-    demote: "UPDATE {parked} INDEXED BY {parked_key} SET state = 1, due_at = NULL \
-        WHERE mailbox = ?1 AND topic = ?2 AND key = ?3 AND state <> 3 AND key IS NOT NULL AND id > ?4 AND state IN (0, 2)";
     /// The first of a key becomes its head, due at once, if it was behind another.
-    promote: "UPDATE {parked} SET state = 0, due_at = ?4 WHERE state = 1 AND id = \
-        (SELECT min(id) FROM {parked} INDEXED BY {parked_key} WHERE mailbox = ?1 AND topic = ?2 AND key = ?3 AND state <> 3 AND key IS NOT NULL)";
+    promote: concat!("UPDATE {parked} SET state = 0, due_at = ?4 WHERE state = 1 AND id = ", first_of_key!());
+    /// Those behind the first of their key are heads no more.
+    demote: concat!(
+        "UPDATE {parked} INDEXED BY {parked_key} SET state = 1, due_at = NULL ",
+        "WHERE mailbox = ?1 AND topic = ?2 AND key = ?3 AND state <> 3 AND key IS NOT NULL AND state IN (0, 2) AND id > ",
+        first_of_key!(),
+    );
     resume: "UPDATE {parked} SET state = 0, due_at = ?4 WHERE id IN \
         (SELECT id FROM {parked} INDEXED BY {parked_topic} WHERE mailbox = ?1 AND topic = ?2 AND state = 2 ORDER BY id LIMIT ?3)";
 

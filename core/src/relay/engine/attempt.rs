@@ -90,7 +90,12 @@ impl Engine {
                 PublishErrorKind::Unavailable(Scope::Destination) => self.destination_away(place, &error, now),
                 PublishErrorKind::Rejected => self.refused(place, &error, now),
                 PublishErrorKind::Invalid => self.fail(place, 0, Some(&error)),
-                PublishErrorKind::HeldBack => self.release_run(place),
+                PublishErrorKind::HeldBack => {
+                    if let Some(held) = self.in_hand.get(place) {
+                        self.destinations.probe_lost(held.record.message.topic(), now);
+                    }
+                    self.release_run(place);
+                }
             }
         }
         Reporter::count(&self.reporter.published, confirmed);
@@ -251,6 +256,8 @@ impl Engine {
         if error.is_unroutable() && self.options.of(&topic).unroutable == Unroutable::Drop {
             Reporter::count(&self.reporter.dropped, 1);
             if let Some(held) = self.in_hand.take(place) {
+                // A probe that is dropped has been answered all the same.
+                self.topic_answered(&held);
                 self.settle_held(&held, Outcome::Done);
                 self.follow(held.next);
             }
@@ -273,6 +280,8 @@ impl Engine {
                 .push(AttemptError::new(self.clock.now(), 0, crate::error::chain(error)));
         }
         let errors = std::mem::take(&mut held.errors);
+        self.unwritten
+            .insert(held.record.tag, held.record.message.topic().clone());
         let parking = Parking::new(Until::Resumed, held.record.attempts, errors);
         self.settle_held(&held, Outcome::Parked(parking));
     }

@@ -41,7 +41,7 @@ impl Engine {
         });
     }
 
-    pub(super) fn settled(&mut self, mut batch: Vec<Settled>, result: Result<SettleReport>, now: Moment) {
+    pub(super) fn settled(&mut self, batch: Vec<Settled>, result: Result<SettleReport>, now: Moment) {
         self.is_settling = false;
         self.being_settled = 0;
         match result {
@@ -51,14 +51,21 @@ impl Engine {
                     Reporter::count(&self.reporter.lost, report.lost.len());
                     tracing::warn!(mailbox = %self.mailbox, records = report.lost.len(), "records were not settled: their lease is lost, others may publish them once more");
                 }
+                if !self.unwritten.is_empty() {
+                    batch.iter().for_each(|settled| {
+                        self.unwritten.remove(&settled.tag);
+                    });
+                }
                 self.tell_of_exhausted(&report.lost);
                 self.wants_claim |= report.may_claim;
             }
             Err(error) => {
                 self.log_failed(&error, now);
                 if self.lease.is_held() {
-                    batch.append(&mut self.settling);
-                    self.settling = batch;
+                    let newer = std::mem::replace(&mut self.settling, batch);
+                    for settled in newer {
+                        self.settle_again(settled.tag, settled.outcome);
+                    }
                 }
             }
         }
@@ -105,7 +112,7 @@ impl Engine {
         let held = self.in_hand.len() + self.settling.len() + self.being_settled;
         let room = self.options.max_in_flight.saturating_sub(held);
         // Small claims cost as much as large ones: wait for half a batch of room.
-        if room * 2 < self.options.batch_size {
+        if room < self.options.batch_size.div_ceil(2) {
             return;
         }
         self.is_claiming = true;
@@ -135,6 +142,7 @@ impl Engine {
                 self.lose_lease();
             } else {
                 self.tenure += 1;
+                self.destinations.clear();
             }
             self.lease = claimed.lease;
             self.has_lease = self.lease.is_held();
@@ -171,14 +179,12 @@ impl Engine {
         if self.is_resuming {
             return;
         }
-        let probe = self.destinations.ask_for_probe(now).map(|topic| (topic, 1));
-        let batch = || {
-            self.destinations
-                .resuming
-                .first()
-                .cloned()
-                .map(|topic| (topic, self.options.batch_size))
-        };
+        let unwritten = &self.unwritten;
+        let is_written = |topic: &Topic| unwritten.is_empty() || !unwritten.values().any(|other| other == topic);
+        let probe = self.destinations.ask_for_probe(now, is_written).map(|topic| (topic, 1));
+        let batch_size = self.options.batch_size;
+        let back = self.destinations.resuming.iter().find(|topic| is_written(topic));
+        let batch = || back.map(|topic| (topic.clone(), batch_size));
         let Some((topic, asked)) = probe.or_else(batch) else {
             return;
         };
@@ -198,6 +204,10 @@ impl Engine {
         };
         self.log_answered();
         self.wants_claim |= found > 0;
+        // What was parked meanwhile is still to be written: then it is asked once more.
+        if self.unwritten.values().any(|other| other == topic) {
+            return;
+        }
         if (found as usize) < asked {
             self.destinations.resuming.retain(|t| t != topic);
         }

@@ -18,6 +18,7 @@ use crate::{
     publisher::PublishError,
 };
 use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use rustc_hash::FxHashMap;
 use std::{
     cmp::Reverse,
     collections::{BinaryHeap, VecDeque},
@@ -60,6 +61,8 @@ pub(crate) struct Engine {
     /// The local tier, by the time of the next try.
     local: BinaryHeap<Reverse<(Moment, Place)>>,
     settling: Vec<Settled>,
+    /// Parkings for a topic that are not written yet: until they are, the topic is neither probed nor resumed.
+    unwritten: FxHashMap<RecordTag, Topic>,
     /// Dead letters to tell of, once they are stored.
     exhausted: Vec<(RecordTag, Stored)>,
 
@@ -122,6 +125,7 @@ impl Engine {
             ready: VecDeque::new(),
             local: BinaryHeap::new(),
             settling: Vec::new(),
+            unwritten: FxHashMap::default(),
             exhausted: Vec::new(),
             jobs: FuturesUnordered::new(),
             in_flight: 0,
@@ -206,28 +210,28 @@ impl Engine {
 
     /// When to look again if nothing happens.
     fn next_timer(&self) -> Moment {
+        let now = self.clock.elapsed();
+        // A timer counts only if there is something to be done when it ends.
         let link = match &self.link {
-            Link::Down { probe_at } => Some(*probe_at),
+            Link::Down { probe_at } if !self.is_stopping => Some(*probe_at),
             _ => None,
         };
         let local = self.local.peek().map(|Reverse((at, _))| *at);
         let log_retry = self.log_retry_at.filter(|_| self.wants_log());
-        let probe = self
-            .destinations
-            .next_probe()
-            .filter(|_| self.link.window() > 0 && !self.is_resuming);
-        let may_poll = !self.is_claiming && !self.wants_claim && self.link.window() > 0 && !self.is_stopping;
+        let may_ask = self.log_retry_at.is_none_or(|at| at <= now) && self.link.window() > 0 && !self.is_stopping;
+        let may_probe = may_ask && !self.is_resuming && self.unwritten.is_empty();
+        let probe = self.destinations.next_probe().filter(|_| may_probe);
+        let may_poll = may_ask && !self.is_claiming && !self.wants_claim;
         let poll = Some(self.poll_at).filter(|_| may_poll);
-        let lease = self.lease.remaining().map(|left| self.clock.elapsed() + left);
-        let lease = lease.filter(|_| self.has_lease);
+        let lease = self.lease.remaining().map(|left| now + left).filter(|_| self.has_lease);
         let timers = [link, local, log_retry, probe, poll, lease];
         let next = timers.into_iter().flatten().min();
-        let soonest = self.clock.elapsed() + SHORTEST_POLL;
-        next.map_or(soonest + self.options.poll_interval, |at| at.max(soonest))
+        let soonest = now + SHORTEST_POLL;
+        next.map_or(soonest.saturating_add(self.options.poll_interval), |at| at.max(soonest))
     }
 
     fn wants_log(&self) -> bool {
-        self.wants_claim || !self.settling.is_empty()
+        self.wants_claim || !self.settling.is_empty() || self.destinations.next_probe().is_some()
     }
 
     fn handle(&mut self, event: Event) {
@@ -277,6 +281,7 @@ impl Engine {
             self.forget_run(place);
         }
         self.settling.clear();
+        self.unwritten.clear();
         self.exhausted.clear();
         self.destinations.clear();
         self.lease = Lease::none(self.clock.clone());

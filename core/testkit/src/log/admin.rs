@@ -70,6 +70,41 @@ pub async fn failed_records_are_redriven_and_discarded(fixture: &dyn LogFixture)
     assert_eq!((stats.failed, stats.pending), (0, 1));
 }
 
+/// A redriven record that is refused again does not leave its key without anything that is due.
+pub async fn a_redriven_record_may_be_refused_again(fixture: &dyn LogFixture) {
+    let log = fixture.log();
+    let desk = Desk::open(fixture).await;
+    desk.put(&["k:dead"]).await;
+    let dead = desk.take().await;
+    desk.settle(vec![(&dead[0], desk.failed(false))]).await;
+    desk.put(&["k:1", "k:2"]).await;
+    assert_eq!(
+        log.admin()
+            .unwrap()
+            .redrive(&Filter::of(desk.mailbox.clone()), 1)
+            .await
+            .unwrap(),
+        1
+    );
+    desk.put(&["k:3"]).await;
+    for _ in 0..6 {
+        let records = desk.take().await;
+        let Some(first) = records.first() else { break };
+        let rest = records[1..].iter().map(|r| (r, Outcome::Released));
+        desk.settle(std::iter::once((first, desk.parked(SHORT))).chain(rest).collect())
+            .await;
+        fixture.advance(SHORT * 2).await;
+    }
+    let mut got = Vec::new();
+    for _ in 0..6 {
+        got.extend(desk.drain().await);
+        fixture.advance(SHORT * 2).await;
+    }
+    let in_order: Vec<&String> = got.iter().filter(|name| *name != "dead").collect();
+    assert_eq!(in_order, ["1", "2", "3"]);
+    assert_eq!(got.len(), 4, "{got:?}");
+}
+
 /// A failed record that holds its key lets nothing of it pass until a person decides.
 pub async fn a_failed_record_can_hold_its_key(fixture: &dyn LogFixture) {
     let log = fixture.log();

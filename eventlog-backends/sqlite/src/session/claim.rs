@@ -14,7 +14,7 @@ use postrider_core::{
     log::{Claim, Claimed, Lease, Record},
 };
 use sqlx::{Row as _, SqliteConnection, sqlite::SqliteRow};
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 /// How many rows a claim reads for each one it may give: what it passes over is bounded.
 const READ_PER_GIVEN: usize = 8;
@@ -32,7 +32,9 @@ pub(super) async fn claim(shared: &Arc<Shared>, connection: &mut SqliteConnectio
         (held.lease.clone(), held.epoch)
     };
     let mut claimed = Claimed::empty(lease);
-    if matches!(acquired, Acquired::Fresh) {
+    // Told with the first claim of a tenure that succeeds.
+    let tells_waiting = !shared.held().waiting_told;
+    if tells_waiting {
         claimed.waiting = waiting_topics(shared, connection).await?;
     }
     let mut claiming = Claiming {
@@ -48,6 +50,7 @@ pub(super) async fn claim(shared: &Arc<Shared>, connection: &mut SqliteConnectio
     let records = claiming.records;
     match result {
         Ok(next_due) => {
+            shared.held().waiting_told = true;
             claimed.records = records;
             claimed.next_due = next_due;
             Ok(claimed)
@@ -283,10 +286,12 @@ impl Claiming<'_> {
     /// Takes what was read, but for what has to be parked behind another of its key. Gives how many were read.
     async fn take_fresh(&mut self, packed: Vec<(String, Vec<u8>)>) -> Result<usize> {
         let (mut taken, mut behind, mut last) = (Vec::new(), Vec::new(), None);
+        let mut behind_of = BTreeSet::new();
         for (text, payloads) in packed {
             for (event, payload) in unpack(&text, payloads)? {
                 last = last.max(Some(event.0));
                 if event.1 == 1 {
+                    behind_of.extend(event.topic_and_key());
                     behind.push(event.0);
                 } else {
                     taken.push((event.0, self.reader.packed(&event, payload)?));
@@ -309,6 +314,13 @@ impl Claiming<'_> {
                     .execute(&mut *tx)
                     .await
                     .map_err(&failed)?;
+            }
+            // Whatever it was read behind may have gone since.
+            for (topic, key) in behind_of {
+                self.shared
+                    .log
+                    .right_key(&mut tx, self.shared.mailbox, &topic, &key, self.now)
+                    .await?;
             }
             tx.commit().await.map_err(failed)?;
         }

@@ -28,10 +28,8 @@ struct LeaseRow {
 
 /// What came of trying to get the lease.
 pub(super) enum Acquired {
-    /// It is ours already.
-    Kept,
-    /// It has become ours.
-    Fresh,
+    /// It is ours.
+    Held,
     /// It is somebody else's, at least for so long.
     NotYet(Duration),
 }
@@ -55,7 +53,7 @@ impl LeaseRow {
 
 pub(super) async fn acquire(shared: &Arc<Shared>, connection: &mut SqliteConnection) -> Result<Acquired> {
     if shared.held().lease.is_held() {
-        return Ok(Acquired::Kept);
+        return Ok(Acquired::Held);
     }
     let owner = &shared.options.owner.as_uuid().as_bytes()[..];
     // Looked at without a lock first: a standby does not disturb the writers.
@@ -92,7 +90,7 @@ pub(super) async fn acquire(shared: &Arc<Shared>, connection: &mut SqliteConnect
     let epoch: i64 = take.fetch_one(&mut *tx).await.map_err(&failed)?;
     tx.commit().await.map_err(failed)?;
     begin_tenure(shared, &mut shared.held(), epoch, sent);
-    Ok(Acquired::Fresh)
+    Ok(Acquired::Held)
 }
 
 fn begin_tenure(shared: &Arc<Shared>, held: &mut Held, epoch: i64, sent: Moment) {
@@ -101,6 +99,7 @@ fn begin_tenure(shared: &Arc<Shared>, held: &mut Held, epoch: i64, sent: Moment)
     held.holdings = Holdings::default();
     held.records.clear();
     held.cursor = 0;
+    held.waiting_told = false;
     held.observed = None;
     held.renewal = Some(renewal(shared, &held.lease, epoch));
 }

@@ -46,6 +46,8 @@ struct Held {
     cursor: i64,
     renewal: Option<AbortOnDropHandle<()>>,
     observed: Option<Observed>,
+    /// Whether the engine knows which topics are waited for.
+    waiting_told: bool,
     data_version: Option<i64>,
     closed: bool,
 }
@@ -84,6 +86,7 @@ impl SqliteSession {
             cursor: 0,
             renewal: None,
             observed: None,
+            waiting_told: false,
             data_version: None,
             closed: false,
         };
@@ -248,7 +251,12 @@ impl Session for SqliteSession {
             held.records.clear();
             held.epoch
         };
-        if let Some(mut connection) = guard.take() {
+        let connection = match guard.take() {
+            // What was using it has been cut off; the lease is to be handed back all the same.
+            None if epoch > 0 => Some(shared.log.connect().await?),
+            connection => connection,
+        };
+        if let Some(mut connection) = connection {
             let free = sqlx::query(shared.log.sql().free_lease.clone())
                 .bind(shared.mailbox)
                 .bind(&shared.options.owner.as_uuid().as_bytes()[..])

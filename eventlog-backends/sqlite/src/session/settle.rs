@@ -65,6 +65,7 @@ pub(super) async fn settle(
     let others: Vec<_> = known.iter().filter(|both| !is_plain(both)).collect();
     if others.is_empty() {
         if !done(shared, connection, epoch, &plain).await? {
+            shared.held().lease.end();
             lost.extend(known.iter().map(|(settled, _)| settled.tag));
             return Ok(SettleReport::new(lost));
         }
@@ -312,17 +313,18 @@ impl Settling<'_> {
                 Ok(())
             };
         }
-        // It keeps its place: what is parked of its key behind it waits for it, and so does what was passed over.
-        let demote = sqlx::query(sql.demote.clone())
-            .bind(shared.mailbox)
-            .bind(out.message.topic().as_str());
-        demote
-            .bind(key)
-            .bind(id(at))
-            .execute(&mut *self.connection)
+        // It keeps its place: what was passed over of its key waits behind it.
+        self.park_passed_over(&out.message).await?;
+        shared
+            .log
+            .right_key(
+                self.connection,
+                shared.mailbox,
+                out.message.topic().as_str(),
+                key,
+                self.now,
+            )
             .await
-            .map_err(failed)?;
-        self.park_passed_over(&out.message).await
     }
 
     async fn park_passed_over(&mut self, message: &Message) -> Result<()> {
@@ -367,6 +369,13 @@ impl Settling<'_> {
                     .execute(&mut *self.connection)
                     .await
                     .map_err(&failed)?;
+            }
+            if let Some(key) = out.message.key() {
+                let (shared, topic) = (self.shared, out.message.topic().as_str());
+                shared
+                    .log
+                    .right_key(self.connection, shared.mailbox, topic, key, self.now)
+                    .await?;
             }
             self.effects.let_go.push(at);
         } else {
