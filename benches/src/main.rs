@@ -20,7 +20,7 @@ struct Size {
 
 impl Size {
     fn rounds(self) -> usize {
-        if self.quick { 1 } else { 5 }
+        if self.quick { 1 } else { 3 }
     }
     /// `full`, or a twentieth of it for a smoke test.
     fn of(self, full: usize) -> usize {
