@@ -113,10 +113,10 @@ pub async fn a_live_lease_is_renewed(fixture: &dyn LogFixture) {
     holder.put(&["1"]).await;
     let claimed = holder.claim(10).await;
     let other = Desk::with(fixture, fixture.other().await, options(SHORT)).await;
-    for _ in 0..40 {
-        fixture.advance(SHORT / 10).await;
+    for _ in 0..60 {
+        fixture.advance(SHORT / 20).await;
         // The renewal is a task of the session's: it needs a moment of real time for each step of the clock.
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(30)).await;
         assert!(other.take().await.is_empty());
     }
     assert!(claimed.lease.is_held());
