@@ -194,6 +194,9 @@ pub trait PublishOne: Debug + Send + Sync + 'static {
     fn publish_one(&self, message: &Message) -> impl Future<Output = Result<(), PublishError>> + Send;
 
     /// Asks whether the broker can be reached; [`Reachability::Unknown`] unless the author knows better.
+    ///
+    /// # Contract
+    /// As [`Publisher::check`].
     fn check(&self) -> impl Future<Output = Reachability> + Send {
         std::future::ready(Reachability::Unknown)
     }

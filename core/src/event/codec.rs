@@ -8,11 +8,17 @@ pub trait Codec<E> {
 
     /// Writes `event`.
     ///
+    /// # Contract
+    /// What it writes, [`decode`](Codec::decode) reads back as an equal event. Must not block.
+    ///
     /// # Errors
     /// [`ErrorKind::Invalid`] if it cannot be written; nothing is published then.
     fn encode(event: &E) -> Result<Bytes>;
 
     /// Reads an event.
+    ///
+    /// # Contract
+    /// Takes any bytes, foreign ones too: refuses them with an error. A panic counts as one.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] if the bytes are none; the message is then dead-lettered with this reason, never retried.

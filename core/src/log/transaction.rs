@@ -22,6 +22,10 @@ use std::{
 )]
 pub trait TransactionOf<Log: ?Sized>: Send {
     /// Lends the connection inside.
+    ///
+    /// # Contract
+    /// The connection on which the caller's own statements run, as the type the log's `append_in` recovers. It touches
+    /// no database and never begins, commits or ends anything.
     fn lend(&mut self) -> Lent<'_>;
 }
 
@@ -138,6 +142,11 @@ impl Debug for Lent<'_> {
 #[async_trait]
 pub trait LogTransaction: Debug + Send {
     /// Lends the connection inside.
+    ///
+    /// # Contract
+    /// As [`TransactionOf::lend`]: of the type that this log's own `append_in` takes.
+    ///
+    /// Held by `log::rollback_leaves_nothing`.
     fn lend(&mut self) -> Lent<'_>;
 
     /// Commits.
