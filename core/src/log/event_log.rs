@@ -1,4 +1,4 @@
-use super::{EventLogStore, LogAdmin, TransactionalLog};
+use super::{EventLogStore, InboxLog, LogAdmin, LogSchema, TransactionalLog};
 use crate::{Error, ErrorKind, Result};
 use std::{fmt, sync::Arc};
 
@@ -55,6 +55,8 @@ pub struct EventLog {
     store: Arc<dyn EventLogStore>,
     transactions: Option<Arc<dyn TransactionalLog>>,
     admin: Option<Arc<dyn LogAdmin>>,
+    inbox: Option<Arc<dyn InboxLog>>,
+    schema: Option<Arc<dyn LogSchema>>,
     capabilities: LogCapabilities,
 }
 
@@ -67,6 +69,8 @@ impl EventLog {
             store: Arc::new(store),
             transactions: None,
             admin: None,
+            inbox: None,
+            schema: None,
             capabilities,
         }
     }
@@ -82,6 +86,20 @@ impl EventLog {
     #[must_use]
     pub fn with_admin(mut self, part: impl LogAdmin) -> Self {
         self.admin = Some(Arc::new(part));
+        self
+    }
+
+    /// Adds the inbox.
+    #[must_use]
+    pub fn with_inbox(mut self, part: impl InboxLog) -> Self {
+        self.inbox = Some(Arc::new(part));
+        self
+    }
+
+    /// Adds the tables' part.
+    #[must_use]
+    pub fn with_schema(mut self, part: impl LogSchema) -> Self {
+        self.schema = Some(Arc::new(part));
         self
     }
 
@@ -120,6 +138,20 @@ impl EventLog {
         self.admin.as_ref().ok_or_else(|| self.lacks("administration"))
     }
 
+    /// The inbox.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if this log has none.
+    pub fn inbox(&self) -> Result<&Arc<dyn InboxLog>> {
+        self.inbox.as_ref().ok_or_else(|| self.lacks("inbox"))
+    }
+
+    /// The tables, where this log has any to be made.
+    #[must_use]
+    pub fn schema(&self) -> Option<&Arc<dyn LogSchema>> {
+        self.schema.as_ref()
+    }
+
     /// What it can do.
     #[must_use]
     pub fn capabilities(&self) -> &LogCapabilities {
@@ -139,6 +171,8 @@ impl fmt::Debug for EventLog {
             .field("name", &self.name)
             .field("transactions", &self.transactions.is_some())
             .field("admin", &self.admin.is_some())
+            .field("inbox", &self.inbox.is_some())
+            .field("schema", &self.schema.is_some())
             .field("capabilities", &self.capabilities)
             .finish_non_exhaustive()
     }

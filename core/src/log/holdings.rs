@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 /// What a session holds, for authors of logs: which records are out, which keys are busy, and what was passed over for
 /// a busy key and is to be given once the key is free.
 ///
-/// For logs whose positions ascend in commit order (one writer), read with a cursor. Keys are hashes
+/// For logs read with a cursor, behind which everything is known. Keys are hashes
 /// ([`Message::key_hash`](crate::Message::key_hash)): two keys that collide only wait for each other.
 #[derive(Debug, Default)]
 pub struct Holdings {
@@ -34,14 +34,16 @@ impl Holdings {
     }
 
     /// Takes the record at `position`, or passes it over because its key is busy: then it is remembered and the answer
-    /// is `false`. Called in ascending order of positions; not for records taken or passed over already.
+    /// is `false`. Called in ascending order of positions, as far as one claim goes; not for records that are
+    /// [known](Holdings::known_above).
     pub fn take(&mut self, position: u64, key: Option<u64>) -> bool {
         if let Some(hash) = key {
             let claim = self.claim;
             let entry = self.keys.entry(hash).or_default();
             let busy = (entry.held > 0 && entry.claim != claim) || !entry.passed_over.is_empty();
             if busy {
-                entry.passed_over.push_back(position);
+                let at = entry.passed_over.partition_point(|p| *p < position);
+                entry.passed_over.insert(at, position);
                 self.passed_over += 1;
                 return false;
             }
@@ -174,6 +176,12 @@ impl Holdings {
     #[must_use]
     pub fn is_held(&self, position: u64) -> bool {
         self.held.contains_key(&position)
+    }
+
+    /// The positions behind `cursor` that are out or passed over: not to be read again.
+    pub fn known_above(&self, cursor: u64) -> impl Iterator<Item = u64> {
+        let passed_over = self.keys.values().flat_map(|key| key.passed_over.iter());
+        self.held.keys().chain(passed_over).copied().filter(move |position| *position > cursor)
     }
 
     /// Whether something of this key is out, given by an earlier claim than the one begun last.

@@ -13,6 +13,8 @@ pub struct SessionOptions {
     pub lease: Duration,
     /// Whether records that succeeded are kept in the history, or deleted. Kept by default.
     pub keep_succeeded: bool,
+    /// How long it may take until [`Session::wait`] notices what another process has written. 500 ms by default.
+    pub poll_interval: Duration,
 }
 
 impl SessionOptions {
@@ -23,6 +25,7 @@ impl SessionOptions {
             owner,
             lease: Duration::from_secs(15),
             keep_succeeded: true,
+            poll_interval: Duration::from_millis(500),
         }
     }
     /// Sets the lease.
@@ -37,6 +40,12 @@ impl SessionOptions {
         self.keep_succeeded = keep;
         self
     }
+    /// Sets how long it may take until it is noticed what another process has written.
+    #[must_use]
+    pub fn with_poll_interval(mut self, interval: Duration) -> Self {
+        self.poll_interval = interval;
+        self
+    }
 }
 
 /// What to claim.
@@ -47,18 +56,30 @@ pub struct Claim {
     pub max: usize,
     /// The most runs of parked records among them, so that retries do not starve what is new.
     pub max_parked: usize,
+    /// How many bytes of payload to give: nothing more is given once so many are.
+    pub max_bytes: usize,
 }
 
 impl Claim {
     /// Up to `max` records, of which all may have been parked.
     #[must_use]
     pub fn new(max: usize) -> Self {
-        Self { max, max_parked: max }
+        Self {
+            max,
+            max_parked: max,
+            max_bytes: usize::MAX,
+        }
     }
     /// Limits the runs of parked records.
     #[must_use]
     pub fn with_max_parked(mut self, max: usize) -> Self {
         self.max_parked = max;
+        self
+    }
+    /// Limits the bytes of payload.
+    #[must_use]
+    pub fn with_max_bytes(mut self, bytes: usize) -> Self {
+        self.max_bytes = bytes;
         self
     }
 }
@@ -242,11 +263,13 @@ pub trait Session: Debug + Send + Sync {
     /// Held by `log::a_topic_is_resumed`.
     async fn resume(&self, topic: &Topic, max: usize) -> Result<u64>;
 
-    /// Waits for news from elsewhere: a notification of another process, or the loss of the lease.
+    /// Waits for something to claim that this session was not told of: what another process has committed, what has
+    /// become due through it, a lane or a lease that is to be had; or for the loss of the lease.
     ///
     /// # Contract
-    /// Returns at the latest after `at_most` by the log's clock, and may return for no reason. Cancel-safe. (Events
-    /// published in this process wake the engine without it.)
+    /// Returns within about [`poll_interval`](SessionOptions::poll_interval) of it, at the latest after `at_most` by the
+    /// log's clock, and may return for no reason. Cancel-safe. (Events published in this process wake the engine without
+    /// it; what the last claim said of [`next_due`](Claimed::next_due) the engine counts itself.)
     async fn wait(&self, at_most: Duration) -> Result<()>;
 
     /// Gives back everything and the lease, so that others go on at once.

@@ -13,6 +13,8 @@ pub struct Purge {
     pub succeeded_after: Option<Duration>,
     /// Removes what failed at least this long ago. `None`, the default, keeps dead letters for ever.
     pub failed_after: Option<Duration>,
+    /// Removes the receipts of messages handled at least this long ago; see [`InboxLog`](super::InboxLog).
+    pub receipts_after: Option<Duration>,
     /// The most records to remove in this call.
     pub max: u64,
 }
@@ -25,6 +27,7 @@ impl Purge {
             mailbox,
             succeeded_after: None,
             failed_after: None,
+            receipts_after: None,
             max,
         }
     }
@@ -38,6 +41,13 @@ impl Purge {
     #[must_use]
     pub fn failed_after(mut self, age: Duration) -> Self {
         self.failed_after = Some(age);
+        self
+    }
+    /// Removes the receipts of messages handled at least `age` ago: a message that the broker delivers again later than
+    /// that is handled again.
+    #[must_use]
+    pub fn receipts_after(mut self, age: Duration) -> Self {
+        self.receipts_after = Some(age);
         self
     }
 }

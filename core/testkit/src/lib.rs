@@ -14,6 +14,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::mem_forget)]
 
 pub mod log;
+#[cfg(unix)]
+pub mod server;
 pub mod transport;
 
 /// One test for each behaviour a log has to show; the argument is an expression that makes a fresh

@@ -258,9 +258,12 @@ pub async fn topics_that_wait_are_told_to_the_next_holder(fixture: &dyn LogFixtu
     ])
     .await;
     let records = one.take().await;
-    let wait = Outcome::Parked(Parking::new(Until::Resumed, 0, Vec::new()));
-    one.settle(vec![(&records[0], wait), (&records[1], Outcome::Done)])
-        .await;
+    let wait = || Outcome::Parked(Parking::new(Until::Resumed, 0, Vec::new()));
+    let outcomes = records.iter().map(|r| match r.message.topic().as_str() {
+        "away" => (r, wait()),
+        _ => (r, Outcome::Done),
+    });
+    one.settle(outcomes.collect()).await;
     assert!(one.claim(1).await.waiting.is_empty());
     one.session.close().await.unwrap();
     let two = Desk::with(

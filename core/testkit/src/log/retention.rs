@@ -2,7 +2,7 @@
 
 use super::{
     Desk, LogFixture,
-    fixture::{LONG, SHORT},
+    fixture::{LONG, SHORT, name},
 };
 use postrider_core::log::{Outcome, Owner, Parking, Purge, SessionOptions, Until};
 
@@ -29,11 +29,11 @@ pub async fn purge_is_bounded_and_takes_only_what_is_due(fixture: &dyn LogFixtur
     let desk = Desk::open(fixture).await;
     desk.put(&["1", "2", "3", "4", "5", "k:p", "f", "g:g"]).await;
     let records = desk.take().await;
-    let outcomes = records.iter().enumerate().map(|(n, record)| match n {
-        0..5 => (record, Outcome::Done),
-        5 => (record, desk.parked(LONG)),
-        6 => (record, desk.failed(false)),
-        _ => (record, desk.failed(true)),
+    let outcomes = records.iter().map(|record| match name(&record.message).as_str() {
+        "p" => (record, desk.parked(LONG)),
+        "f" => (record, desk.failed(false)),
+        "g" => (record, desk.failed(true)),
+        _ => (record, Outcome::Done),
     });
     desk.settle(outcomes.collect()).await;
     desk.put(&["g:behind", "hot"]).await;

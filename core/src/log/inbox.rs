@@ -1,0 +1,93 @@
+use super::Lent;
+use crate::{GroupName, Message, MessageId, Result, Topic};
+use async_trait::async_trait;
+use std::{fmt::Debug, sync::Arc};
+
+/// A message that has reached a group, as [`InboxLog::admit`] asks about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Arrival {
+    /// Its id.
+    pub id: MessageId,
+    /// Its topic.
+    pub topic: Topic,
+    /// Its ordering key.
+    pub key: Option<String>,
+    /// Whether it is what the inbox itself had parked, on its way to be tried again: then it does not wait for itself.
+    pub was_parked: bool,
+}
+
+impl Arrival {
+    /// A message from the broker.
+    #[must_use]
+    pub fn new(message: &Message) -> Self {
+        Self {
+            id: message.id(),
+            topic: message.topic().clone(),
+            key: message.key().map(str::to_owned),
+            was_parked: false,
+        }
+    }
+    /// A message that the inbox had parked, and that a session has claimed.
+    #[must_use]
+    pub fn parked(message: &Message) -> Self {
+        Self {
+            was_parked: true,
+            ..Self::new(message)
+        }
+    }
+}
+
+/// What is to be done with a message that has reached a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Admission {
+    /// Its receipt is written in the transaction: handle it, and commit.
+    New,
+    /// Handled before: acknowledge it and drop it.
+    Duplicate,
+    /// It waits in the inbox already, or is a dead letter there: acknowledge it and drop it.
+    Parked,
+    /// Another of its key waits in the inbox: park it too. No receipt is written.
+    HeldBack,
+}
+
+/// The inbox's part of a log: receipts, written in the transaction that holds a handler's effects. Optional, attached to
+/// [`EventLog`](super::EventLog). What has to wait is parked by an append with
+/// [`Placement::Parked`](super::Placement::Parked), a dead letter by one with
+/// [`Placement::Failed`](super::Placement::Failed).
+#[async_trait]
+pub trait InboxLog: Debug + Send + Sync + 'static {
+    /// Asks of many messages at once what is to be done with each, and writes the receipts of the new ones; one answer
+    /// each, in order.
+    ///
+    /// # Contract
+    /// - A receipt appears with the transaction's commit, or never. Of two transactions that admit one message at once,
+    ///   the second waits for the first; if that commits it is a `Duplicate`, else `New`.
+    /// - Named twice in one batch, the second is a `Duplicate`.
+    /// - Batches that name the same ids in other orders do not deadlock.
+    /// - `HeldBack` may be out of date when it arrives: parking decides by itself whether there is still something to
+    ///   wait behind.
+    ///
+    /// Held by `log::messages_are_admitted_once`, `log::admission_knows_what_waits`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::WrongTransaction`](crate::ErrorKind::WrongTransaction) as for
+    /// [`append_in`](super::TransactionalLog::append_in).
+    async fn admit(&self, tx: Lent<'_>, group: &GroupName, arrivals: &[Arrival]) -> Result<Vec<Admission>>;
+}
+
+macro_rules! forward {
+    ($pointer:ident) => {
+        #[async_trait]
+        impl<S: InboxLog + ?Sized> InboxLog for $pointer<S> {
+            async fn admit(&self, tx: Lent<'_>, group: &GroupName, arrivals: &[Arrival]) -> Result<Vec<Admission>> {
+                (**self).admit(tx, group, arrivals).await
+            }
+        }
+    };
+}
+forward!(Arc);
+forward!(Box);
+
+const _: fn(&dyn InboxLog) = |_| {};

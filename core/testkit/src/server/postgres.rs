@@ -1,0 +1,264 @@
+use super::{family, free_port, is_root, run, signal, tail, wait_until};
+use std::{
+    fs,
+    net::TcpStream,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+/// A Postgres server of a test's own. It is stopped, and its data removed, when this is dropped, and when the test's
+/// process ends in whatever way.
+///
+/// Its programs are looked for in `POSTRIDER_TEST_POSTGRES_BIN`, in Debian's place for them, and in the path. It refuses to run as
+/// root; then it runs as the user `postgres`, or `nobody`.
+#[derive(Debug)]
+pub struct Postgres {
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    Own(Box<Own>),
+    /// A running one, named by the environment.
+    Given(String),
+}
+
+#[derive(Debug)]
+struct Own {
+    dir: PathBuf,
+    bin: PathBuf,
+    user: Option<&'static str>,
+    port: u16,
+    settings: Vec<String>,
+    /// A shell that ends the server, and removes its data, when its standard input ends.
+    keeper: Child,
+}
+
+const VARIABLE: &str = "POSTRIDER_TEST_POSTGRES_URL";
+
+impl Postgres {
+    /// The server that all tests of this process share: the one in `POSTRIDER_TEST_POSTGRES_URL`, else one of its own.
+    /// Made for many short tests: without `fsync`.
+    #[must_use]
+    pub fn shared() -> &'static Self {
+        static SHARED: OnceLock<Postgres> = OnceLock::new();
+        SHARED.get_or_init(|| match std::env::var(VARIABLE) {
+            Ok(url) if !url.is_empty() => Self { place: Place::Given(url) },
+            _ => Self::start(),
+        })
+    }
+
+    /// Starts a server for a test that kills or pauses it.
+    #[must_use]
+    pub fn start() -> Self {
+        Self::start_with(&["fsync=off"])
+    }
+
+    /// Starts a server with these settings beside the usual ones.
+    #[must_use]
+    pub fn start_with(settings: &[&str]) -> Self {
+        let bin = binaries();
+        let user = is_root().then(unprivileged_user);
+        let dir = std::env::temp_dir().join(format!("postrider-postgres-{}-{}", std::process::id(), free_port()));
+        fs::create_dir(&dir).expect("a directory for the server");
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).expect("its permissions");
+        let (data, log) = (dir.join("data"), dir.join("server.log"));
+        fs::create_dir(&data).expect("a directory for the data");
+        fs::write(&log, "").expect("a log file");
+        if let Some(user) = user {
+            run(Command::new("chown").arg(user).args([&data, &log])).expect("the directory is given to the server's user");
+        }
+        let mut initdb = as_user(user, &bin.join("initdb"));
+        initdb.args(["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync", "-D"]);
+        run(initdb.arg(&data)).expect("initdb");
+        let mut own = Own {
+            keeper: keeper(&dir),
+            dir,
+            bin,
+            user,
+            port: free_port(),
+            settings: settings.iter().map(|s| (*s).to_owned()).collect(),
+        };
+        own.run();
+        Self { place: Place::Own(Box::new(own)) }
+    }
+
+    /// The address of its database `postgres`.
+    #[must_use]
+    pub fn url(&self) -> String {
+        match &self.place {
+            Place::Own(own) => format!("postgres://postgres@127.0.0.1:{}/postgres", own.port),
+            Place::Given(url) => url.clone(),
+        }
+    }
+
+    /// A name for a schema that no other test uses.
+    #[must_use]
+    pub fn fresh_name(&self) -> String {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        format!("test_{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The folder of its programs, `psql` among them.
+    #[must_use]
+    pub fn programs() -> PathBuf {
+        binaries()
+    }
+
+    fn own(&mut self) -> &mut Own {
+        match &mut self.place {
+            Place::Own(own) => own,
+            Place::Given(_) => panic!("a server that {VARIABLE} names is not ours to kill: use Postgres::start()"),
+        }
+    }
+
+    /// Kills it and all its processes at once (SIGKILL), as a power failure would.
+    pub fn kill(&mut self) {
+        let own = self.own();
+        let processes = own.processes();
+        // First none may do anything, so that all die at one instant.
+        signal("-STOP", &processes);
+        signal("-KILL", &processes);
+        assert!(
+            wait_until(Duration::from_secs(10), || processes.iter().all(|pid| !is_running(*pid))),
+            "the server does not die"
+        );
+    }
+
+    /// Stops all its processes (SIGSTOP) until [`resume`](Postgres::resume).
+    pub fn pause(&mut self) {
+        let processes = self.own().processes();
+        signal("-STOP", &processes);
+    }
+
+    /// Lets them go on.
+    pub fn resume(&mut self) {
+        let processes = self.own().processes();
+        signal("-CONT", &processes);
+    }
+
+    /// Starts it again, after [`kill`](Postgres::kill), on the same data and the same port.
+    pub fn restart(&mut self) {
+        self.own().run();
+    }
+
+    /// Ends it in order, connections cut.
+    pub fn stop(&mut self) {
+        let own = self.own();
+        let pid = own.pid();
+        signal("-INT", &[pid]);
+        assert!(wait_until(Duration::from_secs(20), || !is_running(pid)), "the server does not stop");
+    }
+}
+
+impl Own {
+    fn run(&mut self) {
+        let (data, log) = (self.dir.join("data"), self.dir.join("server.log"));
+        let mut server = as_user(self.user, &self.bin.join("postgres"));
+        server.arg("-D").arg(&data).args(["-p", &self.port.to_string()]);
+        let usual = [
+            "listen_addresses=127.0.0.1",
+            "unix_socket_directories=",
+            "max_connections=300",
+            "shared_buffers=256MB",
+            "max_prepared_transactions=10",
+            "log_min_messages=warning",
+        ];
+        for setting in usual.iter().copied().chain(self.settings.iter().map(String::as_str)) {
+            server.args(["-c", setting]);
+        }
+        let file = fs::File::options().append(true).open(&log).expect("the server's log");
+        server.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
+        let mut started = server.spawn().expect("the server starts");
+        // Whoever waits for it is told when it is gone, so that no dead process is left.
+        std::thread::spawn(move || started.wait());
+        let port = self.port;
+        let answers = wait_until(Duration::from_secs(60), || {
+            let ready = fs::read_to_string(data.join("postmaster.pid")).is_ok_and(|pid| pid.contains("ready"));
+            ready && TcpStream::connect(("127.0.0.1", port)).is_ok()
+        });
+        assert!(answers, "the Postgres server does not come up:\n{}", tail(&log));
+    }
+
+    fn pid(&self) -> u32 {
+        let file = fs::read_to_string(self.dir.join("data/postmaster.pid")).expect("the server runs");
+        file.lines().next().and_then(|line| line.parse().ok()).expect("its process id")
+    }
+
+    fn processes(&self) -> Vec<u32> {
+        family(self.pid())
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        // The end of its standard input is what the keeper waits for.
+        drop(self.keeper.stdin.take());
+        let _ = self.keeper.wait();
+    }
+}
+
+fn keeper(dir: &Path) -> Child {
+    let script = r#"
+        trap '' INT TERM HUP
+        read -r _
+        pid=$(head -n 1 "$0/data/postmaster.pid" 2>/dev/null) && {
+            kill -CONT "$pid"; kill -QUIT "$pid"
+            for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+            kill -KILL "$pid"
+        } 2>/dev/null
+        rm -rf "$0"
+    "#;
+    let mut keeper = Command::new("sh");
+    keeper.arg("-c").arg(script).arg(dir);
+    keeper.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    keeper.spawn().expect("a shell")
+}
+
+fn is_running(pid: u32) -> bool {
+    // A dead one whose parent has not asked for it yet is no longer running.
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+}
+
+fn as_user(user: Option<&str>, program: &Path) -> Command {
+    let Some(user) = user else {
+        return Command::new(program);
+    };
+    let mut command = Command::new("setpriv");
+    command.args([&format!("--reuid={user}"), &format!("--regid={}", group_of(user)), "--clear-groups", "--"]);
+    command.arg(program).current_dir("/");
+    command
+}
+
+fn group_of(user: &str) -> String {
+    let group = run(Command::new("id").args(["-g", user])).expect("the group of the server's user");
+    group.trim().to_owned()
+}
+
+fn unprivileged_user() -> &'static str {
+    let exists = |user: &&str| run(Command::new("id").args(["-u", user])).is_ok();
+    ["postgres", "nobody"].into_iter().find(exists).expect("a user that is not root, to run Postgres as")
+}
+
+fn binaries() -> PathBuf {
+    if let Ok(bin) = std::env::var("POSTRIDER_TEST_POSTGRES_BIN") {
+        return bin.into();
+    }
+    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let mut found: Vec<PathBuf> = versions.map(|entry| entry.path().join("bin")).filter(|bin| bin.join("initdb").exists()).collect();
+    found.sort();
+    let in_path = || {
+        let path = std::env::var_os("PATH")?;
+        std::env::split_paths(&path).find(|dir| dir.join("initdb").exists())
+    };
+    found.pop().or_else(in_path).expect(
+        "Postgres is not installed (apt-get install postgresql-15, or run ./test); POSTRIDER_TEST_POSTGRES_URL names a running one, POSTRIDER_TEST_POSTGRES_BIN the folder of its programs",
+    )
+}

@@ -1,0 +1,262 @@
+//! Writing new records.
+
+use crate::{
+    PostgresLog,
+    error::doing,
+    row::{errors_to_text, headers_to_text, lane_of, secs},
+};
+use md5::{Digest as _, Md5};
+use postrider_core::{
+    Message, Result,
+    clock::Timestamp,
+    log::{NewRecord, Placement},
+};
+use sqlx::{PgConnection, Postgres, query::Query};
+use std::{
+    collections::BTreeSet,
+    time::Duration,
+};
+use uuid::Uuid;
+
+/// The states of the table of parked records.
+pub(crate) mod state {
+    pub(crate) const DUE: i16 = 0;
+    pub(crate) const BEHIND: i16 = 1;
+    pub(crate) const FOR_TOPIC: i16 = 2;
+    pub(crate) const FAILED: i16 = 3;
+    pub(crate) const FAILED_AND_HOLDING: i16 = 4;
+}
+
+/// The key of a record with its lane, topic and text: what turns are taken by.
+pub(crate) type KeyOf = (i16, String, String);
+
+/// The columns of a batch.
+#[derive(Default)]
+struct Columns<'a> {
+    lane: Vec<i16>,
+    message_id: Vec<Uuid>,
+    topic: Vec<&'a str>,
+    kind: Vec<&'a str>,
+    source: Vec<Option<&'a str>>,
+    key: Vec<Option<&'a str>>,
+    content_type: Vec<&'a str>,
+    headers: Vec<String>,
+    time: Vec<Option<Timestamp>>,
+    payload: Vec<&'a [u8]>,
+}
+
+impl<'a> Columns<'a> {
+    fn push(&mut self, message: &'a Message) -> Result<()> {
+        self.lane.push(lane_of(message.key(), message.id()));
+        self.message_id.push(*message.id().as_uuid());
+        self.topic.push(message.topic().as_str());
+        self.kind.push(message.kind());
+        self.source.push(message.source());
+        self.key.push(message.key());
+        self.content_type.push(message.content_type());
+        self.headers.push(headers_to_text(message)?);
+        self.time.push(message.time());
+        self.payload.push(message.payload());
+        Ok(())
+    }
+
+    fn bind<'q>(self, query: Query<'q, Postgres, sqlx::postgres::PgArguments>) -> Query<'q, Postgres, sqlx::postgres::PgArguments>
+    where
+        'a: 'q,
+    {
+        query
+            .bind(self.lane)
+            .bind(self.message_id)
+            .bind(self.topic)
+            .bind(self.kind)
+            .bind(self.source)
+            .bind(self.key)
+            .bind(self.content_type)
+            .bind(self.headers)
+            .bind(self.time)
+            .bind(self.payload)
+    }
+}
+
+impl PostgresLog {
+    /// Writes records in the connection's transaction; those of one placement keep their order.
+    pub(crate) async fn insert(&self, connection: &mut PgConnection, mailbox: i16, batch: &[NewRecord]) -> Result<()> {
+        if let [record] = batch
+            && record.placement == Placement::Due
+        {
+            return self.insert_one(connection, mailbox, &record.message).await;
+        }
+        let (mut due, mut later, mut parked) = (Columns::default(), Columns::default(), Columns::default());
+        let (mut delays, mut parked_rest) = (Vec::new(), ParkedColumns::default());
+        for record in batch {
+            match &record.placement {
+                Placement::Due => due.push(&record.message)?,
+                Placement::Scheduled { after } => {
+                    later.push(&record.message)?;
+                    delays.push(secs(*after));
+                }
+                Placement::Parked { after, attempts, errors } => {
+                    parked.push(&record.message)?;
+                    parked_rest.push(state::DUE, *after, *attempts, errors)?;
+                }
+                Placement::Failed { attempts, errors } => {
+                    parked.push(&record.message)?;
+                    parked_rest.push(state::FAILED, Duration::ZERO, *attempts, errors)?;
+                }
+                _ => return Err(crate::log::unexpected("the Postgres log does not know this placement")),
+            }
+        }
+        if !due.lane.is_empty() {
+            let many = due.bind(sqlx::query(self.sql().append_many.clone()).bind(mailbox));
+            many.execute(&mut *connection).await.map_err(doing("appending events"))?;
+        }
+        if !later.lane.is_empty() {
+            let many = later.bind(sqlx::query(self.sql().schedule.clone()).bind(mailbox));
+            many.bind(delays)
+                .execute(&mut *connection)
+                .await
+                .map_err(doing("appending delayed events"))?;
+        }
+        if !parked.lane.is_empty() {
+            self.insert_parked(connection, mailbox, parked, parked_rest).await?;
+        }
+        Ok(())
+    }
+
+    async fn insert_one(&self, connection: &mut PgConnection, mailbox: i16, message: &Message) -> Result<()> {
+        sqlx::query(self.sql().append_one.clone())
+            .bind(mailbox)
+            .bind(lane_of(message.key(), message.id()))
+            .bind(message.id().as_uuid())
+            .bind(message.topic().as_str())
+            .bind(message.kind())
+            .bind(message.source())
+            .bind(message.key())
+            .bind(message.content_type())
+            .bind(headers_to_text(message)?)
+            .bind(message.time())
+            .bind(&message.payload()[..])
+            .execute(connection)
+            .await
+            .map_err(doing("appending an event"))?;
+        Ok(())
+    }
+
+    async fn insert_parked(
+        &self,
+        connection: &mut PgConnection,
+        mailbox: i16,
+        columns: Columns<'_>,
+        rest: ParkedColumns,
+    ) -> Result<()> {
+        let failed = doing("parking messages");
+        let mut keys = BTreeSet::new();
+        for (n, state) in rest.state.iter().enumerate() {
+            if let Some(key) = columns.key[n].filter(|_| *state == state::DUE) {
+                keys.insert((columns.lane[n], columns.topic[n].to_owned(), key.to_owned()));
+            }
+        }
+        self.take_turns(connection, mailbox, &keys, &columns.message_id).await?;
+        let park = columns.bind(sqlx::query(self.sql().park_new.clone()).bind(mailbox));
+        let park = park.bind(rest.after).bind(rest.attempts).bind(rest.state).bind(rest.errors);
+        park.execute(&mut *connection).await.map_err(failed)?;
+        self.right_keys(connection, mailbox, &keys).await
+    }
+
+    /// Waits until nobody else is parking or unparking these keys and messages, in one order everywhere. Until the end
+    /// of the transaction nobody will.
+    pub(crate) async fn take_turns(
+        &self,
+        connection: &mut PgConnection,
+        mailbox: i16,
+        keys: &BTreeSet<KeyOf>,
+        messages: &[Uuid],
+    ) -> Result<()> {
+        let of_keys = keys.iter().map(|(_, topic, key)| turn(mailbox, &[topic.as_bytes(), b"/", key.as_bytes()]));
+        let of_messages = messages.iter().map(|id| turn(mailbox, &[id.as_bytes()]));
+        let locks: BTreeSet<i32> = of_keys.chain(of_messages).collect();
+        if locks.is_empty() {
+            return Ok(());
+        }
+        let locks: Vec<i32> = locks.into_iter().collect();
+        let lock = sqlx::query(self.sql().lock.clone()).bind(locks).execute(connection);
+        lock.await.map_err(doing("waiting for others who park the same keys"))?;
+        Ok(())
+    }
+
+    /// Parks events behind others of their keys, whose turns have been taken. Gives the keys that were not among
+    /// `expected` (hashes collide), with their turns taken too.
+    pub(crate) async fn park_behind(
+        &self,
+        connection: &mut PgConnection,
+        mailbox: i16,
+        lanes: &[i16],
+        ids: &[i64],
+        expected: &BTreeSet<KeyOf>,
+    ) -> Result<BTreeSet<KeyOf>> {
+        let park = sqlx::query_as(self.sql().park_behind.clone()).bind(mailbox).bind(lanes).bind(ids);
+        let parked: Vec<KeyOf> = park
+            .fetch_all(&mut *connection)
+            .await
+            .map_err(doing("parking events behind others of their key"))?;
+        let others: BTreeSet<KeyOf> = parked.into_iter().filter(|key| !expected.contains(key)).collect();
+        self.take_turns(connection, mailbox, &others, &[]).await?;
+        Ok(others)
+    }
+
+    /// Sees to it that of what is parked of a key the first, and only the first, is a head. Whatever parks or unparks a
+    /// row of a key calls it, behind [`take_turns`](Self::take_turns) and in a later statement.
+    pub(crate) async fn right_keys(
+        &self,
+        connection: &mut PgConnection,
+        mailbox: i16,
+        keys: &BTreeSet<KeyOf>,
+    ) -> Result<()> {
+        if keys.is_empty() {
+            return Ok(());
+        }
+        let failed = doing("letting keys go on");
+        for statement in [&self.sql().demote, &self.sql().promote] {
+            let lanes: Vec<i16> = keys.iter().map(|key| key.0).collect();
+            let topics: Vec<&str> = keys.iter().map(|key| key.1.as_str()).collect();
+            let texts: Vec<&str> = keys.iter().map(|key| key.2.as_str()).collect();
+            let right = sqlx::query(statement.clone()).bind(mailbox).bind(lanes).bind(topics);
+            right.bind(texts).execute(&mut *connection).await.map_err(&failed)?;
+        }
+        Ok(())
+    }
+}
+
+/// The number of a lock: the same in every version, and few, since the server's table of locks is small. Two that are
+/// equal only wait for each other.
+fn turn(mailbox: i16, parts: &[&[u8]]) -> i32 {
+    let mut digest = Md5::new_with_prefix(mailbox.to_be_bytes());
+    parts.iter().for_each(|part| digest.update(part));
+    let digest = digest.finalize();
+    i32::from(u16::from_be_bytes([digest[0], digest[1]]) % 4096)
+}
+
+#[derive(Default)]
+struct ParkedColumns {
+    after: Vec<f64>,
+    attempts: Vec<i32>,
+    state: Vec<i16>,
+    errors: Vec<String>,
+}
+
+impl ParkedColumns {
+    fn push(
+        &mut self,
+        state: i16,
+        after: Duration,
+        attempts: u32,
+        errors: &[postrider_core::log::AttemptError],
+    ) -> Result<()> {
+        self.state.push(state);
+        self.after.push(secs(after));
+        self.attempts.push(i32::try_from(attempts).unwrap_or(i32::MAX));
+        self.errors.push(errors_to_text(errors)?);
+        Ok(())
+    }
+}
+

@@ -1,0 +1,132 @@
+//! Rows and what they mean.
+
+use bytes::Bytes;
+use md5::{Digest as _, Md5};
+use postrider_core::{
+    Error, ErrorKind, Message, MessageId, MessageParts, Result, Topic, clock::Timestamp, log::AttemptError,
+    message::Text,
+};
+use sqlx::{Row as _, postgres::PgRow};
+use std::{sync::Arc, time::Duration};
+use uuid::Uuid;
+
+/// The lane of a key: part of the format, and the same as `lane_of` in SQL.
+pub(crate) fn lane_of(key: Option<&str>, id: MessageId) -> i16 {
+    let digest = match key {
+        Some(key) => Md5::digest(key.as_bytes()),
+        None => Md5::digest(id.as_uuid().as_bytes()),
+    };
+    i16::from(digest[0] & 63)
+}
+
+/// A delay as the statements take it, in seconds; more than a century counts as one.
+pub(crate) fn secs(duration: Duration) -> f64 {
+    duration.as_secs_f64().min(3_155_760_000.0)
+}
+
+/// Reads messages, and shares what their rows have in common: a backlog has few topics, types and sources.
+#[derive(Debug, Default)]
+pub(crate) struct Reader {
+    topic: Option<Topic>,
+    kind: Option<Text>,
+    source: Option<Text>,
+    content_type: Option<Text>,
+}
+
+fn shared(last: &mut Option<Text>, text: &str) -> Text {
+    match last {
+        Some(last) if last.as_str() == text => last.clone(),
+        _ => last.insert(Text::from(Arc::<str>::from(text))).clone(),
+    }
+}
+
+fn unreadable() -> Error {
+    Error::new(
+        ErrorKind::Storage,
+        "a row of the event log cannot be read: was it written by something else?",
+    )
+}
+
+/// Where a record is: its lane and its position.
+pub(crate) fn place(row: &PgRow, first: usize) -> (i16, i64) {
+    (row.get(first), row.get(first + 1))
+}
+
+impl Reader {
+    /// The message in the columns from `first` on, which begin with lane and id.
+    pub(crate) fn message(&mut self, row: &PgRow, first: usize) -> Result<Message> {
+        self.read(row, first).map_err(|error| {
+            let id: i64 = row.try_get(first + 1).unwrap_or_default();
+            unreadable().with("id", id).because(error)
+        })
+    }
+
+    fn read(
+        &mut self,
+        row: &PgRow,
+        first: usize,
+    ) -> std::result::Result<Message, Box<dyn std::error::Error + Send + Sync>> {
+        let id: i64 = row.try_get(first + 1)?;
+        let message_id: Uuid = row.try_get(first + 2)?;
+        let topic: &str = row.try_get(first + 3)?;
+        let topic = match &self.topic {
+            Some(last) if last.as_str() == topic => last.clone(),
+            _ => self.topic.insert(Topic::parse(topic.to_owned())?).clone(),
+        };
+        let kind: &str = row.try_get(first + 4)?;
+        let source: Option<&str> = row.try_get(first + 5)?;
+        let key: Option<&str> = row.try_get(first + 6)?;
+        let content_type: &str = row.try_get(first + 7)?;
+        let headers: &str = row.try_get(first + 8)?;
+        let time: Option<Timestamp> = row.try_get(first + 9)?;
+        let payload: &[u8] = row.try_get(first + 10)?;
+        let message = Message::from(MessageParts {
+            id: MessageId::from_uuid(message_id),
+            kind: shared(&mut self.kind, kind),
+            source: source.map(|source| shared(&mut self.source, source)),
+            topic,
+            key: key.map(Into::into),
+            headers: match headers {
+                "[]" => Vec::new(),
+                text => serde_json::from_str(text)?,
+            },
+            content_type: shared(&mut self.content_type, content_type),
+            time,
+            payload: Bytes::copy_from_slice(payload),
+        });
+        Ok(message.with_sequence(id.unsigned_abs()))
+    }
+}
+
+pub(crate) fn headers_to_text(message: &Message) -> Result<String> {
+    if message.headers().is_empty() {
+        return Ok("[]".to_owned());
+    }
+    serde_json::to_string(message.headers())
+        .map_err(|e| Error::new(ErrorKind::Invalid, "the headers cannot be stored").because(e))
+}
+
+pub(crate) fn errors_to_text(errors: &[AttemptError]) -> Result<String> {
+    let kept = &errors[errors.len().saturating_sub(AttemptError::KEPT)..];
+    serde_json::to_string(kept)
+        .map_err(|e| Error::new(ErrorKind::Unexpected, "the errors of a record cannot be stored").because(e))
+}
+
+/// The errors kept; what is none counts as no errors, since nothing depends on them.
+pub(crate) fn errors_from_text(text: &str) -> Vec<AttemptError> {
+    serde_json::from_str(text).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lanes_of_keys_are_part_of_the_format() {
+        let id = MessageId::from_uuid(Uuid::nil());
+        let vectors = [("a", 12), ("order-1", 0), ("", 0)];
+        for (key, lane) in vectors {
+            println!("{key:?} {} {lane}", lane_of(Some(key), id));
+        }
+    }
+}

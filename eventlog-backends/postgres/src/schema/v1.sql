@@ -1,0 +1,246 @@
+-- Names in braces get their schema and prefix; a name with a ! only its prefix, as CREATE INDEX wants it.
+
+-- What the log knows of itself: schema_version, oldest_reader (the oldest program that may use this schema),
+-- history_slot_seconds (how long one slot of the history is written), max_message_bytes (for append()).
+CREATE TABLE {settings} (name text PRIMARY KEY, value bigint NOT NULL);
+INSERT INTO {settings} VALUES ('history_slot_seconds', 6172), ('max_message_bytes', 921600);
+
+-- The clock that leases and due times are counted by. A function, so that a test can move it; it is inlined.
+CREATE FUNCTION {clock}() RETURNS timestamptz LANGUAGE sql VOLATILE PARALLEL SAFE AS 'SELECT pg_catalog.clock_timestamp()';
+
+CREATE TABLE {mailbox} (
+    id smallint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    name text NOT NULL UNIQUE
+);
+INSERT INTO {mailbox} (name) VALUES ('outbox:default');
+
+-- Who is alive: one row for each session, renewed by it. A row that has expired is deleted by whoever takes its lanes,
+-- so that a lease which is over stays over, wherever the clock goes.
+CREATE TABLE {relay} (
+    mailbox smallint NOT NULL,
+    owner uuid NOT NULL,
+    expires_at timestamptz NOT NULL,
+    PRIMARY KEY (mailbox, owner)
+) WITH (fillfactor = 50);
+
+-- Who owns which part of a mailbox. Written only when a lane changes hands, so that the fence is cheap to check.
+CREATE TABLE {lane} (
+    mailbox smallint NOT NULL,
+    lane smallint NOT NULL,
+    owner uuid,
+    epoch bigint NOT NULL DEFAULT 0,
+    freed_at timestamptz NOT NULL DEFAULT '-infinity',
+    PRIMARY KEY (mailbox, lane)
+) WITH (fillfactor = 50);
+INSERT INTO {lane} (mailbox, lane) SELECT 1, generate_series(0, 63);
+
+-- The lane of a key: part of the format. The first byte of the MD5 of the key in UTF-8, or of the 16 bytes of the
+-- message id where there is no key, modulo 64.
+CREATE FUNCTION {lane_of}(key text, message_id uuid) RETURNS smallint LANGUAGE sql IMMUTABLE PARALLEL SAFE AS
+    $postrider$ SELECT (get_byte(decode(md5(CASE WHEN $1 IS NULL THEN uuid_send($2) ELSE convert_to($1, 'UTF8') END), 'hex'), 0) & 63)::smallint $postrider$;
+
+-- What is due and was never refused. Ids are taken by the INSERT itself, behind its lock on the table: the settled
+-- floor rests on that. Statistics of an emptied queue mislead, so there are none.
+CREATE TABLE {event} (
+    mailbox smallint NOT NULL,
+    lane smallint NOT NULL,
+    id bigint NOT NULL GENERATED ALWAYS AS IDENTITY (SEQUENCE NAME {position}),
+    message_id uuid NOT NULL,
+    topic text NOT NULL,
+    type text NOT NULL,
+    source text,
+    key text CHECK (octet_length(key) <= 512),
+    content_type text NOT NULL,
+    headers text NOT NULL,
+    time timestamptz,
+    payload bytea NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (mailbox, lane, id)
+) WITH (
+    autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000, autovacuum_vacuum_cost_delay = 0,
+    autovacuum_vacuum_insert_threshold = -1, vacuum_truncate = off,
+    autovacuum_analyze_threshold = 2147483647, autovacuum_analyze_scale_factor = 100
+);
+
+-- What was refused, what waits behind it, and the dead letters. The ids are those of the event table.
+-- state: 0 head of its key, due at next_at; 1 behind another of its key; 2 head, until its topic is resumed;
+--        3 failed; 4 failed, and holding its key
+CREATE TABLE {parked} (
+    mailbox smallint NOT NULL,
+    lane smallint NOT NULL,
+    id bigint NOT NULL,
+    message_id uuid NOT NULL,
+    topic text NOT NULL,
+    type text NOT NULL,
+    source text,
+    key text CHECK (octet_length(key) <= 512),
+    content_type text NOT NULL,
+    headers text NOT NULL,
+    time timestamptz,
+    payload bytea NOT NULL,
+    created_at timestamptz NOT NULL,
+    attempts integer NOT NULL,
+    state smallint NOT NULL,
+    next_at timestamptz,
+    errors jsonb NOT NULL,
+    finished_at timestamptz,
+    PRIMARY KEY (mailbox, lane, id)
+) WITH (
+    autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000, autovacuum_vacuum_cost_delay = 0,
+    vacuum_truncate = off, autovacuum_analyze_threshold = 2147483647, autovacuum_analyze_scale_factor = 100
+);
+CREATE INDEX {parked_due!} ON {parked} (mailbox, lane, next_at) WHERE state = 0;
+CREATE INDEX {parked_key!} ON {parked} (mailbox, lane, topic, key, id) WHERE state <> 3 AND key IS NOT NULL;
+CREATE INDEX {parked_topic!} ON {parked} (mailbox, topic, id) WHERE state = 2;
+CREATE INDEX {parked_failed!} ON {parked} (mailbox, finished_at) WHERE state >= 3;
+CREATE INDEX {parked_message!} ON {parked} (mailbox, message_id);
+
+-- What is delayed: it enters the event table, under a new id, when its time has come. Its own ids only break ties.
+CREATE TABLE {scheduled} (
+    mailbox smallint NOT NULL,
+    lane smallint NOT NULL,
+    id bigint NOT NULL GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    message_id uuid NOT NULL,
+    topic text NOT NULL,
+    type text NOT NULL,
+    source text,
+    key text CHECK (octet_length(key) <= 512),
+    content_type text NOT NULL,
+    headers text NOT NULL,
+    time timestamptz,
+    payload bytea NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    due_at timestamptz NOT NULL
+) WITH (
+    autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000, autovacuum_vacuum_cost_delay = 0,
+    vacuum_truncate = off, autovacuum_analyze_threshold = 2147483647, autovacuum_analyze_scale_factor = 100
+);
+CREATE INDEX {scheduled_due!} ON {scheduled} (mailbox, lane, due_at);
+
+-- The history of what succeeded: a ring of slots, each written for history_slot_seconds and emptied as a whole, so that
+-- nothing needs the right to create or drop at run time.
+CREATE TABLE {done} (
+    mailbox smallint NOT NULL,
+    lane smallint NOT NULL,
+    id bigint NOT NULL,
+    message_id uuid NOT NULL,
+    topic text NOT NULL,
+    type text NOT NULL,
+    source text,
+    key text,
+    content_type text NOT NULL,
+    headers text NOT NULL,
+    time timestamptz,
+    payload bytea NOT NULL,
+    created_at timestamptz NOT NULL,
+    attempts integer NOT NULL,
+    errors jsonb NOT NULL,
+    finished_at timestamptz NOT NULL,
+    slot smallint NOT NULL
+) PARTITION BY LIST (slot);
+CREATE TABLE {done_0} PARTITION OF {done} FOR VALUES IN (0);
+CREATE TABLE {done_1} PARTITION OF {done} FOR VALUES IN (1);
+CREATE TABLE {done_2} PARTITION OF {done} FOR VALUES IN (2);
+CREATE TABLE {done_3} PARTITION OF {done} FOR VALUES IN (3);
+CREATE TABLE {done_4} PARTITION OF {done} FOR VALUES IN (4);
+CREATE TABLE {done_5} PARTITION OF {done} FOR VALUES IN (5);
+CREATE TABLE {done_6} PARTITION OF {done} FOR VALUES IN (6);
+CREATE TABLE {done_7} PARTITION OF {done} FOR VALUES IN (7);
+CREATE TABLE {done_8} PARTITION OF {done} FOR VALUES IN (8);
+CREATE TABLE {done_9} PARTITION OF {done} FOR VALUES IN (9);
+CREATE TABLE {done_10} PARTITION OF {done} FOR VALUES IN (10);
+CREATE TABLE {done_11} PARTITION OF {done} FOR VALUES IN (11);
+CREATE TABLE {done_12} PARTITION OF {done} FOR VALUES IN (12);
+CREATE TABLE {done_13} PARTITION OF {done} FOR VALUES IN (13);
+CREATE TABLE {done_14} PARTITION OF {done} FOR VALUES IN (14);
+CREATE TABLE {done_15} PARTITION OF {done} FOR VALUES IN (15);
+
+CREATE FUNCTION {slot}() RETURNS smallint LANGUAGE sql STABLE AS
+    $postrider$ SELECT (extract(epoch FROM {clock}())::bigint / (SELECT value FROM {settings} WHERE name = 'history_slot_seconds') % 16)::smallint $postrider$;
+
+-- Which messages a group has handled: written with the handler's own effects.
+CREATE TABLE {receipt} (
+    mailbox smallint NOT NULL,
+    message_id uuid NOT NULL,
+    seen_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (mailbox, message_id)
+);
+CREATE INDEX {receipt_seen!} ON {receipt} (mailbox, seen_at);
+
+-- An event from any language: SELECT append('orders', 'order.placed.v1', '{"n": 1}', key => 'o-1'), in your transaction.
+CREATE FUNCTION {append}(
+    topic text, type text, payload bytea, key text DEFAULT NULL, headers jsonb DEFAULT '[]', not_before timestamptz DEFAULT NULL,
+    content_type text DEFAULT 'application/octet-stream', source text DEFAULT NULL, id uuid DEFAULT NULL,
+    "time" timestamptz DEFAULT clock_timestamp(), route text DEFAULT 'default'
+) RETURNS uuid LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $postrider$
+#variable_conflict use_variable
+DECLARE
+    box smallint;
+    pairs jsonb := coalesce(headers, '[]');
+    size bigint;
+    most bigint;
+    wrong text;
+BEGIN
+    id := coalesce(id, gen_random_uuid());
+    wrong := CASE
+        WHEN topic IS NULL OR octet_length(topic) NOT BETWEEN 1 AND 200 OR topic !~ '^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$'
+            THEN 'the topic has to be 1 to 200 bytes of A-Z a-z 0-9 . _ - without an empty segment'
+        WHEN type IS NULL OR octet_length(type) NOT BETWEEN 1 AND 1024 THEN 'the type has to have 1 to 1024 bytes'
+        WHEN octet_length(source) NOT BETWEEN 1 AND 1024 THEN 'the source has to have 1 to 1024 bytes'
+        WHEN content_type IS NULL OR octet_length(content_type) NOT BETWEEN 1 AND 1024 THEN 'the content type has to have 1 to 1024 bytes'
+        WHEN octet_length(key) NOT BETWEEN 1 AND 512 THEN 'the key has to have 1 to 512 bytes: leave it out for an unordered event'
+        WHEN payload IS NULL THEN 'the payload is null: an empty one is fine'
+        WHEN jsonb_typeof(pairs) NOT IN ('array', 'object') THEN 'the headers have to be an object, or an array of pairs'
+    END;
+    IF wrong IS NULL AND jsonb_typeof(pairs) = 'object' THEN
+        SELECT coalesce(jsonb_agg(jsonb_build_array(h.key, h.value)), '[]') INTO pairs FROM jsonb_each(pairs) h;
+    END IF;
+    IF wrong IS NULL AND EXISTS (
+        SELECT 1 FROM jsonb_array_elements(pairs) p WHERE CASE
+            WHEN jsonb_typeof(p) <> 'array' THEN true
+            ELSE jsonb_array_length(p) <> 2 OR jsonb_typeof(p->0) <> 'string' OR jsonb_typeof(p->1) <> 'string'
+                OR octet_length(p->>0) NOT BETWEEN 1 AND 1024 END
+    ) THEN
+        wrong := 'a header has to be a name of 1 to 1024 bytes and a value, both strings';
+    END IF;
+    IF wrong IS NOT NULL THEN
+        RAISE EXCEPTION '%', wrong USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    size := octet_length(payload) + octet_length(type) + octet_length(content_type) + coalesce(octet_length(key), 0) + coalesce(octet_length(source), 0)
+        + coalesce((SELECT sum(octet_length(p->>0) + octet_length(p->>1)) FROM jsonb_array_elements(pairs) p), 0);
+    SELECT value INTO most FROM {settings} WHERE name = 'max_message_bytes';
+    IF size > most THEN
+        RAISE EXCEPTION 'the message has % bytes, the most is %: keep the bulk elsewhere and send a reference', size, most
+            USING ERRCODE = 'program_limit_exceeded';
+    END IF;
+    SELECT m.id INTO box FROM {mailbox} m WHERE m.name = 'outbox:' || route;
+    IF box IS NULL THEN
+        RAISE EXCEPTION 'there is no route %', quote_nullable(route) USING ERRCODE = 'invalid_parameter_value',
+            HINT = 'A route comes into being when a relay of it has been started once.';
+    END IF;
+    IF not_before > {clock}() THEN
+        INSERT INTO {scheduled} (mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at, due_at)
+            SELECT box, {lane_of}(key, id), id, topic, type, source, key, content_type, pairs::text, "time", payload, {clock}(), greatest(not_before, {clock}());
+    ELSE
+        INSERT INTO {event} (mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at)
+            SELECT box, {lane_of}(key, id), id, topic, type, source, key, content_type, pairs::text, "time", payload, {clock}();
+    END IF;
+    RETURN id;
+END $postrider$;
+
+-- The same for JSON, as text or as a value.
+CREATE FUNCTION {append}(
+    topic text, type text, payload text, key text DEFAULT NULL, headers jsonb DEFAULT '[]', not_before timestamptz DEFAULT NULL,
+    content_type text DEFAULT 'application/json', source text DEFAULT NULL, id uuid DEFAULT NULL,
+    "time" timestamptz DEFAULT clock_timestamp(), route text DEFAULT 'default'
+) RETURNS uuid LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS
+    $postrider$ SELECT {append}($1, $2, convert_to($3, 'UTF8'), $4, $5, $6, $7, $8, $9, $10, $11) $postrider$;
+CREATE FUNCTION {append}(
+    topic text, type text, payload jsonb, key text DEFAULT NULL, headers jsonb DEFAULT '[]', not_before timestamptz DEFAULT NULL,
+    content_type text DEFAULT 'application/json', source text DEFAULT NULL, id uuid DEFAULT NULL,
+    "time" timestamptz DEFAULT clock_timestamp(), route text DEFAULT 'default'
+) RETURNS uuid LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS
+    $postrider$ SELECT {append}($1, $2, convert_to($3::text, 'UTF8'), $4, $5, $6, $7, $8, $9, $10, $11) $postrider$;
+REVOKE ALL ON FUNCTION {append}(text, text, bytea, text, jsonb, timestamptz, text, text, uuid, timestamptz, text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION {append}(text, text, text, text, jsonb, timestamptz, text, text, uuid, timestamptz, text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION {append}(text, text, jsonb, text, jsonb, timestamptz, text, text, uuid, timestamptz, text) FROM PUBLIC;

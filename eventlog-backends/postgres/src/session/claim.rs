@@ -1,0 +1,629 @@
+//! Taking what is due.
+
+use super::{
+    Lane, Out, Shared,
+    floor::{Look, Writer},
+    id, lanes, position, tag,
+};
+use crate::{
+    append::{KeyOf, state},
+    error::doing,
+    log::unexpected,
+    row::{Reader, place},
+};
+use futures_util::TryStreamExt as _;
+use postrider_core::{
+    Message, Result,
+    clock::{Moment, Timestamp},
+    log::{Claim, Claimed, Lease, Record},
+};
+use sqlx::{Connection as _, Either, PgConnection, Row as _, postgres::PgRow};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+/// How many rows a claim reads for each one it may give: what it passes over is bounded.
+const READ_PER_GIVEN: usize = 8;
+/// The fewest rows read of a lane: a claim of all lanes should not come back for a few more of one.
+const LEAST_OF_A_LANE: usize = 16;
+/// Due times are not looked up at every claim while there is a stream of events.
+const CHECK_DUE_EVERY: Duration = Duration::from_millis(20);
+/// Now and then they are looked up from the beginning, whatever the server's clock may have done.
+const CHECK_ALL_EVERY: Duration = Duration::from_secs(300);
+/// A step back of the server's clock by more than this is noticed; see `floor`.
+const CLOCK_STEP_MILLIS: i64 = 100;
+
+pub(super) async fn claim(shared: &Arc<Shared>, connection: &mut PgConnection, request: &Claim) -> Result<Claimed> {
+    lanes::hold(shared, connection).await?;
+    if is_worth_a_look(shared) {
+        look(shared, connection).await?;
+    }
+    let (tenure, lease, waiting) = {
+        let mut held = shared.held();
+        if held.active().next().is_none() {
+            return Ok(Claimed::empty(Lease::none(shared.log.clock().clone())));
+        }
+        held.lanes.values_mut().for_each(|lane| lane.holdings.begin_claim());
+        (held.tenure, held.lease.clone(), std::mem::take(&mut held.untold))
+    };
+    let mut claiming = Claiming {
+        shared,
+        connection,
+        tenure,
+        max: request.max,
+        bytes_left: request.max_bytes,
+        reader: Reader::default(),
+        records: Vec::new(),
+        cursors: BTreeMap::new(),
+        given_freed: Vec::new(),
+        given_parked: Vec::new(),
+        given_fresh: Vec::new(),
+    };
+    match claiming.run(request.max_parked).await {
+        Ok(next_due) => {
+            let mut held = shared.held();
+            if held.tenure == tenure {
+                for (lane, cursor) in claiming.cursors {
+                    if let Some(lane) = held.lanes.get_mut(&lane) {
+                        lane.cursor = cursor;
+                    }
+                }
+            }
+            let mut claimed = Claimed::empty(lease);
+            claimed.records = claiming.records;
+            claimed.next_due = next_due;
+            claimed.waiting = waiting;
+            Ok(claimed)
+        }
+        Err(error) => {
+            claiming.undo();
+            shared.held().untold.extend(waiting);
+            Err(error)
+        }
+    }
+}
+
+fn is_worth_a_look(shared: &Shared) -> bool {
+    let held = shared.held();
+    held.floor.due_in(shared.elapsed()).is_some_and(|left| left.is_zero())
+}
+
+/// Looks up to where everything has been seen.
+pub(super) async fn look(shared: &Shared, connection: &mut PgConnection) -> Result<()> {
+    let failed = doing("looking for what is being written");
+    let mut rows = sqlx::raw_sql(shared.log.sql().probe.clone()).fetch_many(connection);
+    let mut look: Option<Look> = None;
+    while let Some(part) = rows.try_next().await.map_err(&failed)? {
+        let Either::Right(row) = part else { continue };
+        match &mut look {
+            None => {
+                look = Some(Look {
+                    position: row.try_get(0).map_err(&failed)?,
+                    time: row.try_get(1).map_err(&failed)?,
+                    server: row.try_get(2).map_err(&failed)?,
+                    writers: Vec::new(),
+                });
+            }
+            Some(look) => look.writers.push(Writer {
+                transaction: row.try_get(0).map_err(&failed)?,
+                number: row.try_get(1).map_err(&failed)?,
+            }),
+        }
+    }
+    let look = look.ok_or_else(|| unexpected("the position of the event log was not read"))?;
+    let now = shared.elapsed();
+    let mut held = shared.held();
+    if !held.floor.found(look, now) {
+        tracing::warn!("the Postgres server has been restarted: what was read of the event log is read again");
+        held.end_tenure();
+    }
+    Ok(())
+}
+
+struct Claiming<'a> {
+    shared: &'a Shared,
+    connection: &'a mut PgConnection,
+    tenure: u64,
+    max: usize,
+    bytes_left: usize,
+    reader: Reader,
+    records: Vec<Record>,
+    /// Up to where each lane is known, once this claim has succeeded.
+    cursors: BTreeMap<i16, i64>,
+    given_freed: Vec<(i16, i64)>,
+    given_parked: Vec<(i16, i64)>,
+    given_fresh: Vec<(i16, i64)>,
+}
+
+impl Claiming<'_> {
+    /// Takes what is due, and says when more will be.
+    async fn run(&mut self, max_parked: usize) -> Result<Option<Duration>> {
+        let checks_first = self.wants_due_check();
+        let mut more_due = false;
+        if checks_first {
+            more_due = self.due(max_parked).await?;
+        }
+        let freed = self.freed().await?;
+        if !freed.is_empty() {
+            self.take(freed, true).await?;
+        }
+        let read_all = self.fresh().await?;
+        if self.records.is_empty() && !checks_first {
+            more_due = self.due(max_parked).await?;
+        }
+        let held = self.shared.held();
+        if !read_all || more_due || held.active().any(|(_, lane)| lane.holdings.has_freed()) {
+            return Ok(Some(Duration::ZERO));
+        }
+        let now = self.shared.elapsed();
+        Ok(held.due.next.map(|at| at.saturating_sub(now)))
+    }
+
+    /// Nothing was taken: it is all there for the next claim.
+    fn undo(self) {
+        let mut held = self.shared.held();
+        if held.tenure != self.tenure {
+            return;
+        }
+        for (lane, at) in self.given_freed {
+            if let Some(lane) = held.lanes.get_mut(&lane) {
+                lane.records.remove(&at);
+                lane.holdings.give_back(position(at));
+            }
+        }
+        for (lane, at) in self.given_parked.into_iter().chain(self.given_fresh) {
+            if let Some(lane) = held.lanes.get_mut(&lane) {
+                lane.records.remove(&at);
+                lane.holdings.let_go(position(at));
+            }
+        }
+        held.due = super::Due::default();
+    }
+
+    fn room(&self) -> usize {
+        if self.bytes_left == 0 { 0 } else { self.max - self.records.len() }
+    }
+
+    fn lanes(&self) -> Vec<i16> {
+        self.shared.held().active().map(|(lane, _)| *lane).collect()
+    }
+
+    fn wants_due_check(&self) -> bool {
+        let now = self.shared.elapsed();
+        let due = self.shared.held().due.clone();
+        due.checked_at.is_none_or(|at| at + CHECK_DUE_EVERY <= now) || due.next.is_some_and(|at| at <= now)
+    }
+
+    /// What has become due: scheduled rows enter the event table, parked ones are given. `true` if there is more.
+    async fn due(&mut self, max_parked: usize) -> Result<bool> {
+        let (parked_from, scheduled_from, out) = {
+            let mut held = self.shared.held();
+            if held.due.checked_at.is_some_and(|at| at + CHECK_ALL_EVERY <= self.shared.elapsed()) {
+                held.due = super::Due::default();
+            }
+            let records = held.active().flat_map(|(_, lane)| &lane.records);
+            let out: Vec<i64> = records.filter(|(_, out)| out.is_parked).map(|(at, _)| *at).collect();
+            let from = |time: Option<Timestamp>| time.unwrap_or(Timestamp::UNIX_EPOCH);
+            (from(held.due.parked_from), from(held.due.scheduled_from), out)
+        };
+        let (sent, lanes) = (self.shared.elapsed(), self.lanes());
+        let due = sqlx::query(self.shared.log.sql().next_due.clone())
+            .bind(self.shared.mailbox)
+            .bind(&lanes)
+            .bind(parked_from)
+            .bind(scheduled_from)
+            .bind(&out);
+        let due = due.fetch_one(&mut *self.connection).await.map_err(doing("looking for what is due"))?;
+        let server_now: Timestamp = due.get(0);
+        let (parked, scheduled): (Option<Timestamp>, Option<Timestamp>) = (due.get(1), due.get(2));
+        if self.clock_stepped_back(server_now, sent) {
+            // What was written since may lie before the floor.
+            self.shared.held().due = super::Due::default();
+            return Ok(true);
+        }
+        let is_due = |at: Option<Timestamp>| at.is_some_and(|at| at <= server_now);
+        let mut more = false;
+        let known = self.shared.held().floor.time().map(|time| time.min(server_now));
+        if is_due(scheduled) {
+            let (moved, last) = self.enter_scheduled(&lanes, scheduled_from, server_now).await?;
+            more |= moved >= self.at_most();
+            if !more {
+                self.shared.held().due.scheduled_from = known;
+            } else if let (Some(last), Some(known)) = (last, known) {
+                self.shared.held().due.scheduled_from = Some(last.min(known));
+            }
+        } else if known.is_some() {
+            self.shared.held().due.scheduled_from = known;
+        }
+        if is_due(parked) {
+            more |= self.parked(&lanes, parked_from, server_now, max_parked, out, known).await?;
+        } else if known.is_some() {
+            self.shared.held().due.parked_from = known;
+        }
+        let was_due = is_due(due.get(1)) || is_due(due.get(2));
+        let until = |at: Timestamp| sent + (at - server_now).to_std().unwrap_or_default();
+        let mut held = self.shared.held();
+        held.due.checked_at = Some(sent);
+        // What was due has been changed since, or waits for another of its key: it is looked at again soon.
+        held.due.next = if was_due { Some(sent + CHECK_DUE_EVERY) } else { parked.into_iter().chain(scheduled).min().map(until) };
+        Ok(more)
+    }
+
+    fn clock_stepped_back(&self, server_now: Timestamp, sent: Moment) -> bool {
+        let mut held = self.shared.held();
+        let before = held.due.server_time.replace((server_now, sent));
+        before.is_some_and(|(server_then, then)| {
+            let passed = i64::try_from((sent.saturating_sub(then)).as_millis()).unwrap_or(i64::MAX);
+            (server_now - server_then).num_milliseconds().saturating_add(CLOCK_STEP_MILLIS) < passed
+        })
+    }
+
+    fn at_most(&self) -> i64 {
+        i64::try_from(self.max.max(100)).unwrap_or(i64::MAX)
+    }
+
+    /// Moves scheduled rows whose time has come to the end of the hot table: how many, and up to what time.
+    async fn enter_scheduled(
+        &mut self,
+        lanes: &[i16],
+        from: Timestamp,
+        to: Timestamp,
+    ) -> Result<(i64, Option<Timestamp>)> {
+        let (owner, epochs) = {
+            let held = self.shared.held();
+            let epoch = |lane: &i16| held.lanes.get(lane).map_or(0, |lane| lane.epoch);
+            (held.owner, lanes.iter().map(epoch).collect::<Vec<i64>>())
+        };
+        let moving = sqlx::query(self.shared.log.sql().enter_scheduled.clone())
+            .bind(self.shared.mailbox)
+            .bind(owner)
+            .bind(lanes)
+            .bind(epochs)
+            .bind(from)
+            .bind(to)
+            .bind(self.at_most());
+        let moved = moving.fetch_one(&mut *self.connection).await;
+        let moved = moved.map_err(doing("moving delayed events"))?;
+        Ok((moved.get(0), moved.get(1)))
+    }
+
+    /// Due heads, each with its followers. `true` if there are more.
+    async fn parked(
+        &mut self,
+        lanes: &[i16],
+        from: Timestamp,
+        to: Timestamp,
+        max_runs: usize,
+        out: Vec<i64>,
+        known: Option<Timestamp>,
+    ) -> Result<bool> {
+        let failed = doing("looking for parked events");
+        let at_most = i64::try_from(max_runs.min(self.room())).unwrap_or(i64::MAX);
+        if at_most == 0 {
+            return Ok(true);
+        }
+        let heads = sqlx::query(self.shared.log.sql().due_heads.clone())
+            .bind(self.shared.mailbox)
+            .bind(lanes)
+            .bind(from)
+            .bind(to)
+            .bind(at_most)
+            .bind(out);
+        let heads = heads.fetch_all(&mut *self.connection).await.map_err(&failed)?;
+        let more = i64::try_from(heads.len()).unwrap_or(i64::MAX) >= at_most;
+        // Nothing due is left behind but what is skipped, and what the limit cut off.
+        let mut reached = if more { heads.last().map(|row| row.get(4)) } else { Some(to) };
+        let (mut in_lanes, mut ids, mut topics, mut keys) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        {
+            let held = self.shared.held();
+            for row in &heads {
+                let (lane, at) = place(row, 0);
+                let (topic, key): (&str, Option<&str>) = (row.get(2), row.get(3));
+                let Some(state) = held.lanes.get(&lane) else { continue };
+                let hash = key.map(|key| lanes::key_hash(topic, key)).transpose()?;
+                if hash.is_some_and(|hash| state.holdings.is_busy(hash)) || state.holdings.is_held(position(at)) {
+                    // Another of its key is still out.
+                    reached = reached.min(Some(row.get(4)));
+                    continue;
+                }
+                in_lanes.push(lane);
+                ids.push(at);
+                topics.push(topic);
+                keys.push(key);
+            }
+        }
+        if !ids.is_empty() {
+            let each = (self.room() / ids.len()).max(1);
+            let runs = sqlx::query(self.shared.log.sql().runs.clone())
+                .bind(self.shared.mailbox)
+                .bind(&in_lanes)
+                .bind(&ids)
+                .bind(&topics)
+                .bind(&keys)
+                .bind(i64::try_from(each).unwrap_or(i64::MAX));
+            let rows = runs.fetch_all(&mut *self.connection).await.map_err(failed)?;
+            self.take_runs(&rows)?;
+        }
+        if let (Some(reached), Some(known)) = (reached, known) {
+            self.shared.held().due.parked_from = Some(known.min(reached));
+        }
+        Ok(more)
+    }
+
+    fn take_runs(&mut self, rows: &[PgRow]) -> Result<()> {
+        let (mut run, mut is_open) = (0, false);
+        for row in rows {
+            let (state, of_run): (i16, i64) = (row.get(12), row.get(13));
+            if of_run != run {
+                (run, is_open) = (of_run, state == state::DUE);
+            } else {
+                is_open &= state == state::BEHIND;
+            }
+            if !is_open || self.room() == 0 {
+                continue;
+            }
+            let message = self.reader.message(row, 0)?;
+            let attempts = u32::try_from(row.get::<i32, _>(11)).unwrap_or(0);
+            let (lane, at) = place(row, 0);
+            let mut held = self.shared.held();
+            let is_ours = held.tenure == self.tenure;
+            if let Some(state) = held.lanes.get_mut(&lane).filter(|_| is_ours) {
+                state.holdings.take_run(position(at), message.key_hash());
+                give(state, &mut self.records, self.tenure, (lane, at), message, attempts, true);
+                self.given_parked.push((lane, at));
+            }
+        }
+        Ok(())
+    }
+
+    /// What was passed over for keys that have become free.
+    async fn freed(&mut self) -> Result<Vec<(i16, i64, Message)>> {
+        let (mut in_lanes, mut ids) = (Vec::new(), Vec::new());
+        {
+            let mut room = self.room();
+            let mut held = self.shared.held();
+            for (number, lane) in held.lanes.iter_mut().filter(|(_, lane)| !lane.is_leaving) {
+                if room == 0 {
+                    break;
+                }
+                for at in lane.holdings.take_freed(room) {
+                    room -= 1;
+                    in_lanes.push(*number);
+                    ids.push(id(at));
+                    self.given_freed.push((*number, id(at)));
+                }
+            }
+        }
+        if ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let events = sqlx::query(self.shared.log.sql().events_by_id.clone()).bind(self.shared.mailbox);
+        let events = events.bind(&in_lanes).bind(&ids).fetch_all(&mut *self.connection).await;
+        let rows = events.map_err(doing("reading events"))?;
+        let mut found = Vec::with_capacity(rows.len());
+        for row in &rows {
+            let (lane, at) = place(row, 0);
+            found.push((lane, at, self.reader.message(row, 0)?));
+        }
+        // What is gone is held no longer.
+        if found.len() < ids.len() {
+            let there: BTreeSet<i64> = found.iter().map(|(_, at, _)| *at).collect();
+            let mut held = self.shared.held();
+            for (lane, at) in in_lanes.into_iter().zip(ids) {
+                if let Some(lane) = held.lanes.get_mut(&lane).filter(|_| !there.contains(&at)) {
+                    lane.holdings.let_go(position(at));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Gives what was not read yet. `false` if it stopped before the end for another reason than `max`.
+    async fn fresh(&mut self) -> Result<bool> {
+        let mut may_read = self.max.saturating_mul(READ_PER_GIVEN);
+        while self.room() > 0 {
+            let wanted = self.room().min(may_read);
+            if wanted == 0 {
+                return Ok(false);
+            }
+            let fetched = self.fetch(wanted).await?;
+            may_read = may_read.saturating_sub(fetched.rows.len().max(1));
+            let is_last = !fetched.has_more;
+            self.take(fetched.rows, false).await?;
+            for (lane, reached) in fetched.reached {
+                let cursor = self.cursors.entry(lane).or_insert(reached);
+                *cursor = reached.max(*cursor);
+            }
+            if is_last {
+                return Ok(true);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Reads rows that are not known, of all lanes.
+    async fn fetch(&mut self, wanted: usize) -> Result<Fetched> {
+        let (mut in_lanes, mut cursors, mut known) = (Vec::new(), Vec::new(), Vec::new());
+        let (certain, of_a_lane) = {
+            let mut held = self.shared.held();
+            let first = held.next_lane;
+            held.next_lane = (first + 1) % super::LANES;
+            let all: Vec<i16> = held.active().map(|(lane, _)| *lane).collect();
+            let begin = first % all.len().max(1);
+            for number in all[begin..].iter().chain(&all[..begin]) {
+                let Some(lane) = held.lanes.get(number).filter(|lane| !lane.holdings.is_full()) else { continue };
+                let cursor = self.cursors.get(number).copied().unwrap_or(lane.cursor);
+                in_lanes.push(*number);
+                cursors.push(cursor);
+                known.extend(lane.holdings.known_above(position(cursor)).map(id));
+            }
+            let of_a_lane = (wanted / held.full_lanes.max(1)).max(LEAST_OF_A_LANE).min(wanted);
+            (held.floor.position(), of_a_lane)
+        };
+        let limit = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        let fetch = sqlx::query(self.shared.log.sql().fetch.clone())
+            .bind(self.shared.mailbox)
+            .bind(&in_lanes)
+            .bind(&cursors)
+            .bind(limit(of_a_lane))
+            .bind(limit(wanted))
+            .bind(limit(self.bytes_left))
+            .bind(&known);
+        let rows = fetch.fetch_all(&mut *self.connection).await.map_err(doing("reading events"))?;
+        // Of each lane, how many came and the last of them.
+        let mut seen: BTreeMap<i16, (usize, i64)> = BTreeMap::new();
+        let (mut bytes, mut messages) = (0, Vec::with_capacity(rows.len()));
+        for row in &rows {
+            let (lane, at) = place(row, 0);
+            let message = self.reader.message(row, 0)?;
+            bytes += message.payload().len();
+            let of_lane = seen.entry(lane).or_default();
+            *of_lane = (of_lane.0 + 1, at.max(of_lane.1));
+            messages.push((lane, at, message));
+        }
+        let is_cut = rows.len() >= wanted || bytes >= self.bytes_left;
+        self.bytes_left = self.bytes_left.saturating_sub(bytes);
+        let mut full = 0;
+        let mut reached = Vec::with_capacity(in_lanes.len());
+        for (lane, cursor) in in_lanes.into_iter().zip(cursors) {
+            let (count, last) = seen.get(&lane).copied().unwrap_or((0, cursor));
+            full += usize::from(count >= of_a_lane);
+            // Everything of the lane is known up to the last row, or to the end if there were no more; but an id that
+            // was handed out and not yet committed may still appear.
+            let complete = if is_cut || count >= of_a_lane { last } else { i64::MAX };
+            reached.push((lane, complete.min(certain).max(cursor)));
+        }
+        self.shared.held().full_lanes = full.max(1);
+        Ok(Fetched {
+            has_more: is_cut || full > 0,
+            rows: messages,
+            reached,
+        })
+    }
+
+    /// Gives events, but for those whose key is busy and those that have to be parked behind others of their key.
+    async fn take(&mut self, events: Vec<(i16, i64, Message)>, were_freed: bool) -> Result<()> {
+        let with_keys: BTreeSet<i16> = events.iter().filter(|(_, _, m)| m.key().is_some()).map(|(lane, ..)| *lane).collect();
+        if !with_keys.is_empty() {
+            self.learn_parked(with_keys).await?;
+        }
+        let mut behind: Vec<(i16, i64, u64, KeyOf)> = Vec::new();
+        {
+            let mut held = self.shared.held();
+            if held.tenure != self.tenure {
+                return Ok(());
+            }
+            for (number, at, message) in events {
+                let Some(lane) = held.lanes.get_mut(&number) else { continue };
+                let hash = message.key_hash();
+                if let (Some(hash), Some(key)) = (hash, message.key())
+                    && lane.parked.contains_key(&hash)
+                {
+                    let key = (number, message.topic().as_str().to_owned(), key.to_owned());
+                    behind.push((number, at, hash, key));
+                    continue;
+                }
+                if were_freed || lane.holdings.take(position(at), hash) {
+                    if !were_freed {
+                        self.given_fresh.push((number, at));
+                    }
+                    give(lane, &mut self.records, self.tenure, (number, at), message, 0, false);
+                }
+            }
+        }
+        if behind.is_empty() {
+            return Ok(());
+        }
+        self.park_behind(&behind).await?;
+        let mut held = self.shared.held();
+        for (number, at, hash, _) in behind {
+            if let Some(lane) = held.lanes.get_mut(&number) {
+                let last = lane.parked.entry(hash).or_default();
+                *last = at.max(*last);
+                if were_freed {
+                    lane.holdings.let_go(position(at));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn park_behind(&mut self, behind: &[(i16, i64, u64, KeyOf)]) -> Result<()> {
+        let failed = doing("parking events behind others of their key");
+        let log = &self.shared.log;
+        let (owner, fence) = {
+            let held = self.shared.held();
+            (held.owner, held.fence())
+        };
+        let in_lanes: Vec<i16> = behind.iter().map(|(lane, ..)| *lane).collect();
+        let ids: Vec<i64> = behind.iter().map(|(_, at, ..)| *at).collect();
+        let keys: BTreeSet<KeyOf> = behind.iter().map(|(.., key)| key.clone()).collect();
+        let mut tx = self.connection.begin().await.map_err(&failed)?;
+        if !super::settle::fence_stands(self.shared, &mut tx, owner, &fence).await? {
+            tx.rollback().await.map_err(failed)?;
+            self.shared.held().end_tenure();
+            return Ok(());
+        }
+        log.take_turns(&mut tx, self.shared.mailbox, &keys, &[]).await?;
+        log.park_behind(&mut tx, self.shared.mailbox, &in_lanes, &ids, &keys).await?;
+        // Whatever they were to wait behind may have gone since.
+        log.right_keys(&mut tx, self.shared.mailbox, &keys).await?;
+        tx.commit().await.map_err(failed)?;
+        self.shared.held().due.checked_at = None;
+        Ok(())
+    }
+
+    /// Learns of keys that others have parked.
+    async fn learn_parked(&mut self, lanes: BTreeSet<i16>) -> Result<()> {
+        let (certain, in_lanes, cursors) = {
+            let held = self.shared.held();
+            let known = lanes.iter().filter_map(|lane| Some((*lane, held.lanes.get(lane)?.parked_cursor)));
+            let (in_lanes, cursors): (Vec<i16>, Vec<i64>) = known.unzip();
+            (held.floor.position(), in_lanes, cursors)
+        };
+        let newly = sqlx::query(self.shared.log.sql().newly_parked.clone()).bind(self.shared.mailbox);
+        let newly = newly.bind(&in_lanes).bind(cursors).fetch_all(&mut *self.connection).await;
+        let newly = newly.map_err(doing("looking for parked keys"))?;
+        let mut held = self.shared.held();
+        for row in &newly {
+            let (lane, at) = place(row, 0);
+            let hash = lanes::key_hash(row.get(2), row.get(3))?;
+            if let Some(lane) = held.lanes.get_mut(&lane) {
+                let last = lane.parked.entry(hash).or_default();
+                *last = at.max(*last);
+            }
+        }
+        for lane in in_lanes {
+            if let Some(lane) = held.lanes.get_mut(&lane) {
+                lane.parked_cursor = lane.parked_cursor.max(certain);
+            }
+        }
+        Ok(())
+    }
+}
+
+struct Fetched {
+    rows: Vec<(i16, i64, Message)>,
+    /// Up to where each lane is known now.
+    reached: Vec<(i16, i64)>,
+    has_more: bool,
+}
+
+fn give(
+    lane: &mut Lane,
+    records: &mut Vec<Record>,
+    tenure: u64,
+    (number, at): (i16, i64),
+    message: Message,
+    attempts: u32,
+    is_parked: bool,
+) {
+    let out = Out {
+        message: message.clone(),
+        is_parked,
+    };
+    lane.records.insert(at, out);
+    records.push(Record::new(tag(tenure, number, at), message, attempts));
+}

@@ -1,0 +1,124 @@
+//! The settled floor: up to where everything has been seen.
+//!
+//! Ids are handed out before their transactions commit, so an id below those read may still appear. What is read is
+//! known to be complete up to the id that was the last handed out at some time, once every transaction that was writing
+//! at that time is over: an INSERT takes its lock on the table before its id. So first the position is read, then who
+//! holds such a lock.
+
+use postrider_core::clock::{Moment, Timestamp};
+use std::time::Duration;
+
+/// How far due times are looked for behind the floor: a step of the server's clock that is smaller goes unnoticed.
+const CLOCK_MARGIN: Duration = Duration::from_millis(250);
+/// Between two looks, after settles.
+const PROBE_EVERY: Duration = Duration::from_millis(200);
+/// While transactions of the look before are still open.
+const PROBE_AGAIN: Duration = Duration::from_millis(20);
+
+/// Who was writing: a transaction, and its number once it has one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Writer {
+    pub(super) transaction: String,
+    pub(super) number: Option<String>,
+}
+
+impl Writer {
+    /// A transaction that has been prepared for a commit in two phases goes on under another name.
+    fn is_prepared(&self) -> bool {
+        self.transaction.starts_with("-1/")
+    }
+
+    fn is_among(&self, others: &[Self]) -> bool {
+        others.iter().any(|other| {
+            other.transaction == self.transaction
+                || other.is_prepared() && self.number.as_ref().is_none_or(|n| other.transaction[3..] == *n)
+        })
+    }
+}
+
+/// What a look found.
+#[derive(Debug, Clone)]
+pub(super) struct Look {
+    /// The last id handed out.
+    pub(super) position: i64,
+    pub(super) time: Timestamp,
+    /// When the server was started: positions are forgotten by a crash.
+    pub(super) server: String,
+    pub(super) writers: Vec<Writer>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Floor {
+    server: Option<String>,
+    /// Every id up to here is visible or never will be.
+    position: i64,
+    /// Every due time up to here likewise.
+    time: Option<Timestamp>,
+    /// What holds once its writers are gone.
+    pending: Option<Look>,
+    looked_at: Option<Moment>,
+    /// Whether something was settled since, and left dead rows behind.
+    is_stale: bool,
+}
+
+impl Floor {
+    pub(super) fn settled(&mut self) {
+        self.is_stale = true;
+    }
+
+    /// How long until it is worth to look again; `None` if it is not.
+    pub(super) fn due_in(&self, now: Moment) -> Option<Duration> {
+        let Some(looked_at) = self.looked_at else {
+            return Some(Duration::ZERO);
+        };
+        let every = if self.pending.is_some() { PROBE_AGAIN } else { PROBE_EVERY };
+        self.is_stale.then(|| (looked_at + every).saturating_sub(now))
+    }
+
+    /// How long until a session that has nothing else to do should look again.
+    pub(super) fn tidy_in(&self, now: Moment) -> Option<Duration> {
+        self.due_in(now).filter(|_| self.pending.is_none())
+    }
+
+    /// Takes what was found. `false` if the server is another one than before, or has lost what it had handed out: then
+    /// nothing that was known holds.
+    pub(super) fn found(&mut self, look: Look, now: Moment) -> bool {
+        let is_same = self.server.as_ref().is_none_or(|server| *server == look.server);
+        let pending = self.pending.as_ref().map_or(0, |pending| pending.position);
+        if !is_same || look.position < self.position.max(pending) {
+            *self = Self::default();
+            return false;
+        }
+        self.server = Some(look.server.clone());
+        self.looked_at = Some(now);
+        self.is_stale = false;
+        if let Some(pending) = self.pending.take() {
+            if pending.writers.iter().any(|writer| writer.is_among(&look.writers)) {
+                self.pending = Some(pending);
+                self.is_stale = true;
+                return true;
+            }
+            self.reach(&pending);
+        }
+        if look.writers.is_empty() {
+            self.reach(&look);
+        } else {
+            self.pending = Some(look);
+            self.is_stale = true;
+        }
+        true
+    }
+
+    fn reach(&mut self, look: &Look) {
+        self.position = self.position.max(look.position);
+        self.time = Some(look.time - CLOCK_MARGIN);
+    }
+
+    pub(super) fn position(&self) -> i64 {
+        self.position
+    }
+
+    pub(super) fn time(&self) -> Option<Timestamp> {
+        self.time
+    }
+}
