@@ -2,6 +2,8 @@
 
 pub use postrider_core::*;
 
+#[cfg(feature = "postgres")]
+pub use postrider_postgres as postgres;
 #[cfg(feature = "sqlite")]
 pub use postrider_sqlite as sqlite;
 

@@ -74,7 +74,8 @@ impl Bus {
         let publisher = inner.transport.publisher()?.clone();
         let session_options = SessionOptions::new(Owner::new())
             .with_lease(options.lease)
-            .with_keep_succeeded(!options.retention.is_zero());
+            .with_keep_succeeded(!options.retention.is_zero())
+            .with_poll_interval(options.poll_interval);
         let session = log.store().open(&mailbox, &session_options).await?;
         let engine = Engine::new(Parts {
             mailbox: mailbox.clone(),

@@ -114,6 +114,18 @@ impl Bus {
         Ok(id)
     }
 
+    /// Makes the log's tables, or brings them to this program's version; nothing where they are, or where the log has none.
+    /// Safe on several nodes at once. Call it before [`start`](Bus::start), as a role that may create tables.
+    ///
+    /// # Errors
+    /// Of the log; [`ErrorKind::Config`] says what to do if the right to create tables is lacking.
+    pub async fn migrate(&self) -> Result<()> {
+        match self.need_log()?.schema() {
+            Some(schema) => schema.migrate().await,
+            None => Ok(()),
+        }
+    }
+
     /// Begins a transaction on the log's database, whatever it is: its connection is for your own rows, events published
     /// in it are written just before its commit, and its commit wakes the relay.
     ///

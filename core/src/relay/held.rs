@@ -31,10 +31,12 @@ pub(super) struct Held {
 pub(super) struct InHand {
     places: Vec<Option<Held>>,
     free: Vec<Place>,
+    bytes: usize,
 }
 
 impl InHand {
     pub(super) fn put(&mut self, record: Record, tenure: u64) -> Place {
+        self.bytes += record.message.payload().len();
         let held = Held {
             record,
             next: None,
@@ -67,7 +69,13 @@ impl InHand {
     pub(super) fn take(&mut self, place: Place) -> Option<Held> {
         let held = self.places.get_mut(place)?.take()?;
         self.free.push(place);
+        self.bytes -= held.record.message.payload().len();
         Some(held)
+    }
+
+    /// The bytes of payload in hand.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     pub(super) fn len(&self) -> usize {

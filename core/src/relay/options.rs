@@ -16,9 +16,12 @@ pub struct RelayOptions {
     pub batch_size: usize,
     /// The most records the relay holds at once: claimed and not yet settled. 8000.
     pub max_in_flight: usize,
+    /// The most bytes of payload the relay holds at once; a claim may go beyond it by one message. 64 MiB.
+    pub max_in_flight_bytes: usize,
     /// The most publish calls at once. 4.
     pub publish_calls: usize,
-    /// How often to look for records nobody told of. 500 ms.
+    /// How often to look for records nobody told of: what other processes have written. 500 ms. A log may look for all
+    /// mailboxes of the process at once.
     pub poll_interval: Duration,
     /// How long the others wait for a relay that fell silent. 15 s, at least 300 ms; renewed every third of it, and
     /// counted here as held for four fifths of it.
@@ -60,6 +63,7 @@ impl Default for RelayOptions {
         Self {
             batch_size: 1000,
             max_in_flight: 8000,
+            max_in_flight_bytes: 64 * 1024 * 1024,
             publish_calls: 4,
             poll_interval: Duration::from_millis(500),
             lease: Duration::from_secs(15),
@@ -99,6 +103,8 @@ impl RelayOptions {
         with_batch_size, batch_size: usize;
         /// Sets the most records held at once.
         with_max_in_flight, max_in_flight: usize;
+        /// Sets the most bytes of payload held at once.
+        with_max_in_flight_bytes, max_in_flight_bytes: usize;
         /// Sets the most publish calls at once.
         with_publish_calls, publish_calls: usize;
         /// Sets how often to look for records nobody told of.
@@ -160,6 +166,7 @@ impl RelayOptions {
     pub fn validate(&self) -> Result<()> {
         let counts = [
             ("batch_size", self.batch_size),
+            ("max_in_flight_bytes", self.max_in_flight_bytes),
             ("publish_calls", self.publish_calls),
             ("retry_batch", self.retry_batch),
             ("local_max_attempts", self.local_max_attempts as usize),

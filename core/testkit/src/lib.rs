@@ -54,6 +54,9 @@ macro_rules! log_conformance {
             pages_are_stable_under_writes
             close_hands_over_at_once
             mailboxes_are_apart
+            messages_are_admitted_once
+            admission_knows_what_waits
+            claims_are_bounded_by_bytes
             random_histories_lose_nothing_and_keep_order
         );
     };

@@ -23,6 +23,7 @@ mod admin;
 mod append;
 mod config;
 mod error;
+mod inbox;
 mod log;
 mod purge;
 mod row;

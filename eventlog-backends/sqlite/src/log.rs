@@ -201,6 +201,7 @@ impl From<SqliteLog> for EventLog {
     fn from(log: SqliteLog) -> Self {
         Self::new("sqlite", log.clone(), LogCapabilities::all())
             .with_transactions(log.clone())
+            .with_inbox(log.clone())
             .with_admin(log)
     }
 }

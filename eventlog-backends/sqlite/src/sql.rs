@@ -50,7 +50,7 @@ impl Names {
 
     /// Puts the names into `{table}`s.
     pub(crate) fn fill(&self, template: &str) -> SqlStr {
-        const NAMES: [&str; 14] = [
+        const NAMES: [&str; 16] = [
             "meta",
             "mailbox",
             "event_mailbox",
@@ -63,6 +63,8 @@ impl Names {
             "parked",
             "scheduled_due",
             "scheduled",
+            "receipt_seen",
+            "receipt",
             "done_finished",
             "done",
         ];
@@ -141,15 +143,18 @@ statements! {
     /// row of the answer is a JSON array of up to 64 events, and their payloads one behind the other.
     fresh: concat!(
         "SELECT ", packed_event!(), " FROM (SELECT id, ", message_columns!(), ", 0 AS is_parked ",
-        "FROM {event} INDEXED BY {event_mailbox} WHERE mailbox = ?1 AND id > ?2 ORDER BY id LIMIT ?3) GROUP BY id / 64",
+        "FROM {event} INDEXED BY {event_mailbox} WHERE mailbox = ?1 AND id > ?2 AND id <= ?4 ORDER BY id LIMIT ?3) GROUP BY id / 64",
     );
     /// As `fresh`, with whether something of the event's key is parked.
     fresh_and_parked: concat!(
         "SELECT ", packed_event!(), " FROM (SELECT id, ", message_columns!(), ", ",
         "key IS NOT NULL AND EXISTS (SELECT 1 FROM {parked} p INDEXED BY {parked_key} ",
         "WHERE p.mailbox = e.mailbox AND p.topic = e.topic AND p.key = e.key AND p.state <> 3 AND p.key IS NOT NULL) AS is_parked ",
-        "FROM {event} e INDEXED BY {event_mailbox} WHERE mailbox = ?1 AND id > ?2 ORDER BY id LIMIT ?3) GROUP BY id / 64",
+        "FROM {event} e INDEXED BY {event_mailbox} WHERE mailbox = ?1 AND id > ?2 AND id <= ?4 ORDER BY id LIMIT ?3) GROUP BY id / 64",
     );
+    /// ?4 how many bytes.
+    up_to: "SELECT max(id) FROM (SELECT id, sum(length(payload)) OVER (ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before \
+        FROM (SELECT id, payload FROM {event} INDEXED BY {event_mailbox} WHERE mailbox = ?1 AND id > ?2 ORDER BY id LIMIT ?3)) WHERE coalesce(before, 0) < ?4";
     events_by_id: concat!(
         "SELECT id, ", message_columns!(), " FROM {event} WHERE id IN (SELECT value FROM json_each(?1)) ORDER BY id",
     );
@@ -201,7 +206,19 @@ statements! {
     resume: "UPDATE {parked} SET state = 0, due_at = ?4 WHERE id IN \
         (SELECT id FROM {parked} INDEXED BY {parked_topic} WHERE mailbox = ?1 AND topic = ?2 AND state = 2 ORDER BY id LIMIT ?3)";
 
+    // The inbox. ?2 is a JSON array of [id, topic, key, whether it is what is parked itself]. Gives for each, in order: 0 new,
+    // 1 duplicate, 2 parked, 3 held back.
+    admit: "SELECT CASE \
+        WHEN EXISTS (SELECT 1 FROM {receipt} WHERE mailbox = ?1 AND message_id = unhex(a.value ->> 0)) THEN 1 \
+        WHEN NOT a.value ->> 3 AND EXISTS (SELECT 1 FROM {parked} WHERE mailbox = ?1 AND message_id = unhex(a.value ->> 0)) THEN 2 \
+        WHEN NOT a.value ->> 3 AND EXISTS (SELECT 1 FROM {parked} INDEXED BY {parked_key} WHERE mailbox = ?1 AND topic = a.value ->> 1 AND key = a.value ->> 2 \
+            AND state <> 3 AND key IS NOT NULL) THEN 3 \
+        WHEN row_number() OVER (PARTITION BY a.value ->> 0 ORDER BY a.key) > 1 THEN 1 ELSE 0 END FROM json_each(?2) a ORDER BY a.key";
+    add_receipts: "INSERT INTO {receipt} (mailbox, message_id, seen_at) SELECT ?1, unhex(value), ?3 FROM json_each(?2)";
+
     // Cleaning up.
+    purge_receipts: "DELETE FROM {receipt} WHERE (mailbox, message_id) IN \
+        (SELECT mailbox, message_id FROM {receipt} INDEXED BY {receipt_seen} WHERE mailbox = ?1 AND seen_at <= ?2 ORDER BY seen_at LIMIT ?3)";
     purge_done: "DELETE FROM {done} WHERE id IN \
         (SELECT id FROM {done} INDEXED BY {done_finished} WHERE mailbox = ?1 AND finished_at <= ?2 ORDER BY finished_at LIMIT ?3)";
     old_failed: "SELECT id, topic, key, state FROM {parked} INDEXED BY {parked_failed} \

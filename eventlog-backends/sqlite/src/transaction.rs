@@ -51,16 +51,21 @@ impl TransactionalLog for SqliteLog {
 
     async fn append_in(&self, tx: Lent<'_>, mailbox: &Mailbox, batch: &[NewRecord]) -> Result<()> {
         let connection: &mut SqliteConnection = tx.get_mut()?;
-        if !connection.is_in_transaction() {
-            return Err(Error::new(
-                ErrorKind::WrongTransaction,
-                "the connection is in no transaction: begin one with `pool.begin().await?`, or say `bus.publish(…)`",
-            ));
-        }
+        check(connection)?;
         if batch.is_empty() {
             return Ok(());
         }
         let id = self.mailbox_in(connection, mailbox).await?;
         self.insert(connection, id, batch).await
     }
+}
+
+pub(crate) fn check(connection: &SqliteConnection) -> Result<()> {
+    if connection.is_in_transaction() {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::WrongTransaction,
+        "the connection is in no transaction: begin one with `pool.begin().await?`, or say `bus.publish(…)`",
+    ))
 }

@@ -1,6 +1,7 @@
 //! The event log in memory.
 
 mod admin;
+mod inbox;
 mod queue;
 mod session;
 
@@ -98,6 +99,7 @@ impl From<MemoryLog> for EventLog {
     fn from(log: MemoryLog) -> Self {
         Self::new("memory", log.clone(), LogCapabilities::all())
             .with_transactions(log.clone())
+            .with_inbox(log.clone())
             .with_admin(log)
     }
 }
@@ -127,10 +129,11 @@ impl EventLogStore for MemoryLog {
     }
 }
 
-/// What a transaction on a [`MemoryLog`] lends: the records waiting for its commit.
+/// What a transaction on a [`MemoryLog`] lends: the records and receipts waiting for its commit.
 #[derive(Debug, Default)]
 pub struct MemoryConnection {
     staged: Vec<(Mailbox, Vec<NewRecord>)>,
+    receipts: inbox::Reserved,
 }
 
 /// A transaction on a [`MemoryLog`]. Dropping it rolls back.
@@ -143,10 +146,11 @@ pub struct MemoryTransaction {
 
 impl MemoryTransaction {
     /// Makes what was appended appear.
-    pub fn commit(self) {
+    pub fn commit(mut self) {
         for (mailbox, batch) in &self.connection.staged {
             self.log.append_now(mailbox, batch);
         }
+        self.connection.receipts.commit(self.log.shared.clock.now());
     }
 }
 

@@ -163,6 +163,8 @@ pub(super) struct Rows {
     parked_ids: HashSet<MessageId>,
     pub(super) scheduled: BTreeMap<(Timestamp, u64), Row>,
     pub(super) done: BTreeMap<u64, Done>,
+    /// The messages handled, and when; `None` while the transaction is open.
+    pub(super) receipts: HashMap<MessageId, Option<Timestamp>>,
     pub(super) lease: Option<Holder>,
     pub(super) epoch: u64,
 }
@@ -245,6 +247,16 @@ impl Rows {
     /// Whether something parked of this message's key keeps its place.
     pub(super) fn is_parked_key(&self, message: &Message) -> bool {
         !self.by_key.is_empty() && key_of(message).is_some_and(|key| self.by_key.contains_key(&key))
+    }
+
+    /// Whether this message waits, or is a dead letter.
+    pub(super) fn is_parked_id(&self, id: MessageId) -> bool {
+        self.parked_ids.contains(&id)
+    }
+
+    /// Whether something parked keeps the place of this key.
+    pub(super) fn holds_back(&self, topic: &Topic, key: Option<&str>) -> bool {
+        key.is_some_and(|key| self.by_key.contains_key(&(topic.clone(), key.to_owned())))
     }
 
     /// Puts a row among the parked ones, and sees to it that of its key the first and only the first is a head.
@@ -457,6 +469,15 @@ impl Rows {
             removed += old.len();
             for position in old {
                 self.unpark(position, now);
+            }
+        }
+        if let Some(before) = request.receipts_after.and_then(before) {
+            let is_old = |at: &Option<Timestamp>| at.is_some_and(|at| at <= before);
+            let old = self.receipts.iter().filter(|(_, at)| is_old(at)).map(|(id, _)| *id);
+            let old: Vec<MessageId> = old.take(max - removed).collect();
+            removed += old.len();
+            for id in old {
+                self.receipts.remove(&id);
             }
         }
         removed as u64

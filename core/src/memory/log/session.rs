@@ -127,12 +127,14 @@ struct Claiming<'a> {
     rows: &'a mut Rows,
     now: Timestamp,
     max: usize,
+    /// How many bytes of payload may still be given.
+    bytes: usize,
     records: Vec<Record>,
 }
 
 impl Claiming<'_> {
     fn room(&self) -> usize {
-        self.max - self.records.len()
+        if self.bytes == 0 { 0 } else { self.max - self.records.len() }
     }
 
     fn give(&mut self, position: u64) {
@@ -148,6 +150,7 @@ impl Claiming<'_> {
             },
         };
         let message = message.with_sequence(position);
+        self.bytes = self.bytes.saturating_sub(message.payload().len());
         self.records.push(Record::new(tag(epoch, position), message, attempts));
     }
 
@@ -236,6 +239,7 @@ impl Session for MemorySession {
             rows: &mut rows,
             now,
             max: request.max,
+            bytes: request.max_bytes,
             records: Vec::with_capacity(request.max.min(1024)),
         };
         claiming.parked(request.max_parked);

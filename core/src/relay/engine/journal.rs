@@ -112,13 +112,15 @@ impl Engine {
         let held = self.in_hand.len() + self.settling.len() + self.being_settled;
         let room = self.options.max_in_flight.saturating_sub(held);
         // Small claims cost as much as large ones: wait for half a batch of room.
-        if room < self.options.batch_size.div_ceil(2) {
+        let bytes = self.options.max_in_flight_bytes.saturating_sub(self.in_hand.bytes());
+        if room < self.options.batch_size.div_ceil(2) || bytes == 0 {
             return;
         }
         self.is_claiming = true;
         self.wants_claim = false;
         let asked = room.min(self.options.batch_size);
         let request = Claim::new(asked).with_max_parked(self.options.retry_batch);
+        let request = request.with_max_bytes(bytes);
         let session = self.session.clone();
         self.job(async move {
             let result = session.claim(&request).await;
@@ -154,15 +156,16 @@ impl Engine {
         let given = claimed.records.len();
         Reporter::count(&self.reporter.claimed, given);
         self.wants_claim |= given >= asked;
-        self.poll_at = now + self.next_poll(given, claimed.next_due);
+        self.claimed_at = now;
+        self.due_at = self.next_poll(given, claimed.next_due).map(|wait| now + wait);
         self.line_up(claimed.records);
         if self.is_stopping {
             self.stop();
         }
     }
 
-    /// How long until the next claim that nobody asked for.
-    fn next_poll(&mut self, given: usize, next_due: Option<Duration>) -> Duration {
+    /// How long until something is due, or a commit is looked for that nobody will tell of.
+    fn next_poll(&mut self, given: usize, next_due: Option<Duration>) -> Option<Duration> {
         if given > 0 {
             self.quick_poll = None;
         }
@@ -170,8 +173,8 @@ impl Engine {
             let next = quick * 2;
             self.quick_poll = (next < self.options.poll_interval).then_some(next);
         }
-        let quick = self.quick_poll.unwrap_or(self.options.poll_interval);
-        next_due.map_or(quick, |due| due.min(quick)).max(SHORTEST_POLL)
+        let next = next_due.into_iter().chain(self.quick_poll).min();
+        next.map(|wait| wait.max(SHORTEST_POLL))
     }
 
     /// Asks the log for the probe of a paused topic, or for more records of one that is back.

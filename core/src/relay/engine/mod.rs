@@ -76,7 +76,9 @@ pub(crate) struct Engine {
     is_resuming: bool,
 
     wants_claim: bool,
-    poll_at: Moment,
+    claimed_at: Moment,
+    /// When something is due, or a commit is expected.
+    due_at: Option<Moment>,
     /// Polls come quickly for a while: a commit is expected that nobody will tell of.
     quick_poll: Option<Duration>,
     link: Link,
@@ -114,6 +116,9 @@ enum Event {
 /// How quickly a poll may follow the one before.
 const SHORTEST_POLL: Duration = Duration::from_millis(1);
 
+/// An idle relay claims for itself after so many poll intervals, whatever the session's wait says.
+const IDLE_POLLS: u32 = 60;
+
 impl Engine {
     pub(crate) fn new(parts: Parts) -> Self {
         let max_probe = parts.options.max_probe_interval;
@@ -135,7 +140,8 @@ impl Engine {
             being_settled: 0,
             is_resuming: false,
             wants_claim: true,
-            poll_at: Moment::ZERO,
+            claimed_at: Moment::ZERO,
+            due_at: None,
             quick_poll: None,
             link: Link::Up,
             link_probing: Probing::new(max_probe),
@@ -203,7 +209,7 @@ impl Engine {
         self.start_settle();
         if !self.is_stopping && self.link.window() > 0 {
             self.start_resume(now);
-            self.wants_claim |= self.poll_at <= now;
+            self.wants_claim |= self.poll_at() <= now;
             self.start_claim();
         }
     }
@@ -222,12 +228,24 @@ impl Engine {
         let may_probe = may_ask && !self.is_resuming && self.unwritten.is_empty();
         let probe = self.destinations.next_probe().filter(|_| may_probe);
         let may_poll = may_ask && !self.is_claiming && !self.wants_claim;
-        let poll = Some(self.poll_at).filter(|_| may_poll);
+        let poll = Some(self.poll_at()).filter(|_| may_poll);
         let lease = self.lease.remaining().map(|left| now + left).filter(|_| self.has_lease);
         let timers = [link, local, log_retry, probe, poll, lease];
         let next = timers.into_iter().flatten().min();
         let soonest = now + SHORTEST_POLL;
         next.map_or(soonest.saturating_add(self.options.poll_interval), |at| at.max(soonest))
+    }
+
+    /// When to claim though nobody told of anything. While the relay is idle that is the session's business, which looks
+    /// for what others have written every `poll_interval`, for all mailboxes of the process together.
+    fn poll_at(&self) -> Moment {
+        let every = if self.jobs.is_empty() {
+            self.options.poll_interval.saturating_mul(IDLE_POLLS)
+        } else {
+            self.options.poll_interval
+        };
+        let look = self.claimed_at + every;
+        self.due_at.map_or(look, |due| due.min(look))
     }
 
     fn wants_log(&self) -> bool {
@@ -250,7 +268,8 @@ impl Engine {
         if commit_to_come {
             // Not yet: the commit takes a moment.
             self.quick_poll = Some(SHORTEST_POLL);
-            self.poll_at = self.poll_at.min(self.clock.elapsed() + SHORTEST_POLL);
+            let soon = self.clock.elapsed() + SHORTEST_POLL;
+            self.due_at = Some(self.due_at.map_or(soon, |at| at.min(soon)));
         } else {
             self.wants_claim = true;
         }

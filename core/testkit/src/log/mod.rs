@@ -3,6 +3,7 @@
 mod admin;
 mod fixture;
 mod histories;
+mod inbox;
 mod leases;
 mod order;
 mod records;
@@ -11,6 +12,7 @@ mod retention;
 pub use admin::*;
 pub use fixture::{ClockedLog, LogFixture};
 pub use histories::*;
+pub use inbox::*;
 pub use leases::*;
 pub use order::*;
 pub use records::*;

@@ -259,3 +259,24 @@ pub async fn retries_do_not_starve_what_is_new(fixture: &dyn LogFixture) {
             .all(|r| r.attempts == u32::from(name(&r.message) != "new"))
     );
 }
+
+/// A claim gives no more once its bytes are reached, and nothing is forgotten for it.
+pub async fn claims_are_bounded_by_bytes(fixture: &dyn LogFixture) {
+    let desk = Desk::open(fixture).await;
+    let large = |n: usize| {
+        let message = Message::new(Topic::new("large"), "l.v1", vec![b'x'; 100_000]).with_source("kit");
+        NewRecord::new(message.with_key(format!("k{}", n % 7)))
+    };
+    desk.append(&(0..40).map(large).collect::<Vec<_>>()).await;
+    let (mut got, mut most) = (0, 0);
+    for _ in 0..60 {
+        let claimed = desk.session.claim(&Claim::new(1000).with_max_bytes(450_000)).await.unwrap();
+        most = most.max(claimed.records.len());
+        got += claimed.records.len();
+        desk.done(&claimed.records).await;
+    }
+    assert_eq!((got, most), (40, 5));
+    desk.append(&(0..3).map(large).collect::<Vec<_>>()).await;
+    let claimed = desk.session.claim(&Claim::new(1000).with_max_bytes(1)).await.unwrap();
+    assert_eq!(claimed.records.len(), 1, "one always goes");
+}

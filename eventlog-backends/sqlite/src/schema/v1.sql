@@ -93,3 +93,12 @@ CREATE TABLE {done} (
     finished_at INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX {done_finished} ON {done} (mailbox, finished_at);
+
+-- Which messages a group has handled: written with the handler's own effects.
+CREATE TABLE {receipt} (
+    mailbox INTEGER NOT NULL,
+    message_id BLOB NOT NULL,
+    seen_at INTEGER NOT NULL,
+    PRIMARY KEY (mailbox, message_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX {receipt_seen} ON {receipt} (mailbox, seen_at);

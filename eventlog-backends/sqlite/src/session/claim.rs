@@ -43,6 +43,7 @@ pub(super) async fn claim(shared: &Arc<Shared>, connection: &mut SqliteConnectio
         epoch,
         now: shared.now(),
         max: request.max,
+        bytes: request.max_bytes,
         reader: Reader::default(),
         records: Vec::new(),
     };
@@ -87,6 +88,8 @@ struct Claiming<'a> {
     epoch: i64,
     now: i64,
     max: usize,
+    /// How many bytes of payload may still be given.
+    bytes: usize,
     reader: Reader,
     records: Vec<Record>,
 }
@@ -117,7 +120,7 @@ impl Claiming<'_> {
     }
 
     fn room(&self) -> usize {
-        self.max - self.records.len()
+        if self.bytes == 0 { 0 } else { self.max - self.records.len() }
     }
 
     /// Moves scheduled rows whose time has come to the end of the hot table; gives when the next one's will.
@@ -209,6 +212,7 @@ impl Claiming<'_> {
 
     fn give(&mut self, at: u64, message: Message, attempts: u32, is_parked: bool) {
         let message = message.with_sequence(at);
+        self.bytes = self.bytes.saturating_sub(message.payload().len());
         let out = Out {
             message: message.clone(),
             is_parked,
@@ -269,18 +273,30 @@ impl Claiming<'_> {
                 return Ok(false);
             }
             may_read -= wanted;
+            let limit = i64::try_from(wanted).unwrap_or(i64::MAX);
+            let up_to = self.up_to(cursor, limit).await?;
             let fresh = sqlx::query_as(statement.clone()).bind(self.shared.mailbox).bind(cursor);
-            let fresh = fresh.bind(i64::try_from(wanted).unwrap_or(i64::MAX));
+            let fresh = fresh.bind(limit).bind(up_to.unwrap_or(i64::MAX));
             let packed: Vec<(String, Vec<u8>)> = fresh
                 .fetch_all(&mut *self.connection)
                 .await
                 .map_err(doing("reading events"))?;
             let read = self.take_fresh(packed).await?;
-            if read < wanted {
+            if read == 0 || read < wanted && up_to.is_none() {
                 return Ok(true);
             }
         }
         Ok(true)
+    }
+
+    /// The last row that may be read if the bytes are limited: the one with which the limit is reached.
+    async fn up_to(&mut self, cursor: i64, limit: i64) -> Result<Option<i64>> {
+        let Ok(bytes) = i64::try_from(self.bytes) else {
+            return Ok(None);
+        };
+        let up_to = sqlx::query_scalar(self.shared.log.sql().up_to.clone()).bind(self.shared.mailbox);
+        let up_to = up_to.bind(cursor).bind(limit).bind(bytes).fetch_one(&mut *self.connection).await;
+        up_to.map_err(doing("reading the sizes of events"))
     }
 
     /// Takes what was read, but for what has to be parked behind another of its key. Gives how many were read.

@@ -1,0 +1,124 @@
+//! What a group has handled, and what it has waiting.
+
+use super::{
+    Desk, LogFixture,
+    fixture::{LONG, SHORT},
+    message,
+};
+use postrider_core::{
+    ErrorKind, GroupName, Mailbox, Message,
+    log::{Admission, Arrival, InboxLog, Lent, LogTransaction, NewRecord, Owner, Placement, Purge, SessionOptions},
+};
+use std::{sync::Arc, time::Duration};
+
+use Admission::{Duplicate, HeldBack, New, Parked};
+
+fn group() -> GroupName {
+    GroupName::new("billing")
+}
+
+fn messages(count: usize) -> Vec<Message> {
+    (0..count).map(|n| message("t", Some(&format!("k{n}")), &n.to_string())).collect()
+}
+
+async fn admit(inbox: &Arc<dyn InboxLog>, tx: &mut Box<dyn LogTransaction>, messages: &[&Message]) -> Vec<Admission> {
+    let arrivals: Vec<Arrival> = messages.iter().map(|message| Arrival::new(message)).collect();
+    inbox.admit(tx.lend(), &group(), &arrivals).await.unwrap()
+}
+
+/// A message is new once: its receipt comes with the transaction of its effects, or not at all.
+pub async fn messages_are_admitted_once(fixture: &dyn LogFixture) {
+    let log = fixture.log();
+    let (Ok(inbox), Ok(transactions)) = (log.inbox(), log.transactions()) else {
+        // The part is optional; where it is missing, that is what has to be said.
+        assert_eq!(log.inbox().map(|_| ()).unwrap_err().kind(), ErrorKind::Unsupported);
+        return;
+    };
+    let m = messages(4);
+    let mut undone = transactions.begin().await.unwrap();
+    assert_eq!(admit(inbox, &mut undone, &[&m[0], &m[1], &m[0]]).await, [New, New, Duplicate]);
+    undone.rollback().await.unwrap();
+    let mut dropped = transactions.begin().await.unwrap();
+    assert_eq!(admit(inbox, &mut dropped, &[&m[0]]).await, [New]);
+    drop(dropped);
+    let mut kept = transactions.begin().await.unwrap();
+    assert_eq!(admit(inbox, &mut kept, &[&m[1], &m[0], &m[1]]).await, [New, New, Duplicate]);
+    assert_eq!(admit(inbox, &mut kept, &[&m[0], &m[2]]).await, [Duplicate, New], "in the same transaction too");
+    assert_eq!(admit(inbox, &mut kept, &[]).await, []);
+    kept.commit().await.unwrap();
+    let mut later = transactions.begin().await.unwrap();
+    assert_eq!(admit(inbox, &mut later, &[&m[2], &m[3], &m[0]]).await, [Duplicate, New, Duplicate]);
+    later.commit().await.unwrap();
+    let other_group = GroupName::new("shipping");
+    let mut tx = transactions.begin().await.unwrap();
+    let arrivals = [Arrival::new(&m[0])];
+    assert_eq!(inbox.admit(tx.lend(), &other_group, &arrivals).await.unwrap(), [New], "groups are apart");
+    drop(tx);
+    let wrong = inbox.admit(Lent::exclusive(&mut 7_u8), &group(), &arrivals).await.unwrap_err();
+    assert_eq!(wrong.kind(), ErrorKind::WrongTransaction);
+    // Two batches at once, in other orders: one of them waits, none is admitted twice, nothing deadlocks.
+    let many = messages(50);
+    let round = |reverse: bool| {
+        let (inbox, transactions, mut batch) = (inbox.clone(), transactions.clone(), many.clone());
+        async move {
+            if reverse {
+                batch.reverse();
+            }
+            let mut tx = transactions.begin().await.unwrap();
+            let answers = admit(&inbox, &mut tx, &batch.iter().collect::<Vec<_>>()).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            tx.commit().await.unwrap();
+            answers.iter().filter(|answer| **answer == New).count()
+        }
+    };
+    let (one, two) = tokio::join!(round(false), round(true));
+    assert_eq!(one + two, 50);
+    // Receipts are kept as long as asked.
+    let purge = |age| Purge::new(Mailbox::Inbox(group()), 40).receipts_after(age);
+    assert_eq!(log.store().purge(&purge(LONG)).await.unwrap(), 0);
+    fixture.advance(SHORT * 2).await;
+    assert_eq!(log.store().purge(&purge(SHORT)).await.unwrap(), 40);
+    assert_eq!(log.store().purge(&purge(SHORT)).await.unwrap(), 14);
+    let mut tx = transactions.begin().await.unwrap();
+    assert_eq!(admit(inbox, &mut tx, &[&m[0]]).await, [New], "what is forgotten is new");
+}
+
+/// What waits in the inbox is not handled beside it, and holds back what comes behind it.
+pub async fn admission_knows_what_waits(fixture: &dyn LogFixture) {
+    let log = fixture.log();
+    let (Ok(inbox), Ok(transactions)) = (log.inbox(), log.transactions()) else {
+        return;
+    };
+    let options = SessionOptions::new(Owner::new()).with_lease(LONG);
+    let desk = Desk::on(fixture, fixture.log(), options, Mailbox::Inbox(group())).await;
+    let parked = |message: &Message| {
+        let (after, attempts, errors) = (SHORT, 1, vec![desk.error("refused")]);
+        NewRecord::new(message.clone()).placed(Placement::Parked { after, attempts, errors })
+    };
+    let dead = message("t", Some("dead"), "dead");
+    let (first, second, keyless) = (message("t", Some("k"), "1"), message("t", Some("k"), "2"), message("t", None, "3"));
+    let other_topic = message("u", Some("k"), "4");
+    let failed = NewRecord::new(dead.clone()).placed(Placement::Failed { attempts: 3, errors: Vec::new() });
+    desk.append(&[parked(&first), parked(&keyless), failed]).await;
+    let mut tx = transactions.begin().await.unwrap();
+    let asked = [&first, &second, &keyless, &other_topic, &dead];
+    assert_eq!(admit(inbox, &mut tx, &asked).await, [Parked, HeldBack, Parked, New, Parked]);
+    // The follower is parked in the same transaction, and waits behind its head.
+    transactions.append_in(tx.lend(), &desk.mailbox, &[parked(&second)]).await.unwrap();
+    tx.commit().await.unwrap();
+    fixture.advance(SHORT * 2).await;
+    let records = desk.take().await;
+    let names: Vec<_> = super::fixture::of_key(&records, "k");
+    assert_eq!((names, records.len()), (vec!["1".to_owned(), "2".to_owned()], 3));
+    // Tried again, it is not held back by itself; its receipt and its end are two transactions.
+    let mut tx = transactions.begin().await.unwrap();
+    let own = [Arrival::parked(&first), Arrival::parked(&second)];
+    assert_eq!(inbox.admit(tx.lend(), &group(), &own).await.unwrap(), [New, New]);
+    tx.commit().await.unwrap();
+    let mut tx = transactions.begin().await.unwrap();
+    assert_eq!(inbox.admit(tx.lend(), &group(), &own[..1]).await.unwrap(), [Duplicate], "a crash came between");
+    drop(tx);
+    desk.done(&records).await;
+    let mut tx = transactions.begin().await.unwrap();
+    assert_eq!(admit(inbox, &mut tx, &[&first, &message("t", Some("k"), "5")]).await, [Duplicate, New]);
+}
