@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout)]
 
 mod engine;
+mod postgres;
 mod sqlite;
 mod table;
 
@@ -37,9 +38,10 @@ fn main() -> anyhow::Result<()> {
     let workload = arguments.iter().find(|argument| !argument.starts_with("--"));
     match workload.map(String::as_str) {
         Some("engine") => engine::run(size, &mut table)?,
+        Some("postgres") => postgres::run(size, &mut table)?,
         Some("sqlite") => sqlite::run(size, &mut table)?,
         other => bail!(
-            "unknown workload {:?}: known are `engine` and `sqlite`",
+            "unknown workload {:?}: known are `engine`, `postgres` and `sqlite`",
             other.unwrap_or("")
         ),
     }

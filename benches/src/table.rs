@@ -20,6 +20,7 @@ pub(crate) struct Table {
     /// Only cases whose names contain this.
     only: String,
     cases: Vec<Case>,
+    latencies: Vec<(&'static str, String, Duration, Duration)>,
 }
 
 impl Table {
@@ -28,6 +29,7 @@ impl Table {
             json,
             only: only.to_owned(),
             cases: Vec::new(),
+            latencies: Vec::new(),
         }
     }
 
@@ -44,7 +46,7 @@ impl Table {
         mut ours: impl FnMut() -> anyhow::Result<Duration>,
     ) -> anyhow::Result<()> {
         let case = case.into();
-        if !case.contains(&self.only) {
+        if !self.wants(&case) {
             return Ok(());
         }
         let rate = |took: Duration| work as f64 / took.as_secs_f64().max(1e-9);
@@ -64,6 +66,17 @@ impl Table {
         }
         self.cases.push(result);
         Ok(())
+    }
+
+    pub(crate) fn wants(&self, case: &str) -> bool {
+        case.contains(&self.only)
+    }
+
+    pub(crate) fn latency(&mut self, workload: &'static str, case: String, p50: Duration, p99: Duration) {
+        if !self.json {
+            eprintln!("{case} done");
+        }
+        self.latencies.push((workload, case, p50, p99));
     }
 
     pub(crate) fn print(&self) {
@@ -89,6 +102,15 @@ impl Table {
                     case.case,
                     unit = case.unit
                 );
+            }
+        }
+        for (workload, case, p50, p99) in &self.latencies {
+            let millis = |time: &Duration| (time.as_secs_f64() * 100_000.0).round() / 100.0;
+            let (p50, p99) = (millis(p50), millis(p99));
+            if self.json {
+                println!("{}", json!({ "workload": workload, "case": case, "unit": "ms", "p50": p50, "p99": p99 }));
+            } else {
+                println!("{workload:<10} {case:<44} {:>10} ms  {:>10} ms", format!("p50 {p50}"), format!("p99 {p99}"));
             }
         }
     }
