@@ -3,13 +3,14 @@
 use crate::{Size, engine::NoOp, table::Table};
 use async_trait::async_trait;
 use postrider::{
-    Bus, Event, Message, PublishError, Publisher, Reachability, RelayOptions, Transport,
+    Bus, Event, Message, MessageId, PublishError, Publisher, Reachability, RelayOptions, Transport,
     event::DynEvent as _,
     postgres::{PostgresLog, PostgresOptions},
 };
 use postrider_testkit::server::Postgres;
 use sqlx::{Connection as _, PgConnection, PgPool, Row as _, postgres::PgPoolOptions};
 use std::{
+    collections::HashMap,
     pin::Pin,
     sync::{
         Arc, Mutex,
@@ -360,22 +361,23 @@ async fn drain_ours(server: &Postgres, drain: &Drain) -> anyhow::Result<Duration
     Ok(took)
 }
 
+/// When each message was committed, or came to the publisher.
+type Times = Arc<Mutex<HashMap<MessageId, Instant>>>;
+
+fn note(times: &Times, ids: impl IntoIterator<Item = MessageId>) {
+    let now = Instant::now();
+    let mut times = times.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    times.extend(ids.into_iter().map(|id| (id, now)));
+}
+
 /// A publisher that notes when each message came.
 #[derive(Debug, Default)]
-struct Stopwatch {
-    began: Option<Instant>,
-    latencies: Arc<Mutex<Vec<Duration>>>,
-}
+struct Stopwatch(Times);
 
 #[async_trait]
 impl Publisher for Stopwatch {
     async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
-        let now = self.began.map(|began| began.elapsed()).unwrap_or_default();
-        let mut latencies = self.latencies.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        for message in batch {
-            let sent: u64 = message.headers().first().and_then(|(_, at)| at.parse().ok()).unwrap_or(0);
-            latencies.push(now.saturating_sub(Duration::from_nanos(sent)));
-        }
+        note(&self.0, batch.iter().map(Message::id));
         batch.iter().map(|_| Ok(())).collect()
     }
     async fn check(&self) -> Reachability {
@@ -383,15 +385,11 @@ impl Publisher for Stopwatch {
     }
 }
 
-/// From before `publish` to the publisher, at a given rate: p50 and p99.
+/// From the end of the commit to the publisher, at a given rate: p50 and p99.
 async fn latency(server: &Postgres, rate: usize, seconds: usize) -> anyhow::Result<(Duration, Duration)> {
     let fresh = Fresh::new(server).await?;
-    let (began, latencies) = (Instant::now(), Arc::new(Mutex::new(Vec::new())));
-    let stopwatch = Stopwatch {
-        began: Some(began),
-        latencies: latencies.clone(),
-    };
-    let transport = Transport::new("stopwatch", postrider::Capabilities::default()).with_publisher(stopwatch);
+    let (committed, published) = (Times::default(), Times::default());
+    let transport = Transport::new("stopwatch", postrider::Capabilities::default()).with_publisher(Stopwatch(published.clone()));
     let relay = RelayOptions::default().with_retention(Duration::ZERO);
     let bus = Bus::builder().log(fresh.log.clone()).transport(transport).relay(relay).build()?;
     bus.start().await?;
@@ -401,18 +399,19 @@ async fn latency(server: &Postgres, rate: usize, seconds: usize) -> anyhow::Resu
     let pause = Duration::from_secs_f64((clients * of_a_transaction) as f64 / rate as f64);
     let mut tasks = JoinSet::new();
     for client in 0..clients {
-        let (bus, n) = (bus.clone(), rate * seconds / clients / of_a_transaction);
+        let (bus, n, committed) = (bus.clone(), rate * seconds / clients / of_a_transaction, committed.clone());
         tasks.spawn(async move {
             let mut ticks = tokio::time::interval(pause);
             ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             for n in 0..n {
                 ticks.tick().await;
                 let mut tx = bus.begin().await?;
+                let mut ids = Vec::with_capacity(of_a_transaction);
                 for m in 0..of_a_transaction {
-                    let at = began.elapsed().as_nanos().to_string();
-                    bus.publish_in(&mut tx, &placed(client * 1000 + n * 10 + m)).header("at", at).await?;
+                    ids.push(bus.publish_in(&mut tx, &placed(client * 1000 + n * 10 + m)).await?);
                 }
                 tx.commit().await?;
+                note(&committed, ids);
             }
             anyhow::Ok(())
         });
@@ -420,9 +419,20 @@ async fn latency(server: &Postgres, rate: usize, seconds: usize) -> anyhow::Resu
     while let Some(ended) = tasks.join_next().await {
         ended??;
     }
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let count = |times: &Times| times.lock().unwrap_or_else(std::sync::PoisonError::into_inner).len();
+    let began = Instant::now();
+    while count(&published) < count(&committed) && began.elapsed() < Duration::from_secs(10) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     bus.shutdown(Duration::from_secs(10)).await?;
-    let mut all = latencies.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+    let (committed, published) = (
+        committed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone(),
+        published.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone(),
+    );
+    anyhow::ensure!(committed.len() == published.len(), "every event was published");
+    // The relay may be quicker than the task that committed.
+    let times = committed.iter().filter_map(|(id, at)| Some(published.get(id)?.saturating_duration_since(*at)));
+    let mut all: Vec<Duration> = times.collect();
     all.sort_unstable();
     let of = |part: f64| all.get((all.len() as f64 * part) as usize).copied().unwrap_or_default();
     fresh.end().await?;

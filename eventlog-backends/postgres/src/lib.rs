@@ -11,6 +11,7 @@ mod row;
 mod schema;
 mod session;
 mod sql;
+mod tid;
 mod transaction;
 mod watch;
 

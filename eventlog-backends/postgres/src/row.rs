@@ -6,7 +6,7 @@ use postrider_core::{
     Error, ErrorKind, Message, MessageId, MessageParts, Result, Topic, clock::Timestamp, log::AttemptError,
     message::Text,
 };
-use sqlx::{Row as _, postgres::PgRow};
+use sqlx::{Row as _, ValueRef as _, postgres::PgRow};
 use std::{sync::Arc, time::Duration};
 use uuid::Uuid;
 
@@ -50,6 +50,11 @@ fn unreadable() -> Error {
 /// Where a record is: its lane and its position.
 pub(crate) fn place(row: &PgRow, first: usize) -> (i16, i64) {
     (row.get(first), row.get(first + 1))
+}
+
+/// Whether a column of a row has no value.
+pub(crate) fn is_null(row: &PgRow, column: usize) -> bool {
+    row.try_get_raw(column).is_ok_and(|value| value.is_null())
 }
 
 impl Reader {

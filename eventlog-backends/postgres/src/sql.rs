@@ -201,14 +201,18 @@ statements! {
         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND l.pid IS DISTINCT FROM pg_backend_pid()";
 
     // Claiming.
-    /// ?2 lanes, ?3 their cursors, ?4 the most rows a lane, ?5 the most rows, ?6 the most bytes, ?7 what is known already.
-    fetch: concat!(
-        "SELECT ", message_columns!("e."), " FROM (SELECT e.*, sum(octet_length(e.payload)) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before ",
-        "FROM (SELECT e.* FROM unnest($2::int2[], $3::int8[]) l (lane, cursor) CROSS JOIN LATERAL (SELECT * FROM {event} e WHERE e.mailbox = $1 AND e.lane = l.lane ",
-        "AND e.id > l.cursor AND e.id NOT IN (SELECT unnest($7::int8[])) ORDER BY e.id LIMIT $4) e LIMIT $5) e) e WHERE coalesce(e.before, 0) < $6",
+    /// What is next: ?2 lanes, ?3 their cursors, ?4 the most rows a lane, ?5 the most rows. Large payloads are left out.
+    fetch: &fetch("");
+    /// The same around what is known already: ?6.
+    fetch_around: &fetch("AND e.id NOT IN (SELECT unnest($6::int8[]))");
+    /// With large payloads, and up to so many bytes: ?7.
+    fetch_large: concat!(
+        "SELECT ", message_columns!("e."), ", e.at FROM (SELECT e.*, sum(octet_length(e.payload)) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before ",
+        "FROM (SELECT e.* FROM unnest($2::int2[], $3::int8[]) l (lane, cursor) CROSS JOIN LATERAL (SELECT *, e.ctid AS at FROM {event} e WHERE e.mailbox = $1 AND e.lane = l.lane ",
+        "AND e.id > l.cursor AND e.id NOT IN (SELECT unnest($6::int8[])) ORDER BY e.id LIMIT $4) e LIMIT $5) e) e WHERE coalesce(e.before, 0) < $7",
     );
     events_by_id: concat!(
-        "SELECT ", message_columns!("e."), " FROM unnest($2::int2[], $3::int8[]) u (lane, id) JOIN {event} e ON e.mailbox = $1 AND e.lane = u.lane AND e.id = u.id ORDER BY e.id",
+        "SELECT ", message_columns!("e."), ", e.ctid FROM unnest($2::int2[], $3::int8[]) u (lane, id) JOIN {event} e ON e.mailbox = $1 AND e.lane = u.lane AND e.id = u.id ORDER BY e.id",
     );
     /// Keys that have been parked by others: ?2 lanes, ?3 up to where they are known.
     newly_parked: "SELECT p.lane, p.id, p.topic, p.key FROM unnest($2::int2[], $3::int8[]) l (lane, cursor) CROSS JOIN LATERAL \
@@ -244,15 +248,12 @@ statements! {
     );
 
     // Settling. ?1 mailbox, ?2 owner, ?3 lanes, ?4 epochs, ?5 and ?6 lane and id of each record.
-    delete_done: concat!(
-        "WITH ", fence!(), ", gone AS (DELETE FROM {event} e USING unnest($5::int2[], $6::int8[]) u (lane, id) ",
-        "WHERE e.mailbox = $1 AND e.lane = u.lane AND e.id = u.id AND (SELECT stands FROM fence)) SELECT stands FROM fence",
-    );
-    keep_done: concat!(
-        "WITH ", fence!(), ", gone AS (DELETE FROM {event} e USING unnest($5::int2[], $6::int8[]) u (lane, id) ",
-        "WHERE e.mailbox = $1 AND e.lane = u.lane AND e.id = u.id AND (SELECT stands FROM fence) RETURNING e.*), ",
-        "kept AS (INSERT INTO {done} (", done_columns!(), ") SELECT ", moved_columns!(""), ", 0, '[]', {clock}(), (SELECT {slot}()) FROM gone) SELECT stands FROM fence",
-    );
+    /// Where ?7 says they lie. Gives whether the fence stands, and how many there were.
+    delete_done: &delete_done("u.at = e.ctid");
+    keep_done: &keep_done("u.at = e.ctid");
+    /// Wherever they lie.
+    delete_done_moved: &delete_done("u.at IS NOT NULL");
+    keep_done_moved: &keep_done("u.at IS NOT NULL");
     /// In a transaction that writes more than this: nobody takes the lanes until it ends.
     lock_fence: "SELECT 1 FROM unnest($3::int2[], $4::int8[]) f (lane, epoch) \
         JOIN {lane} l ON l.mailbox = $1 AND l.lane = f.lane AND l.owner = $2 AND l.epoch = f.epoch FOR SHARE OF l";
@@ -342,6 +343,41 @@ statements! {
             AND (l.owner IS NULL OR NOT EXISTS (SELECT 1 FROM {relay} r WHERE r.mailbox = l.mailbox AND r.owner = l.owner AND r.expires_at > (SELECT {clock}()))))";
 }
 
+fn gone(at: &str, returning: &str) -> String {
+    const FENCE: &str = fence!();
+    format!(
+        "WITH {FENCE}, gone AS (DELETE FROM {{event}} e USING unnest($5::int2[], $6::int8[], $7::tid[]) u (lane, id, at) \
+         WHERE {at} AND e.mailbox = $1 AND e.lane = u.lane AND e.id = u.id AND (SELECT stands FROM fence) RETURNING {returning})"
+    )
+}
+
+const SETTLED: &str = "SELECT stands, (SELECT count(*) FROM gone) FROM fence";
+
+fn delete_done(at: &str) -> String {
+    format!("{} {SETTLED}", gone(at, "1"))
+}
+
+fn keep_done(at: &str) -> String {
+    const COLUMNS: &str = done_columns!();
+    const MOVED: &str = moved_columns!("");
+    format!(
+        "{}, kept AS (INSERT INTO {{done}} ({COLUMNS}) SELECT {MOVED}, 0, '[]', {{clock}}(), (SELECT {{slot}}()) FROM gone) {SETTLED}",
+        gone(at, "e.*")
+    )
+}
+
+/// Payloads up to this are small: a claim of a thousand of them is no burden.
+pub(crate) const SMALL_PAYLOAD: usize = 16 * 1024;
+
+fn fetch(but_for: &str) -> String {
+    const COLUMNS: &str = message_columns!("e.");
+    let columns = COLUMNS.replace("e.payload", &format!("CASE WHEN octet_length(e.payload) <= {SMALL_PAYLOAD} THEN e.payload END"));
+    format!(
+        "SELECT {columns}, e.at FROM unnest($2::int2[], $3::int8[]) l (lane, cursor) CROSS JOIN LATERAL (SELECT *, e.ctid AS at FROM {{event}} e WHERE e.mailbox = $1 \
+         AND e.lane = l.lane AND e.id > l.cursor {but_for} ORDER BY e.id LIMIT $4) e LIMIT $5"
+    )
+}
+
 /// A page of everything in a mailbox: ?1 mailbox, ?2 part and ?3 id to begin behind, ?4 topic, ?5 type, ?6 key, ?7 ids,
 /// ?8 state (0 pending, 1 succeeded, 2 failed), ?9 limit. Part 0 is ordered by the common ids, part 1 is what is
 /// scheduled, whose ids are its own.
@@ -388,7 +424,7 @@ mod tests {
         let names = Names::new("sch\"ema", "a'b_");
         assert_eq!(names.fill("{schema} {event} {parked_due!} '{}' {A}"), "\"sch\"\"ema\" \"sch\"\"ema\".\"a'b_event\" \"a'b_parked_due\" '{}' {A}");
         let sql = Sql::new(&names);
-        for statement in [&sql.list, &sql.fetch, &sql.poll, &sql.keep_done] {
+        for statement in [&sql.list, &sql.fetch, &sql.fetch_around, &sql.poll, &sql.keep_done] {
             assert!(!statement.as_str().contains('{'), "{}", statement.as_str());
         }
     }

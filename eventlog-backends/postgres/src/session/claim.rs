@@ -9,7 +9,9 @@ use crate::{
     append::{KeyOf, state},
     error::doing,
     log::unexpected,
-    row::{Reader, place},
+    row::{Reader, is_null, place},
+    sql::SMALL_PAYLOAD,
+    tid::Tid,
 };
 use futures_util::TryStreamExt as _;
 use postrider_core::{
@@ -32,6 +34,12 @@ const LEAST_OF_A_LANE: usize = 16;
 const CHECK_DUE_EVERY: Duration = Duration::from_millis(20);
 /// Now and then they are looked up from the beginning, whatever the server's clock may have done.
 const CHECK_ALL_EVERY: Duration = Duration::from_secs(300);
+/// What is read by its ids is taken to be so large, where there are large payloads.
+const LARGE_PAYLOAD: usize = 900 * 1024;
+/// The column of the payload, of those that make a message.
+const PAYLOAD: usize = 10;
+/// And that behind them.
+const TID: usize = 11;
 /// A step back of the server's clock by more than this is noticed; see `floor`.
 const CLOCK_STEP_MILLIS: i64 = 100;
 
@@ -186,6 +194,15 @@ impl Claiming<'_> {
         if self.bytes_left == 0 { 0 } else { self.max - self.records.len() }
     }
 
+    /// The same where the sizes are not known before.
+    fn room_unseen(&self) -> usize {
+        if self.shared.held().is_large {
+            self.room().min((self.bytes_left / LARGE_PAYLOAD).max(1))
+        } else {
+            self.room()
+        }
+    }
+
     fn lanes(&self) -> Vec<i16> {
         self.shared.held().active().map(|(lane, _)| *lane).collect()
     }
@@ -300,7 +317,7 @@ impl Claiming<'_> {
         known: Option<Timestamp>,
     ) -> Result<bool> {
         let failed = doing("looking for parked events");
-        let at_most = i64::try_from(max_runs.min(self.room())).unwrap_or(i64::MAX);
+        let at_most = i64::try_from(max_runs.min(self.room_unseen())).unwrap_or(i64::MAX);
         if at_most == 0 {
             return Ok(true);
         }
@@ -335,7 +352,7 @@ impl Claiming<'_> {
             }
         }
         if !ids.is_empty() {
-            let each = (self.room() / ids.len()).max(1);
+            let each = (self.room_unseen() / ids.len()).max(1);
             let runs = sqlx::query(self.shared.log.sql().runs.clone())
                 .bind(self.shared.mailbox)
                 .bind(&in_lanes)
@@ -371,7 +388,7 @@ impl Claiming<'_> {
             let is_ours = held.tenure == self.tenure;
             if let Some(state) = held.lanes.get_mut(&lane).filter(|_| is_ours) {
                 state.holdings.take_run(position(at), message.key_hash());
-                give(state, &mut self.records, self.tenure, (lane, at), message, attempts, true);
+                give(state, &mut self.records, self.tenure, (lane, at), message, attempts, None);
                 self.given_parked.push((lane, at));
             }
         }
@@ -379,10 +396,10 @@ impl Claiming<'_> {
     }
 
     /// What was passed over for keys that have become free.
-    async fn freed(&mut self) -> Result<Vec<(i16, i64, Message)>> {
+    async fn freed(&mut self) -> Result<Vec<Event>> {
         let (mut in_lanes, mut ids) = (Vec::new(), Vec::new());
         {
-            let mut room = self.room();
+            let mut room = self.room_unseen();
             let mut held = self.shared.held();
             for (number, lane) in held.lanes.iter_mut().filter(|(_, lane)| !lane.is_leaving) {
                 if room == 0 {
@@ -405,11 +422,11 @@ impl Claiming<'_> {
         let mut found = Vec::with_capacity(rows.len());
         for row in &rows {
             let (lane, at) = place(row, 0);
-            found.push((lane, at, self.reader.message(row, 0)?));
+            found.push(Event { lane, id: at, message: self.reader.message(row, 0)?, at: Tid::get(row, TID) });
         }
         // What is gone is held no longer.
         if found.len() < ids.len() {
-            let there: BTreeSet<i64> = found.iter().map(|(_, at, _)| *at).collect();
+            let there: BTreeSet<i64> = found.iter().map(|event| event.id).collect();
             let mut held = self.shared.held();
             for (lane, at) in in_lanes.into_iter().zip(ids) {
                 if let Some(lane) = held.lanes.get_mut(&lane).filter(|_| !there.contains(&at)) {
@@ -428,7 +445,7 @@ impl Claiming<'_> {
             if wanted == 0 {
                 return Ok(false);
             }
-            let fetched = self.fetch(wanted).await?;
+            let Some(fetched) = self.fetch(wanted).await? else { continue };
             may_read = may_read.saturating_sub(fetched.rows.len().max(1));
             let is_last = !fetched.has_more;
             self.take(fetched.rows, false).await?;
@@ -444,9 +461,10 @@ impl Claiming<'_> {
     }
 
     /// Reads rows that are not known, of all lanes.
-    async fn fetch(&mut self, wanted: usize) -> Result<Fetched> {
+    /// `None` if they turned out to be large, and are to be read otherwise.
+    async fn fetch(&mut self, wanted: usize) -> Result<Option<Fetched>> {
         let (mut in_lanes, mut cursors, mut known) = (Vec::new(), Vec::new(), Vec::new());
-        let (certain, of_a_lane) = {
+        let (certain, of_a_lane, is_large) = {
             let mut held = self.shared.held();
             let first = held.next_lane;
             held.next_lane = (first + 1) % super::LANES;
@@ -460,30 +478,46 @@ impl Claiming<'_> {
                 known.extend(lane.holdings.known_above(position(cursor)).map(id));
             }
             let of_a_lane = (wanted / held.full_lanes.max(1)).max(LEAST_OF_A_LANE).min(wanted);
-            (held.floor.position(), of_a_lane)
+            (held.floor.position(), of_a_lane, held.is_large)
         };
+        let sql = self.shared.log.sql();
         let limit = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
-        let fetch = sqlx::query(self.shared.log.sql().fetch.clone())
+        let statement = match (is_large, known.is_empty()) {
+            (true, _) => &sql.fetch_large,
+            (false, true) => &sql.fetch,
+            (false, false) => &sql.fetch_around,
+        };
+        let mut fetch = sqlx::query(statement.clone())
             .bind(self.shared.mailbox)
             .bind(&in_lanes)
             .bind(&cursors)
             .bind(limit(of_a_lane))
-            .bind(limit(wanted))
-            .bind(limit(self.bytes_left))
-            .bind(&known);
+            .bind(limit(wanted));
+        if is_large || !known.is_empty() {
+            fetch = fetch.bind(&known);
+        }
+        if is_large {
+            fetch = fetch.bind(limit(self.bytes_left));
+        }
         let rows = fetch.fetch_all(&mut *self.connection).await.map_err(doing("reading events"))?;
+        if !is_large && rows.iter().any(|row| is_null(row, PAYLOAD)) {
+            // Read again, by their bytes.
+            self.shared.held().is_large = true;
+            return Ok(None);
+        }
         // Of each lane, how many came and the last of them.
         let mut seen: BTreeMap<i16, (usize, i64)> = BTreeMap::new();
-        let (mut bytes, mut messages) = (0, Vec::with_capacity(rows.len()));
+        let (mut bytes, mut largest, mut messages) = (0, 0, Vec::with_capacity(rows.len()));
         for row in &rows {
             let (lane, at) = place(row, 0);
             let message = self.reader.message(row, 0)?;
             bytes += message.payload().len();
+            largest = largest.max(message.payload().len());
             let of_lane = seen.entry(lane).or_default();
             *of_lane = (of_lane.0 + 1, at.max(of_lane.1));
-            messages.push((lane, at, message));
+            messages.push(Event { lane, id: at, message, at: Tid::get(row, TID) });
         }
-        let is_cut = rows.len() >= wanted || bytes >= self.bytes_left;
+        let is_cut = rows.len() >= wanted || is_large && bytes >= self.bytes_left;
         self.bytes_left = self.bytes_left.saturating_sub(bytes);
         let mut full = 0;
         let mut reached = Vec::with_capacity(in_lanes.len());
@@ -495,17 +529,19 @@ impl Claiming<'_> {
             let complete = if is_cut || count >= of_a_lane { last } else { i64::MAX };
             reached.push((lane, complete.min(certain).max(cursor)));
         }
-        self.shared.held().full_lanes = full.max(1);
-        Ok(Fetched {
+        let mut held = self.shared.held();
+        held.full_lanes = full.max(1);
+        held.is_large = largest > SMALL_PAYLOAD;
+        Ok(Some(Fetched {
             has_more: is_cut || full > 0,
             rows: messages,
             reached,
-        })
+        }))
     }
 
     /// Gives events, but for those whose key is busy and those that have to be parked behind others of their key.
-    async fn take(&mut self, events: Vec<(i16, i64, Message)>, were_freed: bool) -> Result<()> {
-        let with_keys: BTreeSet<i16> = events.iter().filter(|(_, _, m)| m.key().is_some()).map(|(lane, ..)| *lane).collect();
+    async fn take(&mut self, events: Vec<Event>, were_freed: bool) -> Result<()> {
+        let with_keys: BTreeSet<i16> = events.iter().filter(|e| e.message.key().is_some()).map(|e| e.lane).collect();
         if !with_keys.is_empty() {
             self.learn_parked(with_keys).await?;
         }
@@ -515,7 +551,7 @@ impl Claiming<'_> {
             if held.tenure != self.tenure {
                 return Ok(());
             }
-            for (number, at, message) in events {
+            for Event { lane: number, id: at, message, at: tid } in events {
                 let Some(lane) = held.lanes.get_mut(&number) else { continue };
                 let hash = message.key_hash();
                 if let (Some(hash), Some(key)) = (hash, message.key())
@@ -529,7 +565,7 @@ impl Claiming<'_> {
                     if !were_freed {
                         self.given_fresh.push((number, at));
                     }
-                    give(lane, &mut self.records, self.tenure, (number, at), message, 0, false);
+                    give(lane, &mut self.records, self.tenure, (number, at), message, 0, Some(tid));
                 }
             }
         }
@@ -604,8 +640,16 @@ impl Claiming<'_> {
     }
 }
 
+/// An event that was read.
+struct Event {
+    lane: i16,
+    id: i64,
+    message: Message,
+    at: Tid,
+}
+
 struct Fetched {
-    rows: Vec<(i16, i64, Message)>,
+    rows: Vec<Event>,
     /// Up to where each lane is known now.
     reached: Vec<(i16, i64)>,
     has_more: bool,
@@ -618,11 +662,12 @@ fn give(
     (number, at): (i16, i64),
     message: Message,
     attempts: u32,
-    is_parked: bool,
+    tid: Option<Tid>,
 ) {
     let out = Out {
         message: message.clone(),
-        is_parked,
+        at: tid,
+        is_parked: tid.is_none(),
     };
     lane.records.insert(at, out);
     records.push(Record::new(tag(tenure, number, at), message, attempts));

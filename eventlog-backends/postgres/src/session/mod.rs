@@ -14,6 +14,7 @@ use crate::{
     PostgresLog,
     error::{doing, is_lost},
     log::Role,
+    tid::Tid,
 };
 use async_trait::async_trait;
 use floor::Floor;
@@ -74,6 +75,8 @@ struct Held {
     /// How many lanes had more than they gave at the last claim, and where the next one begins.
     full_lanes: usize,
     next_lane: usize,
+    /// Whether large payloads were among the last that were read.
+    is_large: bool,
     /// Topics that wait, in lanes newly come to: told with the next claim.
     untold: Vec<Topic>,
     closed: bool,
@@ -111,6 +114,8 @@ struct Lane {
 #[derive(Clone)]
 struct Out {
     message: Message,
+    /// Where its row lay in the event table.
+    at: Option<Tid>,
     is_parked: bool,
 }
 
@@ -195,6 +200,7 @@ impl PostgresSession {
             due: Due::default(),
             full_lanes: LANES,
             next_lane: 0,
+            is_large: false,
             untold: Vec::new(),
             closed: false,
         };

@@ -6,6 +6,7 @@ use crate::{
     error::{doing, is_refused},
     log::unexpected,
     row::{errors_to_text, secs},
+    tid::Tid,
 };
 use postrider_core::{
     Result, Topic,
@@ -132,6 +133,8 @@ struct Plan {
     /// The records that are ours to settle.
     known: Vec<RecordTag>,
     done: Places,
+    /// Where they lay.
+    done_at: Vec<Tid>,
     done_parked: Places,
     park: Parkings,
     set_parked: Parkings,
@@ -165,6 +168,7 @@ impl Plan {
             fence: (Vec::new(), Vec::new()),
             known: Vec::with_capacity(batch.len()),
             done: Places::default(),
+            done_at: Vec::new(),
             done_parked: Places::default(),
             park: Parkings::default(),
             set_parked: Parkings::default(),
@@ -216,11 +220,15 @@ impl Plan {
     }
 
     fn done(&mut self, place: (i16, i64), out: &Out) {
-        if out.is_parked {
-            self.done_parked.push(place);
-            self.unpark(place, out);
-        } else {
-            self.done.push(place);
+        match out.at.filter(|_| !out.is_parked) {
+            Some(at) => {
+                self.done.push(place);
+                self.done_at.push(at);
+            }
+            None => {
+                self.done_parked.push(place);
+                self.unpark(place, out);
+            }
         }
         self.effects.let_go.push(place);
     }
@@ -359,15 +367,32 @@ impl Plan {
 
     async fn write_done(&self, shared: &Shared, connection: &mut PgConnection, keep: bool) -> Result<bool> {
         let sql = shared.log.sql();
-        let statement = if keep { &sql.keep_done } else { &sql.delete_done };
-        let done = sqlx::query_scalar(statement.clone())
-            .bind(shared.mailbox)
-            .bind(self.owner)
-            .bind(&self.fence.0)
-            .bind(&self.fence.1)
-            .bind(&self.done.lanes)
-            .bind(&self.done.ids);
-        done.fetch_one(connection).await.map_err(doing("settling events"))
+        let (in_place, moved) = if keep {
+            (&sql.keep_done, &sql.keep_done_moved)
+        } else {
+            (&sql.delete_done, &sql.delete_done_moved)
+        };
+        // Rows move when somebody rewrites the table: those that were not where they lay are looked for.
+        let mut found = 0;
+        for statement in [in_place, moved] {
+            let done = sqlx::query_as(statement.clone())
+                .bind(shared.mailbox)
+                .bind(self.owner)
+                .bind(&self.fence.0)
+                .bind(&self.fence.1)
+                .bind(&self.done.lanes)
+                .bind(&self.done.ids)
+                .bind(&self.done_at);
+            let (stands, gone): (bool, i64) = done.fetch_one(&mut *connection).await.map_err(doing("settling events"))?;
+            if !stands {
+                return Ok(false);
+            }
+            found += usize::try_from(gone).unwrap_or(0);
+            if found >= self.done.ids.len() {
+                break;
+            }
+        }
+        Ok(true)
     }
 
     fn apply(self, held: &mut Held) {
