@@ -248,12 +248,13 @@ statements! {
     );
 
     // Settling. ?1 mailbox, ?2 owner, ?3 lanes, ?4 epochs, ?5 and ?6 lane and id of each record.
-    /// Where ?7 says they lie. Gives whether the fence stands, and how many there were.
+    /// Where ?7 says they lie.
     delete_done: &delete_done("u.at = e.ctid");
     keep_done: &keep_done("u.at = e.ctid");
     /// Wherever they lie.
     delete_done_moved: &delete_done("u.at IS NOT NULL");
     keep_done_moved: &keep_done("u.at IS NOT NULL");
+    fence: concat!("WITH ", fence!(), " SELECT stands FROM fence");
     /// In a transaction that writes more than this: nobody takes the lanes until it ends.
     lock_fence: "SELECT 1 FROM unnest($3::int2[], $4::int8[]) f (lane, epoch) \
         JOIN {lane} l ON l.mailbox = $1 AND l.lane = f.lane AND l.owner = $2 AND l.epoch = f.epoch FOR SHARE OF l";
@@ -343,27 +344,21 @@ statements! {
             AND (l.owner IS NULL OR NOT EXISTS (SELECT 1 FROM {relay} r WHERE r.mailbox = l.mailbox AND r.owner = l.owner AND r.expires_at > (SELECT {clock}()))))";
 }
 
-fn gone(at: &str, returning: &str) -> String {
+/// Deletes what is done, if the fence stands: ?5, ?6 and ?7 are lane, id and place of each. RETURNING costs each row a
+/// look, so it is the number of rows that tells whether all went well.
+fn delete_done(at: &str) -> String {
     const FENCE: &str = fence!();
     format!(
-        "WITH {FENCE}, gone AS (DELETE FROM {{event}} e USING unnest($5::int2[], $6::int8[], $7::tid[]) u (lane, id, at) \
-         WHERE {at} AND e.mailbox = $1 AND e.lane = u.lane AND e.id = u.id AND (SELECT stands FROM fence) RETURNING {returning})"
+        "WITH {FENCE} DELETE FROM {{event}} e USING unnest($5::int2[], $6::int8[], $7::tid[]) u (lane, id, at) \
+         WHERE {at} AND e.mailbox = $1 AND e.lane = u.lane AND e.id = u.id AND (SELECT stands FROM fence)"
     )
-}
-
-const SETTLED: &str = "SELECT stands, (SELECT count(*) FROM gone) FROM fence";
-
-fn delete_done(at: &str) -> String {
-    format!("{} {SETTLED}", gone(at, "1"))
 }
 
 fn keep_done(at: &str) -> String {
     const COLUMNS: &str = done_columns!();
     const MOVED: &str = moved_columns!("");
-    format!(
-        "{}, kept AS (INSERT INTO {{done}} ({COLUMNS}) SELECT {MOVED}, 0, '[]', {{clock}}(), (SELECT {{slot}}()) FROM gone) {SETTLED}",
-        gone(at, "e.*")
-    )
+    let delete = delete_done(at).replacen("DELETE", "gone AS (DELETE", 1).replacen(" gone AS", ", gone AS", 1);
+    format!("{delete} RETURNING e.*) INSERT INTO {{done}} ({COLUMNS}) SELECT {MOVED}, 0, '[]', {{clock}}(), (SELECT {{slot}}()) FROM gone")
 }
 
 /// Payloads up to this are small: a claim of a thousand of them is no burden.

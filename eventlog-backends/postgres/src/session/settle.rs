@@ -375,7 +375,7 @@ impl Plan {
         // Rows move when somebody rewrites the table: those that were not where they lay are looked for.
         let mut found = 0;
         for statement in [in_place, moved] {
-            let done = sqlx::query_as(statement.clone())
+            let done = sqlx::query(statement.clone())
                 .bind(shared.mailbox)
                 .bind(self.owner)
                 .bind(&self.fence.0)
@@ -383,13 +383,15 @@ impl Plan {
                 .bind(&self.done.lanes)
                 .bind(&self.done.ids)
                 .bind(&self.done_at);
-            let (stands, gone): (bool, i64) = done.fetch_one(&mut *connection).await.map_err(doing("settling events"))?;
-            if !stands {
-                return Ok(false);
-            }
-            found += usize::try_from(gone).unwrap_or(0);
+            let done = done.execute(&mut *connection).await.map_err(doing("settling events"))?;
+            found += usize::try_from(done.rows_affected()).unwrap_or(0);
             if found >= self.done.ids.len() {
-                break;
+                return Ok(true);
+            }
+            let fence = sqlx::query_scalar(sql.fence.clone()).bind(shared.mailbox).bind(self.owner);
+            let fence = fence.bind(&self.fence.0).bind(&self.fence.1).fetch_one(&mut *connection).await;
+            if !fence.map_err(doing("checking the lease"))? {
+                return Ok(false);
             }
         }
         Ok(true)
