@@ -1,13 +1,14 @@
 //! A process that publishes and relays: what is killed.
 
-use crate::ledger;
+use crate::{
+    ledger,
+    store::{Place, Store},
+};
 use async_trait::async_trait;
 use postrider::{
     Bus, Event, Message, PublishError, Publisher, Reachability, RelayOptions, Transport,
     relay::Backoff,
-    sqlite::{SqliteLog, SqliteOptions},
 };
-use sqlx::SqlitePool;
 use std::{
     fs::File,
     io::Write as _,
@@ -22,9 +23,9 @@ const KEYS: i64 = 12;
 /// The `n`-th event of a key.
 #[derive(serde::Serialize, serde::Deserialize, Event)]
 #[event(name = "counted", key = "key")]
-struct Counted {
-    key: i64,
-    n: i64,
+pub(crate) struct Counted {
+    pub(crate) key: i64,
+    pub(crate) n: i64,
 }
 
 /// A broker that outlives every process: a file that lines are appended to. It refuses some messages, some times.
@@ -68,41 +69,16 @@ impl Publisher for FileBroker {
     }
 }
 
-/// One transaction on a key: the next number in the ledger's table, and its event. Some are rolled back, and their
-/// numbers are used again, by negative ones that must never be seen.
-async fn count(bus: &Bus, pool: &SqlitePool, key: i64, round: u64) -> anyhow::Result<()> {
-    let mut tx = pool.begin_with("BEGIN IMMEDIATE").await?;
-    let n: i64 = sqlx::query_scalar("SELECT coalesce(max(n), 0) + 1 FROM ledger WHERE key = ?")
-        .bind(key)
-        .fetch_one(&mut *tx)
-        .await?;
-    let rolls_back = round.is_multiple_of(5);
-    let n = if rolls_back { -n } else { n };
-    sqlx::query("INSERT INTO ledger VALUES (?, ?)")
-        .bind(key)
-        .bind(n)
-        .execute(&mut *tx)
-        .await?;
-    bus.publish_in(&mut tx, &Counted { key, n }).await?;
-    if rolls_back {
-        tx.rollback().await?;
-    } else {
-        tx.commit().await?;
-    }
-    Ok(())
-}
-
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
-pub(crate) async fn run(dir: &Path, what: &str) {
-    let options = SqliteOptions::default().with_max_connections(2);
-    let log = SqliteLog::open_with(ledger::database(dir), options)
-        .await
-        .expect("the log opens");
-    let pool = log.pool().clone();
-    sqlx::raw_sql(ledger::TABLE)
-        .execute(&pool)
-        .await
-        .expect("the table is made");
+pub(crate) async fn run(dir: &Path, place: &Place, what: &str) {
+    let store = loop {
+        match Store::open(dir, place).await {
+            Ok(store) => break store,
+            // The database may be down just now.
+            Err(error) => eprintln!("(the log does not open, as it may: {error:#})"),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
     let file = File::options()
         .create(true)
         .append(true)
@@ -118,13 +94,16 @@ pub(crate) async fn run(dir: &Path, what: &str) {
         .with_backoff(Backoff::Fixed(Duration::from_millis(50)))
         .with_max_attempts(1000);
     let bus = Bus::builder()
-        .log(log)
+        .log(store.log())
         .transport(transport)
         .relay(relay)
         .source("crash")
         .build()
         .expect("a bus");
-    bus.start().await.expect("the bus starts");
+    while let Err(error) = bus.start().await {
+        eprintln!("(the bus does not start, as it may: {error:#})");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     if what == "finish" {
         finish(&bus).await;
         return;
@@ -132,22 +111,23 @@ pub(crate) async fn run(dir: &Path, what: &str) {
     if what == "serve" {
         // The rounds go on until the process ends; the bus does what a server's does.
         let working = bus.clone();
-        tokio::spawn(async move { work(&working, &pool).await });
+        tokio::spawn(async move { work(&working, &store).await });
         bus.run_until_signal(Duration::from_secs(10))
             .await
             .expect("a clean shutdown");
         return;
     }
-    work(&bus, &pool).await;
+    work(&bus, &store).await;
 }
 
 /// Transactions, for ever.
-async fn work(bus: &Bus, pool: &SqlitePool) {
+async fn work(bus: &Bus, store: &Store) {
     for round in u64::from(std::process::id()).. {
         let key = i64::try_from(round).unwrap_or(0) % KEYS;
-        if let Err(error) = count(bus, pool, key, round).await {
-            // The other process has the file locked for long: it is paused in a transaction.
+        if let Err(error) = store.count(bus, key, round).await {
+            // The other process holds a lock for long, paused in a transaction; or the database is down.
             eprintln!("(a transaction failed, as it may: {error:#})");
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
         if round.is_multiple_of(3) {
             tokio::time::sleep(Duration::from_millis(2)).await;

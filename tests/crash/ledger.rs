@@ -1,17 +1,11 @@
 //! What was committed, what was sent, and whether the two agree.
 
+use crate::store::{Place, Store};
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     fmt,
     path::{Path, PathBuf},
 };
-
-pub(crate) const TABLE: &str =
-    "CREATE TABLE IF NOT EXISTS ledger (key INTEGER, n INTEGER, PRIMARY KEY (key, n)) WITHOUT ROWID";
-
-pub(crate) fn database(dir: &Path) -> PathBuf {
-    dir.join("shop.db")
-}
 
 pub(crate) fn broker(dir: &Path) -> PathBuf {
     dir.join("broker.txt")
@@ -48,14 +42,8 @@ impl fmt::Display for Report {
 }
 
 #[tokio::main(flavor = "current_thread")]
-pub(crate) async fn compare(dir: &Path) -> Report {
-    let url = format!("sqlite://{}", database(dir).display());
-    let pool = sqlx::SqlitePool::connect(&url).await.unwrap();
-    let rows: Vec<(i64, i64)> = sqlx::query_as("SELECT key, n FROM ledger")
-        .fetch_all(&pool)
-        .await
-        .unwrap();
-    let committed: BTreeSet<(i64, i64)> = rows.into_iter().collect();
+pub(crate) async fn compare(dir: &Path, place: &Place) -> Report {
+    let committed: BTreeSet<(i64, i64)> = Store::open(dir, place).await.unwrap().committed().await;
     let text = std::fs::read_to_string(broker(dir)).unwrap();
     let sent: Vec<(i64, i64)> = text
         .lines()

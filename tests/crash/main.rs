@@ -1,7 +1,9 @@
-//! Real processes on one SQLite file, killed (SIGKILL) and paused (SIGSTOP) at random: afterwards every committed event
-//! has been sent, no rolled-back one has, and each key's first appearances are in order. Repeats are counted.
+//! Real processes on one database, killed (SIGKILL) and paused (SIGSTOP) at random, and the Postgres server killed under
+//! them: afterwards every committed event has been sent, no rolled-back one has, and each key's first appearances are in
+//! order. Repeats are counted.
 //!
-//! About 40 s; `POSTRIDER_CRASH_SECONDS=600` for longer. It has no test harness: this program is its own child.
+//! About a minute and a half; `POSTRIDER_CRASH_SECONDS=600` for longer. It has no test harness: this program is its own
+//! child. Of the names given as arguments only those tests run.
 
 #![allow(
     clippy::unwrap_used,
@@ -12,12 +14,15 @@
 
 mod child;
 mod ledger;
+mod store;
 
+use postrider_testkit::server::Postgres;
 use std::{
     path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
+use store::Place;
 
 /// A small generator, so that a run can be told by its seed.
 struct Dice(u64);
@@ -35,11 +40,12 @@ impl Dice {
     }
 }
 
-fn spawn(dir: &Path, what: &str) -> Child {
+fn spawn(dir: &Path, place: &Place, what: &str) -> Child {
     let exe = std::env::current_exe().unwrap();
     Command::new(exe)
         .arg("child")
         .arg(dir)
+        .arg(place.to_text())
         .arg(what)
         .stdin(Stdio::null())
         .spawn()
@@ -55,46 +61,57 @@ fn signal(child: &Child, name: &str) {
     assert!(told.success(), "kill {name} failed");
 }
 
-/// Two processes at a time, each killed or paused after a random while and followed by another, then one that finishes.
-fn kill_at_random(seconds: u64, seed: u64) {
+/// Two processes at a time, each killed or paused after a random while and followed by another, and now and then the
+/// server, if there is one to kill; then a process that finishes.
+fn kill_at_random(place: &Place, mut server: Option<&mut Postgres>, seconds: u64, seed: u64) {
     let dir = tempfile::tempdir().unwrap();
     let mut dice = Dice(seed);
-    let (mut kills, mut pauses) = (0, 0);
-    let mut children = [spawn(dir.path(), "work"), spawn(dir.path(), "work")];
+    let (mut kills, mut pauses, mut crashes) = (0, 0, 0);
+    let start = || spawn(dir.path(), place, "work");
+    let mut children = [start(), start()];
     let until = Instant::now() + Duration::from_secs(seconds);
     while Instant::now() < until {
         std::thread::sleep(dice.millis(30, 600));
         let child = &mut children[usize::try_from(dice.below(2)).unwrap()];
         assert!(child.try_wait().unwrap().is_none(), "a child ended by itself");
-        if dice.below(4) == 0 {
-            signal(child, "-STOP");
-            // Longer than the lease, so that the other takes over meanwhile.
-            std::thread::sleep(child::LEASE + dice.millis(100, 800));
-            signal(child, "-CONT");
-            pauses += 1;
-        } else {
-            child.kill().unwrap();
-            child.wait().unwrap();
-            kills += 1;
-            *child = spawn(dir.path(), "work");
+        match (dice.below(8), &mut server) {
+            (0, Some(server)) => {
+                server.kill();
+                std::thread::sleep(dice.millis(0, 500));
+                server.restart();
+                crashes += 1;
+            }
+            (0..=2, _) => {
+                signal(child, "-STOP");
+                // Longer than the lease, so that the other takes over meanwhile.
+                std::thread::sleep(child::LEASE + dice.millis(100, 800));
+                signal(child, "-CONT");
+                pauses += 1;
+            }
+            _ => {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                kills += 1;
+                *child = start();
+            }
         }
     }
     for child in &mut children {
         child.kill().unwrap();
         child.wait().unwrap();
     }
-    let finished = spawn(dir.path(), "finish").wait().unwrap();
+    let finished = spawn(dir.path(), place, "finish").wait().unwrap();
     assert!(finished.success(), "the last process could not finish");
-    let report = ledger::compare(dir.path());
-    println!("{kills} kills, {pauses} pauses: {report}");
+    let report = ledger::compare(dir.path(), place);
+    println!("{kills} kills, {pauses} pauses, {crashes} crashes of the server: {report}");
     assert!(report.committed > 100, "too little happened to say anything");
     assert!(report.is_kept(), "a promise was broken");
 }
 
 /// A process that is told to end (SIGTERM) ends well and at once, and leaves nothing for the next to wait for.
-fn told_to_end() {
+fn told_to_end(place: &Place) {
     let dir = tempfile::tempdir().unwrap();
-    let mut child = spawn(dir.path(), "serve");
+    let mut child = spawn(dir.path(), place, "serve");
     let until = Instant::now() + Duration::from_secs(20);
     while std::fs::read_to_string(ledger::broker(dir.path()))
         .unwrap_or_default()
@@ -107,34 +124,67 @@ fn told_to_end() {
     }
     signal(&child, "-TERM");
     assert!(child.wait().unwrap().success(), "it did not end well");
-    assert!(spawn(dir.path(), "finish").wait().unwrap().success());
-    let report = ledger::compare(dir.path());
+    assert!(spawn(dir.path(), place, "finish").wait().unwrap().success());
+    let report = ledger::compare(dir.path(), place);
     println!("told to end: {report}");
     assert!(report.is_kept(), "a promise was broken");
 }
 
+/// A server with nothing on it.
+fn fresh_server() -> (Postgres, Place) {
+    let server = Postgres::start();
+    let place = Place::Postgres(server.url());
+    (server, place)
+}
+
+const TESTS: [(&str, fn(u64, u64)); 5] = [
+    ("sqlite_told_to_end", |_, _| told_to_end(&Place::Sqlite)),
+    ("sqlite_killed_and_paused_at_random", |seconds, seed| {
+        kill_at_random(&Place::Sqlite, None, seconds, seed);
+    }),
+    ("postgres_told_to_end", |_, _| {
+        let (_server, place) = fresh_server();
+        told_to_end(&place);
+    }),
+    ("postgres_killed_and_paused_at_random", |seconds, seed| {
+        let (_server, place) = fresh_server();
+        kill_at_random(&place, None, seconds, seed);
+    }),
+    ("postgres_and_its_server_killed_at_random", |seconds, seed| {
+        let (mut server, place) = fresh_server();
+        kill_at_random(&place, Some(&mut server), seconds, seed);
+    }),
+];
+
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    if let [_, role, dir, what] = &arguments[..]
+    if let [_, role, dir, place, what] = &arguments[..]
         && role == "child"
     {
-        child::run(Path::new(dir), what);
+        child::run(Path::new(dir), &Place::parse(place), what);
         return;
     }
     if arguments.iter().any(|argument| argument == "--list") {
-        println!("told_to_end: test\nkilled_and_paused_at_random: test");
+        TESTS.iter().for_each(|(name, _)| println!("{name}: test"));
         return;
     }
+    let names: Vec<&String> = arguments[1..].iter().filter(|argument| !argument.starts_with('-')).collect();
+    let wanted = |name: &str| names.is_empty() || names.iter().any(|wanted| name.contains(wanted.as_str()));
     let seconds = std::env::var("POSTRIDER_CRASH_SECONDS")
         .ok()
         .and_then(|s| s.parse().ok())
-        .unwrap_or(40);
-    let seed = u64::from(std::process::id());
-    println!("\nrunning 2 tests (seed {seed}, {seconds} s)");
-    told_to_end();
-    println!("test told_to_end ... ok");
-    kill_at_random(seconds, seed);
+        .unwrap_or(25);
+    let seed = std::env::var("POSTRIDER_CRASH_SEED").ok().and_then(|s| s.parse().ok());
+    let seed = seed.unwrap_or_else(|| u64::from(std::process::id()));
+    let (run, left): (Vec<_>, Vec<_>) = TESTS.iter().partition(|(name, _)| wanted(name));
+    println!("\nrunning {} tests (seed {seed}, {seconds} s each)", run.len());
+    for (name, test) in &run {
+        test(seconds, seed);
+        println!("test {name} ... ok");
+    }
     println!(
-        "test killed_and_paused_at_random ... ok\n\ntest result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out"
+        "\ntest result: ok. {} passed; 0 failed; 0 ignored; 0 measured; {} filtered out",
+        run.len(),
+        left.len()
     );
 }
