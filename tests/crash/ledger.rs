@@ -5,14 +5,17 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     fmt,
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 pub(crate) fn broker(dir: &Path) -> PathBuf {
     dir.join("broker.txt")
 }
 
+/// With who sent it and when, for whoever has to find out how it came to be.
 pub(crate) fn line(key: i64, n: i64) -> String {
-    format!("{key} {n}\n")
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    format!("{key} {n} {} {}\n", std::process::id(), now.as_micros())
 }
 
 pub(crate) struct Report {
@@ -48,10 +51,11 @@ pub(crate) async fn compare(dir: &Path, place: &Place) -> Report {
     let sent: Vec<(i64, i64)> = text
         .lines()
         .map(|line| {
-            let (key, n) = line.split_once(' ').unwrap();
-            (key.parse().unwrap(), n.parse().unwrap())
+            let mut words = line.split(' ').map(|word| word.parse().unwrap());
+            (words.next().unwrap(), words.next().unwrap())
         })
         .collect();
+    let history = |key: i64| text.lines().filter(|line| line.starts_with(&format!("{key} "))).collect::<Vec<_>>();
     let mut seen = HashSet::new();
     let mut last: BTreeMap<i64, i64> = BTreeMap::new();
     let mut inversions = Vec::new();
@@ -60,6 +64,9 @@ pub(crate) async fn compare(dir: &Path, place: &Place) -> Report {
             let last = last.entry(key).or_default();
             if n < *last {
                 inversions.push((key, n));
+                let lines = history(key);
+                let at = lines.iter().position(|line| line.starts_with(&format!("{key} {n} "))).unwrap_or(0);
+                println!("around {key} {n}: {:#?}", &lines[at.saturating_sub(12)..(at + 8).min(lines.len())]);
             }
             *last = n;
         }

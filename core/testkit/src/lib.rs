@@ -101,13 +101,19 @@ macro_rules! transport_conformance {
 
 /// Runs a test on a runtime of two threads, for at most a minute.
 #[doc(hidden)]
-#[allow(clippy::expect_used)]
 pub fn run(test: impl Future<Output = ()>) {
+    run_within(std::time::Duration::from_secs(60), test);
+}
+
+/// Runs a test on a runtime of two threads, for at most `limit`.
+#[doc(hidden)]
+#[allow(clippy::expect_used)]
+pub fn run_within(limit: std::time::Duration, test: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build();
     let runtime = runtime.expect("a runtime can be built");
-    let in_time = runtime.block_on(async { tokio::time::timeout(std::time::Duration::from_secs(60), test).await });
-    assert!(in_time.is_ok(), "the test did not end within a minute");
+    let in_time = runtime.block_on(async { tokio::time::timeout(limit, test).await });
+    assert!(in_time.is_ok(), "the test did not end within {limit:?}");
 }

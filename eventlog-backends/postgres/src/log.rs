@@ -73,6 +73,11 @@ impl PostgresLog {
     /// As there, and [`ErrorKind::Config`] if the options make no sense.
     pub async fn connect_with(url: &str, options: PostgresOptions) -> Result<Self> {
         options.validate()?;
+        if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
+            // Without the address itself, which may hold a password.
+            let text = "the address of the Postgres server has to begin with `postgres://`";
+            return Err(Error::new(ErrorKind::Config, text));
+        }
         let connect: PgConnectOptions = url.parse().map_err(doing("reading the address of the Postgres server"))?;
         let pool = PgPoolOptions::new()
             .max_connections(options.max_connections)

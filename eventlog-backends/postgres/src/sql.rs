@@ -126,6 +126,29 @@ macro_rules! fence {
     };
 }
 
+/// Rows of a table by lane and id, as something to join its `ctid` with. The planner may think that the table is empty, as
+/// it was when it was last analyzed, and read all of it for each settle: here it has no choice. (?2 lanes, ?3 ids, and
+/// whatever else there is of each.)
+macro_rules! places {
+    ($table:literal, $arrays:literal, $columns:literal) => {
+        concat!(
+            "(SELECT x.*, r.at FROM unnest($2::int2[], $3::int8[]", $arrays, ") x (lane, id", $columns, ") CROSS JOIN LATERAL (SELECT r.ctid AS at FROM ",
+            $table, " r WHERE r.mailbox = $1 AND r.lane = x.lane AND r.id = x.id LIMIT 1) r OFFSET 0) u"
+        )
+    };
+    ($table:literal) => { places!($table, "", "") };
+}
+
+/// The first of what is parked of the key `k`.
+macro_rules! first_of_key {
+    ($what:literal) => {
+        concat!(
+            "(SELECT ", $what, " FROM {parked} f WHERE f.mailbox = $1 AND f.lane = k.lane AND f.topic = k.topic AND f.key = k.key ",
+            "AND f.state <> 3 AND f.key IS NOT NULL ORDER BY f.id LIMIT 1)"
+        )
+    };
+}
+
 macro_rules! done_columns {
     () => {
         concat!(moved_columns!(""), ", attempts, errors, finished_at, slot")
@@ -212,7 +235,8 @@ statements! {
         "AND e.id > l.cursor AND e.id NOT IN (SELECT unnest($6::int8[])) ORDER BY e.id LIMIT $4) e LIMIT $5) e) e WHERE coalesce(e.before, 0) < $7",
     );
     events_by_id: concat!(
-        "SELECT ", message_columns!("e."), ", e.ctid FROM unnest($2::int2[], $3::int8[]) u (lane, id) JOIN {event} e ON e.mailbox = $1 AND e.lane = u.lane AND e.id = u.id ORDER BY e.id",
+        "SELECT ", message_columns!("e."), ", e.at FROM unnest($2::int2[], $3::int8[]) u (lane, id) CROSS JOIN LATERAL (SELECT *, e.ctid AS at FROM {event} e ",
+        "WHERE e.mailbox = $1 AND e.lane = u.lane AND e.id = u.id LIMIT 1) e ORDER BY e.id",
     );
     /// Keys that have been parked by others: ?2 lanes, ?3 up to where they are known.
     newly_parked: "SELECT p.lane, p.id, p.topic, p.key FROM unnest($2::int2[], $3::int8[]) l (lane, cursor) CROSS JOIN LATERAL \
@@ -234,65 +258,67 @@ statements! {
         "CROSS JOIN LATERAL (SELECT * FROM {parked} p WHERE p.mailbox = $1 AND p.lane = u.lane AND p.topic = u.topic AND p.key = u.key AND p.state <> 3 ",
         "AND p.key IS NOT NULL AND p.id >= u.id ORDER BY p.id LIMIT $6) p WHERE u.key IS NOT NULL ",
         "UNION ALL SELECT ", message_columns!("p."), ", p.attempts, p.state, u.n FROM unnest($2::int2[], $3::int8[], $4::text[], $5::text[]) WITH ORDINALITY u (lane, id, topic, key, n) ",
-        "JOIN {parked} p ON p.mailbox = $1 AND p.lane = u.lane AND p.id = u.id WHERE u.key IS NULL AND p.state = 0 ORDER BY 14, 2",
+        "CROSS JOIN LATERAL (SELECT * FROM {parked} p WHERE p.mailbox = $1 AND p.lane = u.lane AND p.id = u.id AND p.state = 0 LIMIT 1) p WHERE u.key IS NULL ORDER BY 14, 2",
     );
     /// Scheduled rows whose time has come enter the event table: ?2 owner, ?3 lanes, ?4 epochs, ?5 and ?6 from and to when, ?7 the most.
     enter_scheduled: concat!(
-        "WITH ", fence!(), ", due AS MATERIALIZED (SELECT s.id FROM unnest($3::int2[]) l (lane) CROSS JOIN LATERAL (SELECT s.id, s.due_at FROM {scheduled} s ",
+        "WITH ", fence!(), ", due AS MATERIALIZED (SELECT s.at FROM unnest($3::int2[]) l (lane) CROSS JOIN LATERAL (SELECT s.ctid AS at, s.id, s.due_at FROM {scheduled} s ",
         "WHERE s.mailbox = $1 AND s.lane = l.lane AND s.due_at >= $5 AND s.due_at <= $6 ORDER BY s.due_at, s.id LIMIT $7) s ",
         "WHERE (SELECT stands FROM fence) ORDER BY s.due_at, s.id LIMIT $7), ",
-        "gone AS (DELETE FROM {scheduled} s USING due WHERE s.id = due.id RETURNING s.*), ",
+        "gone AS (DELETE FROM {scheduled} s USING due u WHERE s.ctid = u.at RETURNING s.*), ",
         "entered AS (INSERT INTO {event} (mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at) ",
         "SELECT mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at FROM gone ORDER BY due_at, id) ",
         "SELECT count(*), max(due_at) FROM gone",
     );
 
-    // Settling. ?1 mailbox, ?2 owner, ?3 lanes, ?4 epochs, ?5 and ?6 lane and id of each record.
-    /// Where ?7 says they lie.
-    delete_done: &delete_done("u.at = e.ctid");
-    keep_done: &keep_done("u.at = e.ctid");
-    /// Wherever they lie.
-    delete_done_moved: &delete_done("u.at IS NOT NULL");
-    keep_done_moved: &keep_done("u.at IS NOT NULL");
+    // Settling. ?1 mailbox, ?2 owner, ?3 lanes, ?4 epochs.
+    /// Of the rows that lie at ?6 those with the ids ?5.
+    delete_done: &delete_done(IN_PLACE);
+    keep_done: &keep_done(IN_PLACE);
+    /// Those with the lanes ?6 and the ids ?5, wherever they lie.
+    delete_done_moved: &delete_done(MOVED);
+    keep_done_moved: &keep_done(MOVED);
     fence: concat!("WITH ", fence!(), " SELECT stands FROM fence");
     /// In a transaction that writes more than this: nobody takes the lanes until it ends.
     lock_fence: "SELECT 1 FROM unnest($3::int2[], $4::int8[]) f (lane, epoch) \
         JOIN {lane} l ON l.mailbox = $1 AND l.lane = f.lane AND l.owner = $2 AND l.epoch = f.epoch FOR SHARE OF l";
     /// Records of the parked table that are done: ?2 and ?3 lane and id of each.
-    delete_done_parked: "DELETE FROM {parked} p USING unnest($2::int2[], $3::int8[]) u (lane, id) WHERE p.mailbox = $1 AND p.lane = u.lane AND p.id = u.id";
+    delete_done_parked: concat!("DELETE FROM {parked} p USING ", places!("{parked}"), " WHERE p.ctid = u.at");
     keep_done_parked: concat!(
-        "WITH gone AS (DELETE FROM {parked} p USING unnest($2::int2[], $3::int8[]) u (lane, id) WHERE p.mailbox = $1 AND p.lane = u.lane AND p.id = u.id RETURNING p.*) ",
+        "WITH gone AS (DELETE FROM {parked} p USING ", places!("{parked}"), " WHERE p.ctid = u.at RETURNING p.*) ",
         "INSERT INTO {done} (", done_columns!(), ") SELECT ", moved_columns!(""), ", attempts, errors, {clock}(), (SELECT {slot}()) FROM gone",
     );
     /// From the event table to the parked: ?4 attempts, ?5 states, ?6 delays, ?7 errors.
     park: concat!(
-        "WITH gone AS (DELETE FROM {event} e USING unnest($2::int2[], $3::int8[], $4::int4[], $5::int2[], $6::float8[], $7::text[]) u (lane, id, attempts, state, after, errors) ",
-        "WHERE e.mailbox = $1 AND e.lane = u.lane AND e.id = u.id RETURNING e.*, u.attempts, u.state, u.after, u.errors) ",
+        "WITH gone AS (DELETE FROM {event} e USING ",
+        places!("{event}", ", $4::int4[], $5::int2[], $6::float8[], $7::text[]", ", attempts, state, after, errors"),
+        " WHERE e.ctid = u.at RETURNING e.*, u.attempts, u.state, u.after, u.errors) ",
         "INSERT INTO {parked} (", parked_columns!(), ") SELECT ", moved_columns!(""), ", attempts, state, ",
         "CASE WHEN state = 0 THEN {clock}() + make_interval(secs => after) END, errors::jsonb, CASE WHEN state >= 3 THEN {clock}() END FROM gone",
     );
     set_parked: concat!(
         "UPDATE {parked} p SET attempts = u.attempts, state = u.state, next_at = CASE WHEN u.state = 0 THEN {clock}() + make_interval(secs => u.after) END, ",
-        "errors = ", last_errors!("p.errors", "u.errors"), ", finished_at = CASE WHEN u.state >= 3 THEN {clock}() END ",
-        "FROM unnest($2::int2[], $3::int8[], $4::int4[], $5::int2[], $6::float8[], $7::text[]) u (lane, id, attempts, state, after, errors) ",
-        "WHERE p.mailbox = $1 AND p.lane = u.lane AND p.id = u.id",
+        "errors = ", last_errors!("p.errors", "u.errors"), ", finished_at = CASE WHEN u.state >= 3 THEN {clock}() END FROM ",
+        places!("{parked}", ", $4::int4[], $5::int2[], $6::float8[], $7::text[]", ", attempts, state, after, errors"), " WHERE p.ctid = u.at",
     );
     /// Heads that were not attempted are due as they were, but not before the floor.
-    give_back_parked: "UPDATE {parked} p SET next_at = greatest(p.next_at, {clock}()) FROM unnest($2::int2[], $3::int8[]) u (lane, id) \
-        WHERE p.mailbox = $1 AND p.lane = u.lane AND p.id = u.id AND p.state = 0";
+    give_back_parked: concat!("UPDATE {parked} p SET next_at = greatest(p.next_at, {clock}()) FROM ", places!("{parked}"), " WHERE p.ctid = u.at AND p.state = 0");
     park_behind: concat!(
-        "WITH gone AS (DELETE FROM {event} e USING unnest($2::int2[], $3::int8[]) u (lane, id) WHERE e.mailbox = $1 AND e.lane = u.lane AND e.id = u.id RETURNING e.*) ",
+        "WITH gone AS (DELETE FROM {event} e USING ", places!("{event}"), " WHERE e.ctid = u.at RETURNING e.*) ",
         "INSERT INTO {parked} (", parked_columns!(), ") SELECT ", moved_columns!(""), ", 0, 1, NULL, '[]', NULL FROM gone RETURNING lane, topic, key",
     );
     /// Of what is parked of a key the first, and only the first, is a head: ?2 lanes, ?3 topics, ?4 keys.
-    demote: "UPDATE {parked} p SET state = 1, next_at = NULL FROM (SELECT k.*, (SELECT p.id FROM {parked} p WHERE p.mailbox = $1 AND p.lane = k.lane AND p.topic = k.topic \
-        AND p.key = k.key AND p.state <> 3 AND p.key IS NOT NULL ORDER BY p.id LIMIT 1) AS first FROM unnest($2::int2[], $3::text[], $4::text[]) k (lane, topic, key) OFFSET 0) k \
-        WHERE p.mailbox = $1 AND p.lane = k.lane AND p.topic = k.topic AND p.key = k.key AND p.key IS NOT NULL AND p.state <> 3 AND p.state IN (0, 2) AND p.id > k.first";
-    promote: "UPDATE {parked} p SET state = 0, next_at = {clock}() FROM (SELECT k.*, (SELECT p.id FROM {parked} p WHERE p.mailbox = $1 AND p.lane = k.lane AND p.topic = k.topic \
-        AND p.key = k.key AND p.state <> 3 AND p.key IS NOT NULL ORDER BY p.id LIMIT 1) AS first FROM unnest($2::int2[], $3::text[], $4::text[]) k (lane, topic, key) OFFSET 0) k \
-        WHERE p.mailbox = $1 AND p.lane = k.lane AND p.id = k.first AND p.state = 1";
-    resume: "UPDATE {parked} p SET state = 0, next_at = {clock}() FROM (SELECT lane, id FROM {parked} WHERE mailbox = $1 AND topic = $2 AND state = 2 AND lane = ANY($3) \
-        ORDER BY id LIMIT $4) u WHERE p.mailbox = $1 AND p.lane = u.lane AND p.id = u.id AND p.state = 2";
+    demote: concat!(
+        "UPDATE {parked} p SET state = 1, next_at = NULL FROM (SELECT h.at FROM unnest($2::int2[], $3::text[], $4::text[]) k (lane, topic, key) CROSS JOIN LATERAL ",
+        "(SELECT h.ctid AS at FROM {parked} h WHERE h.mailbox = $1 AND h.lane = k.lane AND h.topic = k.topic AND h.key = k.key AND h.key IS NOT NULL AND h.state IN (0, 2) ",
+        "AND h.id > ", first_of_key!("f.id"), ") h OFFSET 0) u WHERE p.ctid = u.at",
+    );
+    promote: concat!(
+        "UPDATE {parked} p SET state = 0, next_at = {clock}() FROM (SELECT ", first_of_key!("f.ctid"), " AS at FROM unnest($2::int2[], $3::text[], $4::text[]) k (lane, topic, key) OFFSET 0) u ",
+        "WHERE p.ctid = u.at AND p.state = 1",
+    );
+    resume: "UPDATE {parked} p SET state = 0, next_at = {clock}() FROM (SELECT r.ctid AS at FROM {parked} r WHERE r.mailbox = $1 AND r.topic = $2 AND r.state = 2 AND r.lane = ANY($3) \
+        ORDER BY r.id LIMIT $4) u WHERE p.ctid = u.at AND p.state = 2";
 
     // The inbox.
     /// ?2 message ids, ?3 lanes, ?4 topics, ?5 keys, ?6 whether it is what is parked itself. Gives for each, in order: 0 new, 1 duplicate, 2 parked, 3 held back.
@@ -319,9 +345,11 @@ statements! {
     failed: "SELECT lane, id, topic, key FROM {parked} WHERE mailbox = $1 AND state >= 3 AND ($2::text IS NULL OR topic = $2) AND ($3::text IS NULL OR type = $3) \
         AND ($4::text IS NULL OR key = $4) AND ($5::uuid[] IS NULL OR message_id = ANY($5)) ORDER BY id LIMIT $6";
     /// Those of them that are still there: ?2 lanes, ?3 ids. One that held its key goes on in its place, another enters at the end.
-    redrive: "UPDATE {parked} p SET id = CASE WHEN p.state = 4 THEN p.id ELSE nextval({position'}) END, state = 0, attempts = 0, next_at = {clock}(), finished_at = NULL \
-        FROM unnest($2::int2[], $3::int8[]) u (lane, id) WHERE p.mailbox = $1 AND p.lane = u.lane AND p.id = u.id AND p.state >= 3";
-    discard: "DELETE FROM {parked} p USING unnest($2::int2[], $3::int8[]) u (lane, id) WHERE p.mailbox = $1 AND p.lane = u.lane AND p.id = u.id AND p.state >= 3";
+    redrive: concat!(
+        "UPDATE {parked} p SET id = CASE WHEN p.state = 4 THEN p.id ELSE nextval({position'}) END, state = 0, attempts = 0, next_at = {clock}(), finished_at = NULL FROM ",
+        places!("{parked}"), " WHERE p.ctid = u.at AND p.state >= 3",
+    );
+    discard: concat!("DELETE FROM {parked} p USING ", places!("{parked}"), " WHERE p.ctid = u.at AND p.state >= 3");
     list: &list();
     stats: "SELECT m.name, \
         (SELECT count(*) FROM {event} WHERE mailbox = m.id), \
@@ -344,20 +372,22 @@ statements! {
             AND (l.owner IS NULL OR NOT EXISTS (SELECT 1 FROM {relay} r WHERE r.mailbox = l.mailbox AND r.owner = l.owner AND r.expires_at > (SELECT {clock}()))))";
 }
 
-/// Deletes what is done, if the fence stands: ?5, ?6 and ?7 are lane, id and place of each. RETURNING costs each row a
-/// look, so it is the number of rows that tells whether all went well.
-fn delete_done(at: &str) -> String {
+/// The double negation keeps the planner from making a join of it, whose order would follow its statistics.
+const IN_PLACE: &str = "e.ctid = ANY($6::tid[]) AND NOT (e.id NOT IN (SELECT unnest($5::int8[])))";
+const MOVED: &str = "e.ctid = ANY(ARRAY(SELECT r.at FROM unnest($6::int2[], $5::int8[]) x (lane, id) CROSS JOIN LATERAL \
+    (SELECT r.ctid AS at FROM {event} r WHERE r.mailbox = $1 AND r.lane = x.lane AND r.id = x.id LIMIT 1) r))";
+
+/// Deletes what is done, if the fence stands. RETURNING costs each row a look, so it is the number of rows that tells
+/// whether all went well.
+fn delete_done(which: &str) -> String {
     const FENCE: &str = fence!();
-    format!(
-        "WITH {FENCE} DELETE FROM {{event}} e USING unnest($5::int2[], $6::int8[], $7::tid[]) u (lane, id, at) \
-         WHERE {at} AND e.mailbox = $1 AND e.lane = u.lane AND e.id = u.id AND (SELECT stands FROM fence)"
-    )
+    format!("WITH {FENCE} DELETE FROM {{event}} e WHERE {which} AND (SELECT stands FROM fence)")
 }
 
-fn keep_done(at: &str) -> String {
+fn keep_done(which: &str) -> String {
     const COLUMNS: &str = done_columns!();
     const MOVED: &str = moved_columns!("");
-    let delete = delete_done(at).replacen("DELETE", "gone AS (DELETE", 1).replacen(" gone AS", ", gone AS", 1);
+    let delete = delete_done(which).replacen("DELETE", "gone AS (DELETE", 1).replacen(" gone AS", ", gone AS", 1);
     format!("{delete} RETURNING e.*) INSERT INTO {{done}} ({COLUMNS}) SELECT {MOVED}, 0, '[]', {{clock}}(), (SELECT {{slot}}()) FROM gone")
 }
 

@@ -91,6 +91,7 @@ CREATE TABLE {parked} (
 );
 CREATE INDEX {parked_due!} ON {parked} (mailbox, lane, next_at) WHERE state = 0;
 CREATE INDEX {parked_key!} ON {parked} (mailbox, lane, topic, key, id) WHERE state <> 3 AND key IS NOT NULL;
+CREATE INDEX {parked_head!} ON {parked} (mailbox, lane, topic, key, id) WHERE state IN (0, 2) AND key IS NOT NULL;
 CREATE INDEX {parked_topic!} ON {parked} (mailbox, topic, id) WHERE state = 2;
 CREATE INDEX {parked_failed!} ON {parked} (mailbox, finished_at) WHERE state >= 3;
 CREATE INDEX {parked_message!} ON {parked} (mailbox, message_id);

@@ -9,6 +9,8 @@ mod claim;
 mod floor;
 mod lanes;
 mod settle;
+#[cfg(test)]
+mod tests;
 
 use crate::{
     PostgresLog,

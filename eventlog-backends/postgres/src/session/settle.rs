@@ -374,15 +374,19 @@ impl Plan {
         };
         // Rows move when somebody rewrites the table: those that were not where they lay are looked for.
         let mut found = 0;
-        for statement in [in_place, moved] {
+        for is_moved in [false, true] {
+            let statement = if is_moved { moved } else { in_place };
             let done = sqlx::query(statement.clone())
                 .bind(shared.mailbox)
                 .bind(self.owner)
                 .bind(&self.fence.0)
                 .bind(&self.fence.1)
-                .bind(&self.done.lanes)
-                .bind(&self.done.ids)
-                .bind(&self.done_at);
+                .bind(&self.done.ids);
+            let done = if is_moved {
+                done.bind(&self.done.lanes)
+            } else {
+                done.bind(&self.done_at)
+            };
             let done = done.execute(&mut *connection).await.map_err(doing("settling events"))?;
             found += usize::try_from(done.rows_affected()).unwrap_or(0);
             if found >= self.done.ids.len() {

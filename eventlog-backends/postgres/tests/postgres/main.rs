@@ -1,0 +1,13 @@
+//! The Postgres log on a real server: one binary, so that all tests share it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod conformance;
+mod fixture;
+mod history;
+mod lanes;
+mod order;
+mod outages;
+mod schema;
+mod settled_floor;
+mod sql_append;
+mod transactions;
