@@ -165,6 +165,8 @@ impl PostgresLog {
             ("enable_bitmapscan", "off"),
             ("enable_hashjoin", "off"),
             ("enable_mergejoin", "off"),
+            ("enable_sort", "off"),
+            ("enable_incremental_sort", "off"),
             ("jit", "off"),
             ("plan_cache_mode", "force_generic_plan"),
             ("idle_in_transaction_session_timeout", "60s"),

@@ -130,22 +130,31 @@ macro_rules! fence {
 /// it was when it was last analyzed, and read all of it for each settle: here it has no choice. (?2 lanes, ?3 ids, and
 /// whatever else there is of each.)
 macro_rules! places {
-    ($table:literal, $arrays:literal, $columns:literal) => {
+    ($from:expr, $arrays:literal, $columns:literal) => {
         concat!(
             "(SELECT x.*, r.at FROM unnest($2::int2[], $3::int8[]", $arrays, ") x (lane, id", $columns, ") CROSS JOIN LATERAL (SELECT r.ctid AS at FROM ",
-            $table, " r WHERE r.mailbox = $1 AND r.lane = x.lane AND r.id = x.id LIMIT 1) r OFFSET 0) u"
+            $from, " ORDER BY r.id LIMIT 1) r OFFSET 0) u"
         )
     };
-    ($table:literal) => { places!($table, "", "") };
+    (event $($more:literal)*) => { places!("{event} r WHERE r.mailbox = $1 AND r.lane = x.lane AND r.id = x.id" $(, $more)*) };
+    (parked $($more:literal)*) => { places!("{parked} r WHERE r.id = x.id" $(, $more)*) };
+    ($from:expr) => { places!($from, "", "") };
+}
+
+/// Whether a row of the parked is of a key.
+macro_rules! of_key {
+    ($row:literal, $key:literal) => {
+        concat!(
+            $row, ".key_hash = {key_hash}($1, ", $key, ".topic, ", $key, ".key) AND ", $row, ".key_hash IS NOT NULL AND ",
+            $row, ".topic = ", $key, ".topic AND ", $row, ".key = ", $key, ".key"
+        )
+    };
 }
 
 /// The first of what is parked of the key `k`.
 macro_rules! first_of_key {
     ($what:literal) => {
-        concat!(
-            "(SELECT ", $what, " FROM {parked} f WHERE f.mailbox = $1 AND f.lane = k.lane AND f.topic = k.topic AND f.key = k.key ",
-            "AND f.state <> 3 AND f.key IS NOT NULL ORDER BY f.id LIMIT 1)"
-        )
+        concat!("(SELECT ", $what, " FROM {parked} f WHERE ", of_key!("f", "k"), " AND f.state <> 3 ORDER BY f.id LIMIT 1)")
     };
 }
 
@@ -195,7 +204,7 @@ statements! {
         "FROM (SELECT DISTINCT ON (message_id) * FROM unnest($2::int2[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], ",
         "$10::timestamptz[], $11::bytea[], $12::float8[], $13::int4[], $14::int2[], $15::text[]) WITH ORDINALITY ",
         "u (lane, message_id, topic, type, source, key, content_type, headers, time, payload, after, attempts, state, errors, n) ORDER BY message_id, n) u ",
-        "WHERE NOT EXISTS (SELECT 1 FROM {parked} p WHERE p.mailbox = $1 AND p.message_id = u.message_id) ORDER BY n",
+        "LEFT JOIN LATERAL (SELECT true AS yes FROM {parked} p WHERE p.message_id = u.message_id AND p.mailbox + 0 = $1 LIMIT 1) p ON true WHERE p.yes IS NULL ORDER BY n",
     );
     /// Locks by which those who park and unpark take turns: of keys and of message ids. In the order given.
     lock: "SELECT pg_advisory_xact_lock({parked'}::regclass::oid::int4, h) FROM unnest($1::int4[]) h";
@@ -255,10 +264,10 @@ statements! {
     /// Heads with what waits behind them: ?2 lanes, ?3 ids, ?4 topics, ?5 keys, ?6 the most of each.
     runs: concat!(
         "SELECT ", message_columns!("p."), ", p.attempts, p.state, u.n FROM unnest($2::int2[], $3::int8[], $4::text[], $5::text[]) WITH ORDINALITY u (lane, id, topic, key, n) ",
-        "CROSS JOIN LATERAL (SELECT * FROM {parked} p WHERE p.mailbox = $1 AND p.lane = u.lane AND p.topic = u.topic AND p.key = u.key AND p.state <> 3 ",
-        "AND p.key IS NOT NULL AND p.id >= u.id ORDER BY p.id LIMIT $6) p WHERE u.key IS NOT NULL ",
+        "CROSS JOIN LATERAL (SELECT * FROM {parked} p WHERE ", of_key!("p", "u"), " AND p.state <> 3 ",
+        "AND p.id >= u.id ORDER BY p.id LIMIT $6) p WHERE u.key IS NOT NULL ",
         "UNION ALL SELECT ", message_columns!("p."), ", p.attempts, p.state, u.n FROM unnest($2::int2[], $3::int8[], $4::text[], $5::text[]) WITH ORDINALITY u (lane, id, topic, key, n) ",
-        "CROSS JOIN LATERAL (SELECT * FROM {parked} p WHERE p.mailbox = $1 AND p.lane = u.lane AND p.id = u.id AND p.state = 0 LIMIT 1) p WHERE u.key IS NULL ORDER BY 14, 2",
+        "CROSS JOIN LATERAL (SELECT * FROM {parked} p WHERE p.id = u.id ORDER BY p.id LIMIT 1) p WHERE u.key IS NULL ORDER BY 14, 2",
     );
     /// Scheduled rows whose time has come enter the event table: ?2 owner, ?3 lanes, ?4 epochs, ?5 and ?6 from and to when, ?7 the most.
     enter_scheduled: concat!(
@@ -283,15 +292,15 @@ statements! {
     lock_fence: "SELECT 1 FROM unnest($3::int2[], $4::int8[]) f (lane, epoch) \
         JOIN {lane} l ON l.mailbox = $1 AND l.lane = f.lane AND l.owner = $2 AND l.epoch = f.epoch FOR SHARE OF l";
     /// Records of the parked table that are done: ?2 and ?3 lane and id of each.
-    delete_done_parked: concat!("DELETE FROM {parked} p USING ", places!("{parked}"), " WHERE p.ctid = u.at");
+    delete_done_parked: concat!("DELETE FROM {parked} p USING ", places!(parked), " WHERE p.ctid = u.at");
     keep_done_parked: concat!(
-        "WITH gone AS (DELETE FROM {parked} p USING ", places!("{parked}"), " WHERE p.ctid = u.at RETURNING p.*) ",
+        "WITH gone AS (DELETE FROM {parked} p USING ", places!(parked), " WHERE p.ctid = u.at RETURNING p.*) ",
         "INSERT INTO {done} (", done_columns!(), ") SELECT ", moved_columns!(""), ", attempts, errors, {clock}(), (SELECT {slot}()) FROM gone",
     );
     /// From the event table to the parked: ?4 attempts, ?5 states, ?6 delays, ?7 errors.
     park: concat!(
         "WITH gone AS (DELETE FROM {event} e USING ",
-        places!("{event}", ", $4::int4[], $5::int2[], $6::float8[], $7::text[]", ", attempts, state, after, errors"),
+        places!(event ", $4::int4[], $5::int2[], $6::float8[], $7::text[]" ", attempts, state, after, errors"),
         " WHERE e.ctid = u.at RETURNING e.*, u.attempts, u.state, u.after, u.errors) ",
         "INSERT INTO {parked} (", parked_columns!(), ") SELECT ", moved_columns!(""), ", attempts, state, ",
         "CASE WHEN state = 0 THEN {clock}() + make_interval(secs => after) END, errors::jsonb, CASE WHEN state >= 3 THEN {clock}() END FROM gone",
@@ -299,19 +308,19 @@ statements! {
     set_parked: concat!(
         "UPDATE {parked} p SET attempts = u.attempts, state = u.state, next_at = CASE WHEN u.state = 0 THEN {clock}() + make_interval(secs => u.after) END, ",
         "errors = ", last_errors!("p.errors", "u.errors"), ", finished_at = CASE WHEN u.state >= 3 THEN {clock}() END FROM ",
-        places!("{parked}", ", $4::int4[], $5::int2[], $6::float8[], $7::text[]", ", attempts, state, after, errors"), " WHERE p.ctid = u.at",
+        places!(parked ", $4::int4[], $5::int2[], $6::float8[], $7::text[]" ", attempts, state, after, errors"), " WHERE p.ctid = u.at",
     );
     /// Heads that were not attempted are due as they were, but not before the floor.
-    give_back_parked: concat!("UPDATE {parked} p SET next_at = greatest(p.next_at, {clock}()) FROM ", places!("{parked}"), " WHERE p.ctid = u.at AND p.state = 0");
+    give_back_parked: concat!("UPDATE {parked} p SET next_at = greatest(p.next_at, {clock}()) FROM ", places!(parked), " WHERE p.ctid = u.at AND p.state = 0");
     park_behind: concat!(
-        "WITH gone AS (DELETE FROM {event} e USING ", places!("{event}"), " WHERE e.ctid = u.at RETURNING e.*) ",
+        "WITH gone AS (DELETE FROM {event} e USING ", places!(event), " WHERE e.ctid = u.at RETURNING e.*) ",
         "INSERT INTO {parked} (", parked_columns!(), ") SELECT ", moved_columns!(""), ", 0, 1, NULL, '[]', NULL FROM gone RETURNING lane, topic, key",
     );
     /// Of what is parked of a key the first, and only the first, is a head: ?2 lanes, ?3 topics, ?4 keys.
     demote: concat!(
         "UPDATE {parked} p SET state = 1, next_at = NULL FROM (SELECT h.at FROM unnest($2::int2[], $3::text[], $4::text[]) k (lane, topic, key) CROSS JOIN LATERAL ",
-        "(SELECT h.ctid AS at FROM {parked} h WHERE h.mailbox = $1 AND h.lane = k.lane AND h.topic = k.topic AND h.key = k.key AND h.key IS NOT NULL AND h.state IN (0, 2) ",
-        "AND h.id > ", first_of_key!("f.id"), ") h OFFSET 0) u WHERE p.ctid = u.at",
+        "(SELECT h.ctid AS at FROM {parked} h WHERE ", of_key!("h", "k"), " AND h.state IN (0, 2) ",
+        "AND h.id > ", first_of_key!("f.id"), " ORDER BY h.id) h OFFSET 0) u WHERE p.ctid = u.at",
     );
     promote: concat!(
         "UPDATE {parked} p SET state = 0, next_at = {clock}() FROM (SELECT ", first_of_key!("f.ctid"), " AS at FROM unnest($2::int2[], $3::text[], $4::text[]) k (lane, topic, key) OFFSET 0) u ",
@@ -322,15 +331,16 @@ statements! {
 
     // The inbox.
     /// ?2 message ids, ?3 lanes, ?4 topics, ?5 keys, ?6 whether it is what is parked itself. Gives for each, in order: 0 new, 1 duplicate, 2 parked, 3 held back.
-    admit: "WITH asked AS MATERIALIZED (SELECT u.*, EXISTS (SELECT 1 FROM {receipt} r WHERE r.mailbox = $1 AND r.message_id = u.id) AS seen, \
-        NOT u.own AND EXISTS (SELECT 1 FROM {parked} p WHERE p.mailbox = $1 AND p.message_id = u.id) AS parked, \
-        NOT u.own AND u.key IS NOT NULL AND EXISTS (SELECT 1 FROM {parked} p WHERE p.mailbox = $1 AND p.lane = u.lane AND p.topic = u.topic AND p.key = u.key AND p.state <> 3 AND p.key IS NOT NULL) AS held \
-        FROM unnest($2::uuid[], $3::int2[], $4::text[], $5::text[], $6::bool[]) WITH ORDINALITY u (id, lane, topic, key, own, n)), \
+    admit: concat!("WITH asked AS MATERIALIZED (SELECT u.*, EXISTS (SELECT 1 FROM {receipt} r WHERE r.mailbox = $1 AND r.message_id = u.id) AS seen, \
+        NOT u.own AND p.yes IS NOT NULL AS parked, NOT u.own AND h.yes IS NOT NULL AS held \
+        FROM unnest($2::uuid[], $3::int2[], $4::text[], $5::text[], $6::bool[]) WITH ORDINALITY u (id, lane, topic, key, own, n) \
+        LEFT JOIN LATERAL (SELECT true AS yes FROM {parked} p WHERE p.message_id = u.id AND p.mailbox + 0 = $1 LIMIT 1) p ON true \
+        LEFT JOIN LATERAL (SELECT true AS yes FROM {parked} h WHERE ", of_key!("h", "u"), " AND h.state <> 3 LIMIT 1) h ON true), \
         fresh AS (INSERT INTO {receipt} (mailbox, message_id, seen_at) SELECT $1, id, {clock}() FROM (SELECT DISTINCT id FROM asked WHERE NOT seen AND NOT parked AND NOT held) a ORDER BY id \
         ON CONFLICT DO NOTHING RETURNING message_id) \
         SELECT CASE WHEN a.seen THEN 1 WHEN a.parked THEN 2 WHEN a.held THEN 3 WHEN f.message_id IS NULL THEN 1 \
             WHEN a.n > min(a.n) OVER (PARTITION BY a.id) THEN 1 ELSE 0 END::int4 \
-        FROM asked a LEFT JOIN fresh f ON f.message_id = a.id ORDER BY a.n";
+        FROM asked a LEFT JOIN fresh f ON f.message_id = a.id ORDER BY a.n");
     purge_receipts: "DELETE FROM {receipt} r USING (SELECT mailbox, message_id FROM {receipt} WHERE mailbox = $1 AND seen_at <= {clock}() - make_interval(secs => $2) \
         ORDER BY seen_at LIMIT $3 FOR UPDATE SKIP LOCKED) o WHERE r.mailbox = o.mailbox AND r.message_id = o.message_id";
 
@@ -347,9 +357,9 @@ statements! {
     /// Those of them that are still there: ?2 lanes, ?3 ids. One that held its key goes on in its place, another enters at the end.
     redrive: concat!(
         "UPDATE {parked} p SET id = CASE WHEN p.state = 4 THEN p.id ELSE nextval({position'}) END, state = 0, attempts = 0, next_at = {clock}(), finished_at = NULL FROM ",
-        places!("{parked}"), " WHERE p.ctid = u.at AND p.state >= 3",
+        places!(parked), " WHERE p.ctid = u.at AND p.state >= 3",
     );
-    discard: concat!("DELETE FROM {parked} p USING ", places!("{parked}"), " WHERE p.ctid = u.at AND p.state >= 3");
+    discard: concat!("DELETE FROM {parked} p USING ", places!(parked), " WHERE p.ctid = u.at AND p.state >= 3");
     list: &list();
     stats: "SELECT m.name, \
         (SELECT count(*) FROM {event} WHERE mailbox = m.id), \
