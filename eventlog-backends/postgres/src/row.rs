@@ -126,12 +126,25 @@ pub(crate) fn errors_from_text(text: &str) -> Vec<AttemptError> {
 mod tests {
     use super::*;
 
+    /// The table in the documentation: whoever writes rows himself goes by it.
     #[test]
     fn the_lanes_of_keys_are_part_of_the_format() {
         let id = MessageId::from_uuid(Uuid::nil());
-        let vectors = [("a", 12), ("order-1", 0), ("", 0)];
+        let long = "k".repeat(512);
+        let vectors = [
+            ("a", 12),
+            ("order-1", 46),
+            ("order-2", 24),
+            ("ada", 12),
+            (" ", 50),
+            ("ä", 4),
+            ("🦀", 12),
+            ("日本", 13),
+            (&long, 12),
+        ];
         for (key, lane) in vectors {
-            println!("{key:?} {} {lane}", lane_of(Some(key), id));
+            assert_eq!(lane_of(Some(key), id), lane, "{key:?}");
         }
+        assert_eq!(lane_of(None, id), 10);
     }
 }
