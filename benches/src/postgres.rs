@@ -65,7 +65,14 @@ impl Fresh {
     fn bus(&self, relay: RelayOptions) -> anyhow::Result<(Bus, Arc<AtomicUsize>)> {
         let sent = Arc::new(AtomicUsize::new(0));
         let transport = NoOp(sent.clone()).transport();
-        Ok((Bus::builder().log(self.log.clone()).transport(transport).relay(relay).build()?, sent))
+        Ok((
+            Bus::builder()
+                .log(self.log.clone())
+                .transport(transport)
+                .relay(relay)
+                .build()?,
+            sent,
+        ))
     }
 
     async fn fill(&self, n: usize) -> anyhow::Result<()> {
@@ -173,7 +180,9 @@ async fn batches_raw(server: &Postgres, n: usize) -> anyhow::Result<Duration> {
     let mut connection = fresh.pool.acquire().await?;
     let began = Instant::now();
     for _ in 0..n / BATCH {
-        let messages = (0..BATCH).map(|n| placed(n).to_message()).collect::<postrider::Result<Vec<Message>>>()?;
+        let messages = (0..BATCH)
+            .map(|n| placed(n).to_message())
+            .collect::<postrider::Result<Vec<Message>>>()?;
         sqlx::query(SQL)
             .bind((0..BATCH).map(|n| (n % 64) as i16).collect::<Vec<_>>())
             .bind(messages.iter().map(|m| *m.id().as_uuid()).collect::<Vec<_>>())
@@ -263,7 +272,10 @@ async fn drain_raw(server: &Postgres, n: usize, batch: usize, history: bool) -> 
          'bench.postgres.v1', 'bench', 'application/json', '[]', now(), convert_to(repeat('x', 256), 'UTF8') FROM generate_series(1, {n}) g"
     );
     sqlx::raw_sql(sqlx::AssertSqlSafe(fill)).execute(&fresh.pool).await?;
-    let (mut reader, mut writer) = (PgConnection::connect(&server.url()).await?, PgConnection::connect(&server.url()).await?);
+    let (mut reader, mut writer) = (
+        PgConnection::connect(&server.url()).await?,
+        PgConnection::connect(&server.url()).await?,
+    );
     for connection in [&mut reader, &mut writer] {
         let set = "SET synchronous_commit = off; SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET plan_cache_mode = force_generic_plan";
         sqlx::raw_sql(set).execute(connection).await?;
@@ -336,7 +348,9 @@ async fn drain_ours(server: &Postgres, drain: &Drain) -> anyhow::Result<Duration
     if drain.history > 0 {
         fresh.fill_history(drain.history).await?;
     }
-    let options = RelayOptions::default().with_retention(drain.retention).with_batch_size(drain.batch);
+    let options = RelayOptions::default()
+        .with_retention(drain.retention)
+        .with_batch_size(drain.batch);
     let mut buses = Vec::new();
     for _ in 0..drain.relays {
         buses.push(fresh.bus(options.clone().with_lease(Duration::from_secs(2)))?);
@@ -345,7 +359,12 @@ async fn drain_ours(server: &Postgres, drain: &Drain) -> anyhow::Result<Duration
     for (bus, _) in &buses {
         bus.start().await?;
     }
-    let sent = || buses.iter().map(|(_, sent)| sent.load(Ordering::Relaxed)).sum::<usize>();
+    let sent = || {
+        buses
+            .iter()
+            .map(|(_, sent)| sent.load(Ordering::Relaxed))
+            .sum::<usize>()
+    };
     while sent() < drain.rows {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
@@ -355,7 +374,9 @@ async fn drain_ours(server: &Postgres, drain: &Drain) -> anyhow::Result<Duration
     }
     let took = began.elapsed();
     let left = format!("SELECT count(*) FROM {}.event", fresh.schema);
-    let left: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(left)).fetch_one(&fresh.pool).await?;
+    let left: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(left))
+        .fetch_one(&fresh.pool)
+        .await?;
     anyhow::ensure!(left == 0, "{left} events were not settled");
     fresh.end().await?;
     Ok(took)
@@ -389,9 +410,14 @@ impl Publisher for Stopwatch {
 async fn latency(server: &Postgres, rate: usize, seconds: usize) -> anyhow::Result<(Duration, Duration)> {
     let fresh = Fresh::new(server).await?;
     let (committed, published) = (Times::default(), Times::default());
-    let transport = Transport::new("stopwatch", postrider::Capabilities::default()).with_publisher(Stopwatch(published.clone()));
+    let transport =
+        Transport::new("stopwatch", postrider::Capabilities::default()).with_publisher(Stopwatch(published.clone()));
     let relay = RelayOptions::default().with_retention(Duration::ZERO);
-    let bus = Bus::builder().log(fresh.log.clone()).transport(transport).relay(relay).build()?;
+    let bus = Bus::builder()
+        .log(fresh.log.clone())
+        .transport(transport)
+        .relay(relay)
+        .build()?;
     bus.start().await?;
     tokio::time::sleep(Duration::from_millis(300)).await;
     // Several events a transaction at high rates, so that the producers do not take the machine.
@@ -399,7 +425,11 @@ async fn latency(server: &Postgres, rate: usize, seconds: usize) -> anyhow::Resu
     let pause = Duration::from_secs_f64((clients * of_a_transaction) as f64 / rate as f64);
     let mut tasks = JoinSet::new();
     for client in 0..clients {
-        let (bus, n, committed) = (bus.clone(), rate * seconds / clients / of_a_transaction, committed.clone());
+        let (bus, n, committed) = (
+            bus.clone(),
+            rate * seconds / clients / of_a_transaction,
+            committed.clone(),
+        );
         tasks.spawn(async move {
             let mut ticks = tokio::time::interval(pause);
             ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -426,12 +456,20 @@ async fn latency(server: &Postgres, rate: usize, seconds: usize) -> anyhow::Resu
     }
     bus.shutdown(Duration::from_secs(10)).await?;
     let (committed, published) = (
-        committed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone(),
-        published.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone(),
+        committed
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clone(),
+        published
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clone(),
     );
     anyhow::ensure!(committed.len() == published.len(), "every event was published");
     // The relay may be quicker than the task that committed.
-    let times = committed.iter().filter_map(|(id, at)| Some(published.get(id)?.saturating_duration_since(*at)));
+    let times = committed
+        .iter()
+        .filter_map(|(id, at)| Some(published.get(id)?.saturating_duration_since(*at)));
     let mut all: Vec<Duration> = times.collect();
     all.sort_unstable();
     let of = |part: f64| all.get((all.len() as f64 * part) as usize).copied().unwrap_or_default();
@@ -440,7 +478,10 @@ async fn latency(server: &Postgres, rate: usize, seconds: usize) -> anyhow::Resu
 }
 
 pub(crate) fn run(size: Size, table: &mut Table) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
     let server = &Postgres::start_with(&["max_wal_size=4GB", "shared_buffers=1GB", "checkpoint_timeout=30min"]);
     let (name, rounds) = ("postgres", size.rounds());
     type Work<'a> = Pin<Box<dyn Future<Output = anyhow::Result<Duration>> + 'a>>;
@@ -485,7 +526,13 @@ pub(crate) fn run(size: Size, table: &mut Table) -> anyhow::Result<()> {
     let day = Duration::from_secs(24 * 3600);
     for (rows, batch) in [(small, 1000), (large, 1000), (large, 100)] {
         for (retention, what) in [(Duration::ZERO, "deleting"), (day, "with history")] {
-            let drain = Drain { rows, batch, relays: 1, retention, history: 0 };
+            let drain = Drain {
+                rows,
+                batch,
+                relays: 1,
+                retention,
+                history: 0,
+            };
             table.compare(
                 name,
                 format!("drain {rows}, batch {batch}, {what}"),
@@ -498,8 +545,20 @@ pub(crate) fn run(size: Size, table: &mut Table) -> anyhow::Result<()> {
         }
     }
     for relays in [2, 4] {
-        let drain = Drain { rows: large, batch: 1000, relays, retention: Duration::ZERO, history: 0 };
-        let one = Drain { rows: large, batch: 1000, relays: 1, retention: Duration::ZERO, history: 0 };
+        let drain = Drain {
+            rows: large,
+            batch: 1000,
+            relays,
+            retention: Duration::ZERO,
+            history: 0,
+        };
+        let one = Drain {
+            rows: large,
+            batch: 1000,
+            relays: 1,
+            retention: Duration::ZERO,
+            history: 0,
+        };
         table.compare(
             name,
             format!("drain {large}, 1 relay and {relays} relays"),
@@ -511,8 +570,20 @@ pub(crate) fn run(size: Size, table: &mut Table) -> anyhow::Result<()> {
         )?;
     }
     for history in [size.of(1_000_000), size.of(5_000_000)] {
-        let empty = Drain { rows: size.of(200_000), batch: 1000, relays: 1, retention: day, history: 0 };
-        let full = Drain { rows: size.of(200_000), batch: 1000, relays: 1, retention: day, history };
+        let empty = Drain {
+            rows: size.of(200_000),
+            batch: 1000,
+            relays: 1,
+            retention: day,
+            history: 0,
+        };
+        let full = Drain {
+            rows: size.of(200_000),
+            batch: 1000,
+            relays: 1,
+            retention: day,
+            history,
+        };
         table.compare(
             name,
             format!("drain, history empty and of {history}"),

@@ -108,9 +108,16 @@ impl Table {
             let millis = |time: &Duration| (time.as_secs_f64() * 100_000.0).round() / 100.0;
             let (p50, p99) = (millis(p50), millis(p99));
             if self.json {
-                println!("{}", json!({ "workload": workload, "case": case, "unit": "ms", "p50": p50, "p99": p99 }));
+                println!(
+                    "{}",
+                    json!({ "workload": workload, "case": case, "unit": "ms", "p50": p50, "p99": p99 })
+                );
             } else {
-                println!("{workload:<10} {case:<44} {:>10} ms  {:>10} ms", format!("p50 {p50}"), format!("p99 {p99}"));
+                println!(
+                    "{workload:<10} {case:<44} {:>10} ms  {:>10} ms",
+                    format!("p50 {p50}"),
+                    format!("p99 {p99}")
+                );
             }
         }
     }

@@ -5,10 +5,7 @@ use crate::{
     store::{Place, Store},
 };
 use async_trait::async_trait;
-use postrider::{
-    Bus, Event, Message, PublishError, Publisher, Reachability, RelayOptions, Transport,
-    relay::Backoff,
-};
+use postrider::{Bus, Event, Message, PublishError, Publisher, Reachability, RelayOptions, Transport, relay::Backoff};
 use std::{
     fs::File,
     io::Write as _,

@@ -14,7 +14,9 @@ pub(crate) fn broker(dir: &Path) -> PathBuf {
 
 /// With who sent it and when, for whoever has to find out how it came to be.
 pub(crate) fn line(key: i64, n: i64) -> String {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
     format!("{key} {n} {} {}\n", std::process::id(), now.as_micros())
 }
 
@@ -55,7 +57,11 @@ pub(crate) async fn compare(dir: &Path, place: &Place) -> Report {
             (words.next().unwrap(), words.next().unwrap())
         })
         .collect();
-    let history = |key: i64| text.lines().filter(|line| line.starts_with(&format!("{key} "))).collect::<Vec<_>>();
+    let history = |key: i64| {
+        text.lines()
+            .filter(|line| line.starts_with(&format!("{key} ")))
+            .collect::<Vec<_>>()
+    };
     let mut seen = HashSet::new();
     let mut last: BTreeMap<i64, i64> = BTreeMap::new();
     let mut inversions = Vec::new();
@@ -65,8 +71,14 @@ pub(crate) async fn compare(dir: &Path, place: &Place) -> Report {
             if n < *last {
                 inversions.push((key, n));
                 let lines = history(key);
-                let at = lines.iter().position(|line| line.starts_with(&format!("{key} {n} "))).unwrap_or(0);
-                println!("around {key} {n}: {:#?}", &lines[at.saturating_sub(12)..(at + 8).min(lines.len())]);
+                let at = lines
+                    .iter()
+                    .position(|line| line.starts_with(&format!("{key} {n} ")))
+                    .unwrap_or(0);
+                println!(
+                    "around {key} {n}: {:#?}",
+                    &lines[at.saturating_sub(12)..(at + 8).min(lines.len())]
+                );
             }
             *last = n;
         }

@@ -40,14 +40,19 @@ impl Store {
             Place::Sqlite => {
                 let options = SqliteOptions::default().with_max_connections(2);
                 let log = postrider::sqlite::SqliteLog::open_with(dir.join("shop.db"), options).await?;
-                let table = "CREATE TABLE IF NOT EXISTS ledger (key INTEGER, n INTEGER, PRIMARY KEY (key, n)) WITHOUT ROWID";
+                let table =
+                    "CREATE TABLE IF NOT EXISTS ledger (key INTEGER, n INTEGER, PRIMARY KEY (key, n)) WITHOUT ROWID";
                 sqlx::raw_sql(table).execute(log.pool()).await?;
                 Ok(Self::Sqlite(log))
             }
             Place::Postgres(url) => {
                 let options = postrider::postgres::PostgresOptions::default().with_max_connections(3);
                 let log = postrider::postgres::PostgresLog::connect_with(url, options).await?;
-                EventLog::from(log.clone()).schema().expect("it has tables").migrate().await?;
+                EventLog::from(log.clone())
+                    .schema()
+                    .expect("it has tables")
+                    .migrate()
+                    .await?;
                 let table = "CREATE TABLE IF NOT EXISTS ledger (key bigint, n bigint, PRIMARY KEY (key, n)); \
                      CREATE TABLE IF NOT EXISTS keys (key bigint PRIMARY KEY, n bigint NOT NULL)";
                 // Two at once may both find it missing.
@@ -112,10 +117,12 @@ async fn count_in_sqlite(bus: &Bus, pool: &SqlitePool, key: i64, round: u64) -> 
 async fn count_in_postgres(bus: &Bus, pool: &PgPool, key: i64, round: u64) -> anyhow::Result<()> {
     let mut tx = pool.begin().await?;
     // The row of the key is locked before the event is appended, as an update of an aggregate does.
-    let n: i64 = sqlx::query_scalar("INSERT INTO keys VALUES ($1, 1) ON CONFLICT (key) DO UPDATE SET n = keys.n + 1 RETURNING n")
-        .bind(key)
-        .fetch_one(&mut *tx)
-        .await?;
+    let n: i64 = sqlx::query_scalar(
+        "INSERT INTO keys VALUES ($1, 1) ON CONFLICT (key) DO UPDATE SET n = keys.n + 1 RETURNING n",
+    )
+    .bind(key)
+    .fetch_one(&mut *tx)
+    .await?;
     let n = if rolls_back(round) { -n } else { n };
     sqlx::query("INSERT INTO ledger VALUES ($1, $2)")
         .bind(key)

@@ -181,7 +181,11 @@ impl Holdings {
     /// The positions behind `cursor` that are out or passed over: not to be read again.
     pub fn known_above(&self, cursor: u64) -> impl Iterator<Item = u64> {
         let passed_over = self.keys.values().flat_map(|key| key.passed_over.iter());
-        self.held.keys().chain(passed_over).copied().filter(move |position| *position > cursor)
+        self.held
+            .keys()
+            .chain(passed_over)
+            .copied()
+            .filter(move |position| *position > cursor)
     }
 
     /// Whether something of this key is out, given by an earlier claim than the one begun last.

@@ -58,6 +58,7 @@ macro_rules! log_conformance {
             admission_knows_what_waits
             claims_are_bounded_by_bytes
             random_histories_lose_nothing_and_keep_order
+            calls_overlap_and_keys_keep_their_order
         );
     };
     (@each $fixture:expr; $($name:ident)*) => {$(

@@ -12,10 +12,7 @@ use postrider_core::{
     log::{NewRecord, Placement},
 };
 use sqlx::{PgConnection, Postgres, query::Query};
-use std::{
-    collections::BTreeSet,
-    time::Duration,
-};
+use std::{collections::BTreeSet, time::Duration};
 use uuid::Uuid;
 
 /// The states of the table of parked records.
@@ -60,7 +57,10 @@ impl<'a> Columns<'a> {
         Ok(())
     }
 
-    fn bind<'q>(self, query: Query<'q, Postgres, sqlx::postgres::PgArguments>) -> Query<'q, Postgres, sqlx::postgres::PgArguments>
+    fn bind<'q>(
+        self,
+        query: Query<'q, Postgres, sqlx::postgres::PgArguments>,
+    ) -> Query<'q, Postgres, sqlx::postgres::PgArguments>
     where
         'a: 'q,
     {
@@ -95,7 +95,11 @@ impl PostgresLog {
                     later.push(&record.message)?;
                     delays.push(secs(*after));
                 }
-                Placement::Parked { after, attempts, errors } => {
+                Placement::Parked {
+                    after,
+                    attempts,
+                    errors,
+                } => {
                     parked.push(&record.message)?;
                     parked_rest.push(state::DUE, *after, *attempts, errors)?;
                 }
@@ -108,7 +112,9 @@ impl PostgresLog {
         }
         if !due.lane.is_empty() {
             let many = due.bind(sqlx::query(self.sql().append_many.clone()).bind(mailbox));
-            many.execute(&mut *connection).await.map_err(doing("appending events"))?;
+            many.execute(&mut *connection)
+                .await
+                .map_err(doing("appending events"))?;
         }
         if !later.lane.is_empty() {
             let many = later.bind(sqlx::query(self.sql().schedule.clone()).bind(mailbox));
@@ -158,7 +164,11 @@ impl PostgresLog {
         }
         self.take_turns(connection, mailbox, &keys, &columns.message_id).await?;
         let park = columns.bind(sqlx::query(self.sql().park_new.clone()).bind(mailbox));
-        let park = park.bind(rest.after).bind(rest.attempts).bind(rest.state).bind(rest.errors);
+        let park = park
+            .bind(rest.after)
+            .bind(rest.attempts)
+            .bind(rest.state)
+            .bind(rest.errors);
         park.execute(&mut *connection).await.map_err(failed)?;
         self.right_keys(connection, mailbox, &keys).await
     }
@@ -172,7 +182,9 @@ impl PostgresLog {
         keys: &BTreeSet<KeyOf>,
         messages: &[Uuid],
     ) -> Result<()> {
-        let of_keys = keys.iter().map(|(_, topic, key)| turn(mailbox, &[topic.as_bytes(), b"/", key.as_bytes()]));
+        let of_keys = keys
+            .iter()
+            .map(|(_, topic, key)| turn(mailbox, &[topic.as_bytes(), b"/", key.as_bytes()]));
         let of_messages = messages.iter().map(|id| turn(mailbox, &[id.as_bytes()]));
         let locks: BTreeSet<i32> = of_keys.chain(of_messages).collect();
         if locks.is_empty() {
@@ -194,7 +206,10 @@ impl PostgresLog {
         ids: &[i64],
         expected: &BTreeSet<KeyOf>,
     ) -> Result<BTreeSet<KeyOf>> {
-        let park = sqlx::query_as(self.sql().park_behind.clone()).bind(mailbox).bind(lanes).bind(ids);
+        let park = sqlx::query_as(self.sql().park_behind.clone())
+            .bind(mailbox)
+            .bind(lanes)
+            .bind(ids);
         let parked: Vec<KeyOf> = park
             .fetch_all(&mut *connection)
             .await
@@ -259,4 +274,3 @@ impl ParkedColumns {
         Ok(())
     }
 }
-

@@ -68,13 +68,17 @@ impl PostgresOptions {
     const LONGEST_NAME: &str = "parked_message";
 
     pub(crate) fn validate(&self) -> Result<()> {
-        let wrong = |what: &'static str, text: String| Err(Error::new(ErrorKind::Config, text).with(what, "PostgresOptions"));
+        let wrong =
+            |what: &'static str, text: String| Err(Error::new(ErrorKind::Config, text).with(what, "PostgresOptions"));
         for (what, name, most) in [
             ("schema", &self.schema, Self::MAX_NAME_BYTES),
             ("prefix", &self.prefix, Self::MAX_NAME_BYTES - Self::LONGEST_NAME.len()),
         ] {
             if name.len() > most || name.contains('\0') {
-                return wrong(what, format!("the {what} of the Postgres log has to have at most {most} bytes, and no NUL"));
+                return wrong(
+                    what,
+                    format!("the {what} of the Postgres log has to have at most {most} bytes, and no NUL"),
+                );
             }
             // The bodies of its functions are quoted by this.
             if name.contains("$postrider") {
@@ -82,13 +86,23 @@ impl PostgresOptions {
             }
         }
         if self.schema.is_empty() || self.schema.starts_with("pg_") {
-            return wrong("schema", "the schema of the Postgres log is empty, or begins with `pg_`, which Postgres keeps for itself".to_owned());
+            return wrong(
+                "schema",
+                "the schema of the Postgres log is empty, or begins with `pg_`, which Postgres keeps for itself"
+                    .to_owned(),
+            );
         }
         if self.max_connections == 0 {
-            return wrong("max_connections", "the Postgres log's max_connections is 0: it has to be at least 1".to_owned());
+            return wrong(
+                "max_connections",
+                "the Postgres log's max_connections is 0: it has to be at least 1".to_owned(),
+            );
         }
         if self.lock_timeout < Duration::from_millis(1) {
-            return wrong("lock_timeout", "the Postgres log's lock_timeout has to be at least 1ms".to_owned());
+            return wrong(
+                "lock_timeout",
+                "the Postgres log's lock_timeout has to be at least 1ms".to_owned(),
+            );
         }
         Ok(())
     }

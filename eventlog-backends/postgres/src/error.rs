@@ -28,10 +28,16 @@ pub(crate) fn from_sqlx(doing: &'static str, error: sqlx::Error) -> Error {
     let (kind, says) = match code(&error).as_deref() {
         Some(code) => match code {
             "40001" | "40P01" => (Conflict, "another transaction changed the same rows: try it again"),
-            "55P03" => (Unavailable, "a lock on the event log's tables was not to be had in time"),
+            "55P03" => (
+                Unavailable,
+                "a lock on the event log's tables was not to be had in time",
+            ),
             "57014" => (Unavailable, "Postgres cancelled the statement: it took too long"),
             "53100" => (Storage, "the disk of the Postgres server is full"),
-            "25006" => (Unavailable, "the Postgres server takes no writes: it is a standby, or set to read-only"),
+            "25006" => (
+                Unavailable,
+                "the Postgres server takes no writes: it is a standby, or set to read-only",
+            ),
             "25P02" => (
                 WrongTransaction,
                 "a statement of the transaction failed and the error was ignored: nothing of it can be committed",

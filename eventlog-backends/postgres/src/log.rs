@@ -78,7 +78,9 @@ impl PostgresLog {
             let text = "the address of the Postgres server has to begin with `postgres://`";
             return Err(Error::new(ErrorKind::Config, text));
         }
-        let connect: PgConnectOptions = url.parse().map_err(doing("reading the address of the Postgres server"))?;
+        let connect: PgConnectOptions = url
+            .parse()
+            .map_err(doing("reading the address of the Postgres server"))?;
         let pool = PgPoolOptions::new()
             .max_connections(options.max_connections)
             .acquire_timeout(options.acquire_timeout)
@@ -262,7 +264,9 @@ impl EventLogStore for PostgresLog {
             return Ok(());
         }
         let failed = doing("appending events");
-        let is_plain = batch.iter().all(|record| record.placement == postrider_core::log::Placement::Due);
+        let is_plain = batch
+            .iter()
+            .all(|record| record.placement == postrider_core::log::Placement::Due);
         if let (true, Some(id)) = (is_plain, self.known_mailbox(mailbox)) {
             // One statement is a transaction by itself.
             let mut connection = self.pool().acquire().await.map_err(failed)?;
@@ -285,7 +289,12 @@ impl EventLogStore for PostgresLog {
         let id = self.mailbox_in(&mut tx, mailbox).await?;
         tx.commit().await.map_err(failed)?;
         self.remember_mailbox(mailbox, id);
-        Ok(Box::new(PostgresSession::new(self.clone(), id, options.clone(), connection)))
+        Ok(Box::new(PostgresSession::new(
+            self.clone(),
+            id,
+            options.clone(),
+            connection,
+        )))
     }
 
     async fn purge(&self, request: &Purge) -> Result<u64> {

@@ -26,11 +26,15 @@ impl PostgresLog {
             removed += self.purge_history(&mut connection, mailbox, age, request.max).await?;
         }
         if let Some(age) = request.failed_after {
-            removed += self.purge_failed(&mut connection, mailbox, age, request.max.saturating_sub(removed)).await?;
+            removed += self
+                .purge_failed(&mut connection, mailbox, age, request.max.saturating_sub(removed))
+                .await?;
         }
         if let Some(age) = request.receipts_after {
             let left = request.max.saturating_sub(removed);
-            removed += self.execute(&mut connection, &self.sql().purge_receipts, mailbox, age, left).await?;
+            removed += self
+                .execute(&mut connection, &self.sql().purge_receipts, mailbox, age, left)
+                .await?;
         }
         Ok(removed)
     }
@@ -44,7 +48,10 @@ impl PostgresLog {
         max: u64,
     ) -> Result<u64> {
         let run = sqlx::query(statement.clone()).bind(mailbox).bind(secs(age));
-        let run = run.bind(i64::try_from(max).unwrap_or(i64::MAX)).execute(connection).await;
+        let run = run
+            .bind(i64::try_from(max).unwrap_or(i64::MAX))
+            .execute(connection)
+            .await;
         Ok(run.map_err(doing("cleaning up"))?.rows_affected())
     }
 
@@ -55,7 +62,9 @@ impl PostgresLog {
         let slot = slot.await.map_err(&failed)?;
         let (width, current): (i64, i16) = (slot.get(0), slot.get(1));
         if age.as_secs() < u64::try_from(width).unwrap_or(0) {
-            return self.execute(connection, &self.sql().purge_done, mailbox, age, max).await;
+            return self
+                .execute(connection, &self.sql().purge_done, mailbox, age, max)
+                .await;
         }
         // The ring has to be longer than the retention, and its slots short beside it.
         let fitting = i64::try_from((age.as_secs() / SLOTS_OF_A_RETENTION).max(60)).unwrap_or(i64::MAX);
@@ -86,7 +95,10 @@ impl PostgresLog {
         let mut tx = connection.begin().await.map_err(&failed)?;
         // A dump or a report that reads the history must not be waited for, since others would wait behind us.
         let lock = format!("SET LOCAL lock_timeout = '100ms'; LOCK TABLE ONLY {table} IN ACCESS EXCLUSIVE MODE");
-        if let Err(error) = sqlx::raw_sql(AssertSqlSafe(lock).into_sql_str()).execute(&mut *tx).await {
+        if let Err(error) = sqlx::raw_sql(AssertSqlSafe(lock).into_sql_str())
+            .execute(&mut *tx)
+            .await
+        {
             let is_busy = matches!(code(&error).as_deref(), Some("55P03" | "40P01"));
             let error = failed(error);
             if is_busy {
@@ -98,7 +110,11 @@ impl PostgresLog {
             }
             return tx.rollback().await.map_err(failed);
         }
-        let again = sqlx::query(look).bind(secs(age)).fetch_one(&mut *tx).await.map_err(&failed)?;
+        let again = sqlx::query(look)
+            .bind(secs(age))
+            .fetch_one(&mut *tx)
+            .await
+            .map_err(&failed)?;
         if !again.get::<bool, _>(1) {
             let truncate = format!("TRUNCATE ONLY {table}");
             let truncate = sqlx::raw_sql(AssertSqlSafe(truncate).into_sql_str()).execute(&mut *tx);
@@ -110,9 +126,16 @@ impl PostgresLog {
     async fn purge_failed(&self, connection: &mut PgConnection, mailbox: i16, age: Duration, max: u64) -> Result<u64> {
         let failed = doing("cleaning up dead letters");
         let mut tx = connection.begin().await.map_err(&failed)?;
-        let old = sqlx::query_as(self.sql().old_failed.clone()).bind(mailbox).bind(secs(age));
-        let old = old.bind(i64::try_from(max).unwrap_or(i64::MAX)).fetch_all(&mut *tx).await;
-        let removed = self.change_failed(&mut tx, mailbox, old.map_err(&failed)?, &self.sql().discard).await?;
+        let old = sqlx::query_as(self.sql().old_failed.clone())
+            .bind(mailbox)
+            .bind(secs(age));
+        let old = old
+            .bind(i64::try_from(max).unwrap_or(i64::MAX))
+            .fetch_all(&mut *tx)
+            .await;
+        let removed = self
+            .change_failed(&mut tx, mailbox, old.map_err(&failed)?, &self.sql().discard)
+            .await?;
         tx.commit().await.map_err(failed)?;
         Ok(removed)
     }
@@ -140,4 +163,3 @@ impl PostgresLog {
         Ok(changed)
     }
 }
-

@@ -46,7 +46,9 @@ pub(crate) fn grants(names: &Names, role: &str) -> String {
     let role = quoted(role);
     let done: Vec<String> = (0..16).map(|slot| format!("{{done_{slot}}}")).collect();
     let done = done.join(", ");
-    let append = |payload| format!("{{append}}(text, text, {payload}, text, jsonb, timestamptz, text, text, uuid, timestamptz, text)");
+    let append = |payload| {
+        format!("{{append}}(text, text, {payload}, text, jsonb, timestamptz, text, text, uuid, timestamptz, text)")
+    };
     let functions = ["bytea", "text", "jsonb"].map(append).join(", ");
     names.fill(&format!(
         "GRANT SELECT, INSERT, UPDATE, DELETE ON {{mailbox}}, {{lane}}, {{relay}}, {{event}}, {{parked}}, {{scheduled}}, {{done}}, {{receipt}} TO {role};\n\
@@ -61,7 +63,11 @@ pub(crate) fn grants(names: &Names, role: &str) -> String {
 /// What the schema says of itself; empty if there is none.
 async fn settings(connection: &mut PgConnection, names: &Names) -> Result<HashMap<String, i64>> {
     let read = names.fill("SELECT name, value FROM {settings}");
-    match sqlx::query(AssertSqlSafe(read).into_sql_str()).persistent(false).fetch_all(connection).await {
+    match sqlx::query(AssertSqlSafe(read).into_sql_str())
+        .persistent(false)
+        .fetch_all(connection)
+        .await
+    {
         Ok(rows) => Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect()),
         Err(error) if matches!(code(&error).as_deref(), Some("42P01" | "3F000")) => Ok(HashMap::new()),
         Err(error) => Err(doing("reading the version of the event log's tables")(error)),
@@ -111,7 +117,11 @@ pub(crate) async fn migrate(connection: &mut PgConnection, names: &Names) -> Res
     lock.execute(&mut *tx).await.map_err(failed)?;
     // In a savepoint, since the tables may be missing.
     let mut look = tx.begin().await.map_err(failed)?;
-    let found = settings(&mut look, names).await?.get("schema_version").copied().unwrap_or(0);
+    let found = settings(&mut look, names)
+        .await?
+        .get("schema_version")
+        .copied()
+        .unwrap_or(0);
     look.rollback().await.map_err(failed)?;
     if found >= CURRENT {
         return tx.rollback().await.map_err(failed);
@@ -128,7 +138,13 @@ pub(crate) async fn migrate(connection: &mut PgConnection, names: &Names) -> Res
         }
     }
     let sql = migration(names, found);
-    let sql = sql.trim_start_matches("BEGIN;\n").trim_end_matches("COMMIT;\n").to_owned();
-    sqlx::raw_sql(AssertSqlSafe(sql).into_sql_str()).execute(&mut *tx).await.map_err(failed)?;
+    let sql = sql
+        .trim_start_matches("BEGIN;\n")
+        .trim_end_matches("COMMIT;\n")
+        .to_owned();
+    sqlx::raw_sql(AssertSqlSafe(sql).into_sql_str())
+        .execute(&mut *tx)
+        .await
+        .map_err(failed)?;
     tx.commit().await.map_err(failed)
 }

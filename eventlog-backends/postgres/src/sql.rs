@@ -7,8 +7,28 @@ use std::sync::Arc;
 macro_rules! message_columns {
     ($table:literal) => {
         concat!(
-            $table, "lane, ", $table, "id, ", $table, "message_id, ", $table, "topic, ", $table, "type, ", $table, "source, ",
-            $table, "key, ", $table, "content_type, ", $table, "headers, ", $table, "time, ", $table, "payload"
+            $table,
+            "lane, ",
+            $table,
+            "id, ",
+            $table,
+            "message_id, ",
+            $table,
+            "topic, ",
+            $table,
+            "type, ",
+            $table,
+            "source, ",
+            $table,
+            "key, ",
+            $table,
+            "content_type, ",
+            $table,
+            "headers, ",
+            $table,
+            "time, ",
+            $table,
+            "payload"
         )
     };
 }
@@ -17,9 +37,32 @@ macro_rules! message_columns {
 macro_rules! moved_columns {
     ($table:literal) => {
         concat!(
-            $table, "mailbox, ", $table, "lane, ", $table, "id, ", $table, "message_id, ", $table, "topic, ", $table, "type, ",
-            $table, "source, ", $table, "key, ", $table, "content_type, ", $table, "headers, ", $table, "time, ",
-            $table, "payload, ", $table, "created_at"
+            $table,
+            "mailbox, ",
+            $table,
+            "lane, ",
+            $table,
+            "id, ",
+            $table,
+            "message_id, ",
+            $table,
+            "topic, ",
+            $table,
+            "type, ",
+            $table,
+            "source, ",
+            $table,
+            "key, ",
+            $table,
+            "content_type, ",
+            $table,
+            "headers, ",
+            $table,
+            "time, ",
+            $table,
+            "payload, ",
+            $table,
+            "created_at"
         )
     };
 }
@@ -58,7 +101,9 @@ impl Names {
         let mut rest = template;
         while let Some((before, from)) = rest.split_once('{') {
             text.push_str(before);
-            let name = from.split_once('}').and_then(|(name, behind)| Some((self.name(name)?, behind)));
+            let name = from
+                .split_once('}')
+                .and_then(|(name, behind)| Some((self.name(name)?, behind)));
             rest = match name {
                 Some((name, behind)) => {
                     text.push_str(&name);
@@ -145,8 +190,22 @@ macro_rules! places {
 macro_rules! of_key {
     ($row:literal, $key:literal) => {
         concat!(
-            $row, ".key_hash = {key_hash}($1, ", $key, ".topic, ", $key, ".key) AND ", $row, ".key_hash IS NOT NULL AND ",
-            $row, ".topic = ", $key, ".topic AND ", $row, ".key = ", $key, ".key"
+            $row,
+            ".key_hash = {key_hash}($1, ",
+            $key,
+            ".topic, ",
+            $key,
+            ".key) AND ",
+            $row,
+            ".key_hash IS NOT NULL AND ",
+            $row,
+            ".topic = ",
+            $key,
+            ".topic AND ",
+            $row,
+            ".key = ",
+            $key,
+            ".key"
         )
     };
 }
@@ -154,7 +213,13 @@ macro_rules! of_key {
 /// The first of what is parked of the key `k`.
 macro_rules! first_of_key {
     ($what:literal) => {
-        concat!("(SELECT ", $what, " FROM {parked} f WHERE ", of_key!("f", "k"), " AND f.state <> 3 ORDER BY f.id LIMIT 1)")
+        concat!(
+            "(SELECT ",
+            $what,
+            " FROM {parked} f WHERE ",
+            of_key!("f", "k"),
+            " AND f.state <> 3 ORDER BY f.id LIMIT 1)"
+        )
     };
 }
 
@@ -175,7 +240,10 @@ macro_rules! last_errors {
     ($kept:literal, $new:literal) => {
         concat!(
             "(SELECT coalesce(jsonb_agg(x.e ORDER BY x.n), '[]') FROM (SELECT e, n FROM jsonb_array_elements(",
-            $kept, " || ", $new, "::jsonb) WITH ORDINALITY j (e, n) ORDER BY n DESC LIMIT 10) x)"
+            $kept,
+            " || ",
+            $new,
+            "::jsonb) WITH ORDINALITY j (e, n) ORDER BY n DESC LIMIT 10) x)"
         )
     };
 }
@@ -397,8 +465,12 @@ fn delete_done(which: &str) -> String {
 fn keep_done(which: &str) -> String {
     const COLUMNS: &str = done_columns!();
     const MOVED: &str = moved_columns!("");
-    let delete = delete_done(which).replacen("DELETE", "gone AS (DELETE", 1).replacen(" gone AS", ", gone AS", 1);
-    format!("{delete} RETURNING e.*) INSERT INTO {{done}} ({COLUMNS}) SELECT {MOVED}, 0, '[]', {{clock}}(), (SELECT {{slot}}()) FROM gone")
+    let delete = delete_done(which)
+        .replacen("DELETE", "gone AS (DELETE", 1)
+        .replacen(" gone AS", ", gone AS", 1);
+    format!(
+        "{delete} RETURNING e.*) INSERT INTO {{done}} ({COLUMNS}) SELECT {MOVED}, 0, '[]', {{clock}}(), (SELECT {{slot}}()) FROM gone"
+    )
 }
 
 /// Payloads up to this are small: a claim of a thousand of them is no burden.
@@ -406,7 +478,10 @@ pub(crate) const SMALL_PAYLOAD: usize = 16 * 1024;
 
 fn fetch(but_for: &str) -> String {
     const COLUMNS: &str = message_columns!("e.");
-    let columns = COLUMNS.replace("e.payload", &format!("CASE WHEN octet_length(e.payload) <= {SMALL_PAYLOAD} THEN e.payload END"));
+    let columns = COLUMNS.replace(
+        "e.payload",
+        &format!("CASE WHEN octet_length(e.payload) <= {SMALL_PAYLOAD} THEN e.payload END"),
+    );
     format!(
         "SELECT {columns}, e.at FROM unnest($2::int2[], $3::int8[]) l (lane, cursor) CROSS JOIN LATERAL (SELECT *, e.ctid AS at FROM {{event}} e WHERE e.mailbox = $1 \
          AND e.lane = l.lane AND e.id > l.cursor {but_for} ORDER BY e.id LIMIT $4) e LIMIT $5"
@@ -418,7 +493,11 @@ fn fetch(but_for: &str) -> String {
 /// scheduled, whose ids are its own.
 fn list() -> String {
     let part = |part: u8, table: &str, of: &str, columns: &str, by_lane: bool| {
-        let lanes = if by_lane { "generate_series(0, 63) l (lane)" } else { "(SELECT 1) l" };
+        let lanes = if by_lane {
+            "generate_series(0, 63) l (lane)"
+        } else {
+            "(SELECT 1) l"
+        };
         let lane = if by_lane { "t.lane = l.lane AND" } else { "" };
         format!(
             concat!(
@@ -441,10 +520,28 @@ fn list() -> String {
     const FAILED: &str = "CASE WHEN t.state >= 3 THEN 2 ELSE 0 END";
     let parked = format!("t.attempts, t.errors::text, t.next_at, t.finished_at, {FAILED} AS state");
     [
-        part(0, "{event}", "0", "0 AS attempts, '[]' AS errors, NULL::timestamptz, NULL::timestamptz, 0 AS state", true),
+        part(
+            0,
+            "{event}",
+            "0",
+            "0 AS attempts, '[]' AS errors, NULL::timestamptz, NULL::timestamptz, 0 AS state",
+            true,
+        ),
         part(0, "{parked}", FAILED, &parked, true),
-        part(0, "{done}", "1", "t.attempts, t.errors::text, NULL::timestamptz, t.finished_at, 1 AS state", false),
-        part(1, "{scheduled}", "0", "0, '[]', t.due_at, NULL::timestamptz, 0 AS state", false),
+        part(
+            0,
+            "{done}",
+            "1",
+            "t.attempts, t.errors::text, NULL::timestamptz, t.finished_at, 1 AS state",
+            false,
+        ),
+        part(
+            1,
+            "{scheduled}",
+            "0",
+            "0, '[]', t.due_at, NULL::timestamptz, 0 AS state",
+            false,
+        ),
     ]
     .join(" UNION ALL ")
         + " ORDER BY 1, 3 LIMIT $9"
@@ -457,7 +554,10 @@ mod tests {
     #[test]
     fn every_name_is_filled_in_and_quoted() {
         let names = Names::new("sch\"ema", "a'b_");
-        assert_eq!(names.fill("{schema} {event} {parked_due!} '{}' {A}"), "\"sch\"\"ema\" \"sch\"\"ema\".\"a'b_event\" \"a'b_parked_due\" '{}' {A}");
+        assert_eq!(
+            names.fill("{schema} {event} {parked_due!} '{}' {A}"),
+            "\"sch\"\"ema\" \"sch\"\"ema\".\"a'b_event\" \"a'b_parked_due\" '{}' {A}"
+        );
         let sql = Sql::new(&names);
         for statement in [&sql.list, &sql.fetch, &sql.fetch_around, &sql.poll, &sql.keep_done] {
             assert!(!statement.as_str().contains('{'), "{}", statement.as_str());

@@ -21,7 +21,9 @@ impl Tid {
     /// In column `column`; nowhere if it is not there.
     pub(crate) fn get(row: &PgRow, column: usize) -> Self {
         let value = row.try_get_raw(column).ok().filter(|value| !value.is_null());
-        let bytes = value.filter(|value| value.format() == PgValueFormat::Binary).and_then(|value| value.as_bytes().ok());
+        let bytes = value
+            .filter(|value| value.format() == PgValueFormat::Binary)
+            .and_then(|value| value.as_bytes().ok());
         Self(bytes.and_then(|bytes| bytes.try_into().ok()).unwrap_or_default())
     }
 }

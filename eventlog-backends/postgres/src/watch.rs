@@ -68,12 +68,22 @@ impl Watch {
     pub(crate) async fn poll(&self, log: &PostgresLog) {
         let waiting: Vec<Arc<Shared>> = {
             let sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-            sessions.iter().filter_map(Weak::upgrade).filter(|session| session.is_waiting()).collect()
+            sessions
+                .iter()
+                .filter_map(Weak::upgrade)
+                .filter(|session| session.is_waiting())
+                .collect()
         };
         match self.look(log, &waiting).await {
-            Ok(found) => found.into_iter().filter_map(|n| waiting.get(n)).for_each(|session| session.tell()),
+            Ok(found) => found
+                .into_iter()
+                .filter_map(|n| waiting.get(n))
+                .for_each(|session| session.tell()),
             Err(error) => {
-                tracing::debug!(error = error.to_chain(), "the look for news failed: the sessions look for themselves");
+                tracing::debug!(
+                    error = error.to_chain(),
+                    "the look for news failed: the sessions look for themselves"
+                );
                 waiting.iter().for_each(|session| session.tell());
             }
         }
@@ -100,10 +110,17 @@ impl Watch {
             }
         }
         self.with_connection(log, Duration::from_secs(3), async |connection| {
-            let poll = sqlx::query(log.sql().poll.clone()).bind(n).bind(mailbox).bind(lane).bind(cursor);
+            let poll = sqlx::query(log.sql().poll.clone())
+                .bind(n)
+                .bind(mailbox)
+                .bind(lane)
+                .bind(cursor);
             let poll = poll.bind(parked).bind(scheduled).bind(wanting).bind(wanted);
             let rows = poll.fetch_all(connection).await.map_err(doing("looking for news"))?;
-            Ok(rows.iter().filter_map(|row| usize::try_from(row.get::<i32, _>(0)).ok()).collect())
+            Ok(rows
+                .iter()
+                .filter_map(|row| usize::try_from(row.get::<i32, _>(0)).ok())
+                .collect())
         })
         .await
     }

@@ -4,7 +4,10 @@
 use async_trait::async_trait;
 use postrider_core::{
     Bus, Error, ErrorKind, Event, EventLog, Mailbox, Result,
-    log::{Lent, LogCapabilities, LogTransaction, NewRecord, Owner, Placement, SessionOptions, TransactionOf, TransactionalLog},
+    log::{
+        Lent, LogCapabilities, LogTransaction, NewRecord, Owner, Placement, SessionOptions, TransactionOf,
+        TransactionalLog,
+    },
     memory::MemoryTransport,
 };
 use postrider_postgres::{PostgresLog, PostgresOptions};
@@ -29,7 +32,10 @@ impl TransactionOf<TheirLog> for TheirTransaction<'_> {
 #[async_trait]
 impl TransactionalLog for TheirLog {
     async fn begin(&self) -> Result<Box<dyn LogTransaction>> {
-        Err(Error::new(ErrorKind::Unsupported, "begin a transaction with the driver, and use `publish_in`"))
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            "begin a transaction with the driver, and use `publish_in`",
+        ))
     }
 
     async fn append_in(&self, tx: Lent<'_>, mailbox: &Mailbox, batch: &[NewRecord]) -> Result<()> {
@@ -47,7 +53,8 @@ impl TransactionalLog for TheirLog {
                 Placement::Scheduled { after } => (&record.message, after.as_secs_f64()),
                 _ => return Err(Error::new(ErrorKind::Unsupported, "an outbox parks nothing on arrival")),
             };
-            let headers = serde_json::to_string(message.headers()).map_err(|e| Error::new(ErrorKind::Invalid, "headers").because(e))?;
+            let headers = serde_json::to_string(message.headers())
+                .map_err(|e| Error::new(ErrorKind::Invalid, "headers").because(e))?;
             client
                 .execute(
                     &append,
@@ -82,10 +89,19 @@ struct Placed {
 fn a_stranger_adds_a_driver() {
     run(async {
         let options = PostgresOptions::default().with_schema(Postgres::shared().fresh_name());
-        let ours = PostgresLog::connect_with(&Postgres::shared().url(), options.clone()).await.unwrap();
+        let ours = PostgresLog::connect_with(&Postgres::shared().url(), options.clone())
+            .await
+            .unwrap();
         let theirs = TheirLog { schema: options.schema };
-        let log = EventLog::new("theirs", ours.clone(), LogCapabilities::all()).with_transactions(theirs).with_schema(ours);
-        let bus = Bus::builder().log(log.clone()).transport(MemoryTransport::new()).source("stranger").build().unwrap();
+        let log = EventLog::new("theirs", ours.clone(), LogCapabilities::all())
+            .with_transactions(theirs)
+            .with_schema(ours);
+        let bus = Bus::builder()
+            .log(log.clone())
+            .transport(MemoryTransport::new())
+            .source("stranger")
+            .build()
+            .unwrap();
         bus.migrate().await.unwrap();
         let (mut client, connection) = tokio_postgres::connect(&Postgres::shared().url(), NoTls).await.unwrap();
         tokio::spawn(connection);
@@ -99,7 +115,11 @@ fn a_stranger_adds_a_driver() {
         let session = SessionOptions::new(Owner::new());
         let session = log.store().open(&Mailbox::outbox(), &session).await.unwrap();
         let claimed = session.claim(&postrider_core::log::Claim::new(10)).await.unwrap();
-        let mut keys: Vec<_> = claimed.records.iter().map(|r| r.message.key().unwrap().to_owned()).collect();
+        let mut keys: Vec<_> = claimed
+            .records
+            .iter()
+            .map(|r| r.message.key().unwrap().to_owned())
+            .collect();
         keys.sort();
         assert_eq!(keys, ["1", "3"]);
         assert_eq!(claimed.records[0].message.source(), Some("stranger"));

@@ -23,7 +23,9 @@ impl InboxLog for SqliteLog {
             serde_json::json!([id, arrival.topic.as_str(), arrival.key, arrival.was_parked])
         });
         let asked = serde_json::Value::Array(asked.collect()).to_string();
-        let answers = sqlx::query_scalar::<_, i64>(self.sql().admit.clone()).bind(mailbox).bind(&asked);
+        let answers = sqlx::query_scalar::<_, i64>(self.sql().admit.clone())
+            .bind(mailbox)
+            .bind(&asked);
         let answers = answers.fetch_all(&mut *connection).await.map_err(&failed)?;
         // One writer at a time: nothing comes between the answers and the receipts.
         let new: Vec<String> = arrivals
@@ -34,7 +36,9 @@ impl InboxLog for SqliteLog {
             .collect();
         if !new.is_empty() {
             let receipts = sqlx::query(self.sql().add_receipts.clone()).bind(mailbox);
-            let receipts = receipts.bind(serde_json::json!(new).to_string()).bind(micros(self.clock().now()));
+            let receipts = receipts
+                .bind(serde_json::json!(new).to_string())
+                .bind(micros(self.clock().now()));
             receipts.execute(connection).await.map_err(failed)?;
         }
         let admission = |answer| match answer {

@@ -134,7 +134,11 @@ struct Claiming<'a> {
 
 impl Claiming<'_> {
     fn room(&self) -> usize {
-        if self.bytes == 0 { 0 } else { self.max - self.records.len() }
+        if self.bytes == 0 {
+            0
+        } else {
+            self.max - self.records.len()
+        }
     }
 
     fn give(&mut self, position: u64) {

@@ -5,7 +5,7 @@ use super::{
     fixture::{SHORT, name},
     message,
 };
-use postrider_core::log::{NewRecord, Outcome, Owner, Record, SessionOptions};
+use postrider_core::log::{Claim, NewRecord, Outcome, Owner, Parking, Record, SessionOptions, Settled, Until};
 use std::{collections::HashMap, time::Duration};
 
 /// A small generator, so that a failing history replays from its seed.
@@ -111,6 +111,94 @@ pub async fn random_histories_lose_nothing_and_keep_order(fixture: &dyn LogFixtu
     }
     assert_eq!(done.len() as u64, appended, "nothing is lost");
     assert!(done.values().all(|times| *times == 1), "nothing is done twice");
+    for (key, order) in first_attempts {
+        assert!(order.is_sorted(), "{key}: {order:?}");
+    }
+}
+
+/// An engine claims while it settles. Whatever comes between the two, a key's records are first attempted in order.
+pub async fn calls_overlap_and_keys_keep_their_order(fixture: &dyn LogFixture) {
+    let desk = Desk::open(fixture).await;
+    let mut dice = Dice(7);
+    let mut first_attempts: HashMap<String, Vec<u64>> = HashMap::new();
+    let (mut appended, mut next) = (0_u64, HashMap::<String, u64>::new());
+    let mut done = 0_u64;
+    // Of each key what is in hand, in order, and whether the first is parked and kept.
+    let mut in_hand: HashMap<String, (Vec<Record>, bool)> = HashMap::new();
+    let mut quiet = 0;
+    for step in 0..3000 {
+        if step < 250 {
+            let batch: Vec<NewRecord> = (0..=dice.roll(8))
+                .map(|_| {
+                    let key = format!("k{}", dice.roll(4));
+                    let n = next.entry(key.clone()).or_default();
+                    *n += 1;
+                    appended += 1;
+                    NewRecord::new(message("t", Some(&key), &format!("{key}/{n}")))
+                })
+                .collect();
+            desk.append(&batch).await;
+        }
+        let mut outcomes = Vec::new();
+        let mut keys: Vec<String> = in_hand.keys().cloned().collect();
+        keys.sort();
+        for key in keys {
+            if dice.roll(4) == 0 {
+                continue;
+            }
+            let Some((records, kept)) = in_hand.remove(&key) else {
+                continue;
+            };
+            attempted(&mut first_attempts, &records[0]);
+            let tag = |record: &Record| record.tag;
+            match dice.roll(5) {
+                // Refused: it stays in hand, and those behind it go back.
+                0 | 1 if step < 400 => {
+                    let parking = Parking::new(Until::After(Duration::from_millis(200)), 1, Vec::new()).kept();
+                    outcomes.push((tag(&records[0]), Outcome::Parked(parking)));
+                    outcomes.extend(records[1..].iter().map(|r| (tag(r), Outcome::Released)));
+                    in_hand.insert(key, (records[..1].to_vec(), true));
+                }
+                // Refused once more, and left to its time.
+                2 if kept && step < 400 => {
+                    let parking = Parking::new(Until::After(Duration::ZERO), 2, Vec::new());
+                    outcomes.push((tag(&records[0]), Outcome::Parked(parking)));
+                    outcomes.extend(records[1..].iter().map(|r| (tag(r), Outcome::Released)));
+                }
+                _ => {
+                    outcomes.push((tag(&records[0]), Outcome::Done));
+                    done += 1;
+                    if records.len() > 1 {
+                        in_hand.insert(key, (records[1..].to_vec(), false));
+                    }
+                }
+            }
+        }
+        let settled: Vec<Settled> = outcomes
+            .into_iter()
+            .map(|(tag, outcome)| Settled { tag, outcome })
+            .collect();
+        let request = Claim::new(1 + usize::try_from(dice.roll(12)).unwrap_or(0));
+        let (claimed, report) = tokio::join!(desk.session.claim(&request), desk.session.settle(&settled));
+        assert!(report.unwrap().lost.is_empty());
+        let claimed = claimed.unwrap().records;
+        quiet = if claimed.is_empty() && settled.is_empty() {
+            quiet + 1
+        } else {
+            0
+        };
+        for record in claimed {
+            let key = record.message.key().unwrap_or_default().to_owned();
+            in_hand.entry(key).or_default().0.push(record);
+        }
+        if step >= 250 && done == appended {
+            break;
+        }
+        if quiet > 3 {
+            fixture.advance(Duration::from_millis(300)).await;
+        }
+    }
+    assert_eq!(done, appended, "everything was done");
     for (key, order) in first_attempts {
         assert!(order.is_sorted(), "{key}: {order:?}");
     }

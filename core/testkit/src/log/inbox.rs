@@ -18,7 +18,9 @@ fn group() -> GroupName {
 }
 
 fn messages(count: usize) -> Vec<Message> {
-    (0..count).map(|n| message("t", Some(&format!("k{n}")), &n.to_string())).collect()
+    (0..count)
+        .map(|n| message("t", Some(&format!("k{n}")), &n.to_string()))
+        .collect()
 }
 
 async fn admit(inbox: &Arc<dyn InboxLog>, tx: &mut Box<dyn LogTransaction>, messages: &[&Message]) -> Vec<Admission> {
@@ -36,25 +38,45 @@ pub async fn messages_are_admitted_once(fixture: &dyn LogFixture) {
     };
     let m = messages(4);
     let mut undone = transactions.begin().await.unwrap();
-    assert_eq!(admit(inbox, &mut undone, &[&m[0], &m[1], &m[0]]).await, [New, New, Duplicate]);
+    assert_eq!(
+        admit(inbox, &mut undone, &[&m[0], &m[1], &m[0]]).await,
+        [New, New, Duplicate]
+    );
     undone.rollback().await.unwrap();
     let mut dropped = transactions.begin().await.unwrap();
     assert_eq!(admit(inbox, &mut dropped, &[&m[0]]).await, [New]);
     drop(dropped);
     let mut kept = transactions.begin().await.unwrap();
-    assert_eq!(admit(inbox, &mut kept, &[&m[1], &m[0], &m[1]]).await, [New, New, Duplicate]);
-    assert_eq!(admit(inbox, &mut kept, &[&m[0], &m[2]]).await, [Duplicate, New], "in the same transaction too");
+    assert_eq!(
+        admit(inbox, &mut kept, &[&m[1], &m[0], &m[1]]).await,
+        [New, New, Duplicate]
+    );
+    assert_eq!(
+        admit(inbox, &mut kept, &[&m[0], &m[2]]).await,
+        [Duplicate, New],
+        "in the same transaction too"
+    );
     assert_eq!(admit(inbox, &mut kept, &[]).await, []);
     kept.commit().await.unwrap();
     let mut later = transactions.begin().await.unwrap();
-    assert_eq!(admit(inbox, &mut later, &[&m[2], &m[3], &m[0]]).await, [Duplicate, New, Duplicate]);
+    assert_eq!(
+        admit(inbox, &mut later, &[&m[2], &m[3], &m[0]]).await,
+        [Duplicate, New, Duplicate]
+    );
     later.commit().await.unwrap();
     let other_group = GroupName::new("shipping");
     let mut tx = transactions.begin().await.unwrap();
     let arrivals = [Arrival::new(&m[0])];
-    assert_eq!(inbox.admit(tx.lend(), &other_group, &arrivals).await.unwrap(), [New], "groups are apart");
+    assert_eq!(
+        inbox.admit(tx.lend(), &other_group, &arrivals).await.unwrap(),
+        [New],
+        "groups are apart"
+    );
     drop(tx);
-    let wrong = inbox.admit(Lent::exclusive(&mut 7_u8), &group(), &arrivals).await.unwrap_err();
+    let wrong = inbox
+        .admit(Lent::exclusive(&mut 7_u8), &group(), &arrivals)
+        .await
+        .unwrap_err();
     assert_eq!(wrong.kind(), ErrorKind::WrongTransaction);
     // Two batches at once, in other orders: one of them waits, none is admitted twice, nothing deadlocks.
     let many = messages(50);
@@ -93,18 +115,35 @@ pub async fn admission_knows_what_waits(fixture: &dyn LogFixture) {
     let desk = Desk::on(fixture, fixture.log(), options, Mailbox::Inbox(group())).await;
     let parked = |message: &Message| {
         let (after, attempts, errors) = (SHORT, 1, vec![desk.error("refused")]);
-        NewRecord::new(message.clone()).placed(Placement::Parked { after, attempts, errors })
+        NewRecord::new(message.clone()).placed(Placement::Parked {
+            after,
+            attempts,
+            errors,
+        })
     };
     let dead = message("t", Some("dead"), "dead");
-    let (first, second, keyless) = (message("t", Some("k"), "1"), message("t", Some("k"), "2"), message("t", None, "3"));
+    let (first, second, keyless) = (
+        message("t", Some("k"), "1"),
+        message("t", Some("k"), "2"),
+        message("t", None, "3"),
+    );
     let other_topic = message("u", Some("k"), "4");
-    let failed = NewRecord::new(dead.clone()).placed(Placement::Failed { attempts: 3, errors: Vec::new() });
+    let failed = NewRecord::new(dead.clone()).placed(Placement::Failed {
+        attempts: 3,
+        errors: Vec::new(),
+    });
     desk.append(&[parked(&first), parked(&keyless), failed]).await;
     let mut tx = transactions.begin().await.unwrap();
     let asked = [&first, &second, &keyless, &other_topic, &dead];
-    assert_eq!(admit(inbox, &mut tx, &asked).await, [Parked, HeldBack, Parked, New, Parked]);
+    assert_eq!(
+        admit(inbox, &mut tx, &asked).await,
+        [Parked, HeldBack, Parked, New, Parked]
+    );
     // The follower is parked in the same transaction, and waits behind its head.
-    transactions.append_in(tx.lend(), &desk.mailbox, &[parked(&second)]).await.unwrap();
+    transactions
+        .append_in(tx.lend(), &desk.mailbox, &[parked(&second)])
+        .await
+        .unwrap();
     tx.commit().await.unwrap();
     fixture.advance(SHORT * 2).await;
     let records = desk.take().await;
@@ -116,9 +155,16 @@ pub async fn admission_knows_what_waits(fixture: &dyn LogFixture) {
     assert_eq!(inbox.admit(tx.lend(), &group(), &own).await.unwrap(), [New, New]);
     tx.commit().await.unwrap();
     let mut tx = transactions.begin().await.unwrap();
-    assert_eq!(inbox.admit(tx.lend(), &group(), &own[..1]).await.unwrap(), [Duplicate], "a crash came between");
+    assert_eq!(
+        inbox.admit(tx.lend(), &group(), &own[..1]).await.unwrap(),
+        [Duplicate],
+        "a crash came between"
+    );
     drop(tx);
     desk.done(&records).await;
     let mut tx = transactions.begin().await.unwrap();
-    assert_eq!(admit(inbox, &mut tx, &[&first, &message("t", Some("k"), "5")]).await, [Duplicate, New]);
+    assert_eq!(
+        admit(inbox, &mut tx, &[&first, &message("t", Some("k"), "5")]).await,
+        [Duplicate, New]
+    );
 }

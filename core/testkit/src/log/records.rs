@@ -270,7 +270,11 @@ pub async fn claims_are_bounded_by_bytes(fixture: &dyn LogFixture) {
     desk.append(&(0..40).map(large).collect::<Vec<_>>()).await;
     let (mut got, mut most) = (0, 0);
     for _ in 0..60 {
-        let claimed = desk.session.claim(&Claim::new(1000).with_max_bytes(450_000)).await.unwrap();
+        let claimed = desk
+            .session
+            .claim(&Claim::new(1000).with_max_bytes(450_000))
+            .await
+            .unwrap();
         most = most.max(claimed.records.len());
         got += claimed.records.len();
         desk.done(&claimed.records).await;

@@ -47,7 +47,9 @@ pub(crate) fn family(pid: u32) -> Vec<u32> {
     for child in entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()) {
         let stat = fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
         // pid (name) state parent …
-        let parent = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)?.parse().ok());
+        let parent = stat
+            .rsplit_once(')')
+            .and_then(|(_, rest)| rest.split_whitespace().nth(1)?.parse().ok());
         if parent == Some(pid) {
             family.push(child);
         }

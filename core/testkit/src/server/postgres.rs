@@ -49,7 +49,9 @@ impl Postgres {
     pub fn shared() -> &'static Self {
         static SHARED: OnceLock<Postgres> = OnceLock::new();
         SHARED.get_or_init(|| match std::env::var(VARIABLE) {
-            Ok(url) if !url.is_empty() => Self { place: Place::Given(url) },
+            Ok(url) if !url.is_empty() => Self {
+                place: Place::Given(url),
+            },
             _ => Self::start(),
         })
     }
@@ -72,10 +74,18 @@ impl Postgres {
         fs::create_dir(&data).expect("a directory for the data");
         fs::write(&log, "").expect("a log file");
         if let Some(user) = user {
-            run(Command::new("chown").arg(user).args([&data, &log])).expect("the directory is given to the server's user");
+            run(Command::new("chown").arg(user).args([&data, &log]))
+                .expect("the directory is given to the server's user");
         }
         let mut initdb = as_user(user, &bin.join("initdb"));
-        initdb.args(["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync", "-D"]);
+        initdb.args([
+            "--auth=trust",
+            "--username=postgres",
+            "--encoding=UTF8",
+            "--locale=C",
+            "--no-sync",
+            "-D",
+        ]);
         run(initdb.arg(&data)).expect("initdb");
         let mut own = Own {
             keeper: keeper(&dir),
@@ -86,7 +96,9 @@ impl Postgres {
             settings: settings.iter().map(|s| (*s).to_owned()).collect(),
         };
         own.run();
-        Self { place: Place::Own(Box::new(own)) }
+        Self {
+            place: Place::Own(Box::new(own)),
+        }
     }
 
     /// The address of its database `postgres`.
@@ -126,7 +138,9 @@ impl Postgres {
         signal("-STOP", &processes);
         signal("-KILL", &processes);
         assert!(
-            wait_until(Duration::from_secs(10), || processes.iter().all(|pid| !is_running(*pid))),
+            wait_until(Duration::from_secs(10), || processes
+                .iter()
+                .all(|pid| !is_running(*pid))),
             "the server does not die"
         );
     }
@@ -153,7 +167,10 @@ impl Postgres {
         let own = self.own();
         let pid = own.pid();
         signal("-INT", &[pid]);
-        assert!(wait_until(Duration::from_secs(20), || !is_running(pid)), "the server does not stop");
+        assert!(
+            wait_until(Duration::from_secs(20), || !is_running(pid)),
+            "the server does not stop"
+        );
     }
 }
 
@@ -188,7 +205,10 @@ impl Own {
 
     fn pid(&self) -> u32 {
         let file = fs::read_to_string(self.dir.join("data/postmaster.pid")).expect("the server runs");
-        file.lines().next().and_then(|line| line.parse().ok()).expect("its process id")
+        file.lines()
+            .next()
+            .and_then(|line| line.parse().ok())
+            .expect("its process id")
     }
 
     fn processes(&self) -> Vec<u32> {
@@ -224,7 +244,8 @@ fn keeper(dir: &Path) -> Child {
 fn is_running(pid: u32) -> bool {
     // A dead one whose parent has not asked for it yet is no longer running.
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+    stat.rsplit_once(')')
+        .is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
 fn as_user(user: Option<&str>, program: &Path) -> Command {
@@ -232,7 +253,12 @@ fn as_user(user: Option<&str>, program: &Path) -> Command {
         return Command::new(program);
     };
     let mut command = Command::new("setpriv");
-    command.args([&format!("--reuid={user}"), &format!("--regid={}", group_of(user)), "--clear-groups", "--"]);
+    command.args([
+        &format!("--reuid={user}"),
+        &format!("--regid={}", group_of(user)),
+        "--clear-groups",
+        "--",
+    ]);
     command.arg(program).current_dir("/");
     command
 }
@@ -244,7 +270,10 @@ fn group_of(user: &str) -> String {
 
 fn unprivileged_user() -> &'static str {
     let exists = |user: &&str| run(Command::new("id").args(["-u", user])).is_ok();
-    ["postgres", "nobody"].into_iter().find(exists).expect("a user that is not root, to run Postgres as")
+    ["postgres", "nobody"]
+        .into_iter()
+        .find(exists)
+        .expect("a user that is not root, to run Postgres as")
 }
 
 fn binaries() -> PathBuf {
@@ -252,7 +281,10 @@ fn binaries() -> PathBuf {
         return bin.into();
     }
     let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let mut found: Vec<PathBuf> = versions.map(|entry| entry.path().join("bin")).filter(|bin| bin.join("initdb").exists()).collect();
+    let mut found: Vec<PathBuf> = versions
+        .map(|entry| entry.path().join("bin"))
+        .filter(|bin| bin.join("initdb").exists())
+        .collect();
     found.sort();
     let in_path = || {
         let path = std::env::var_os("PATH")?;

@@ -191,7 +191,11 @@ impl Claiming<'_> {
     }
 
     fn room(&self) -> usize {
-        if self.bytes_left == 0 { 0 } else { self.max - self.records.len() }
+        if self.bytes_left == 0 {
+            0
+        } else {
+            self.max - self.records.len()
+        }
     }
 
     /// The same where the sizes are not known before.
@@ -217,7 +221,11 @@ impl Claiming<'_> {
     async fn due(&mut self, max_parked: usize) -> Result<bool> {
         let (parked_from, scheduled_from, out) = {
             let mut held = self.shared.held();
-            if held.due.checked_at.is_some_and(|at| at + CHECK_ALL_EVERY <= self.shared.elapsed()) {
+            if held
+                .due
+                .checked_at
+                .is_some_and(|at| at + CHECK_ALL_EVERY <= self.shared.elapsed())
+            {
                 held.due = super::Due::default();
             }
             let records = held.active().flat_map(|(_, lane)| &lane.records);
@@ -232,7 +240,10 @@ impl Claiming<'_> {
             .bind(parked_from)
             .bind(scheduled_from)
             .bind(&out);
-        let due = due.fetch_one(&mut *self.connection).await.map_err(doing("looking for what is due"))?;
+        let due = due
+            .fetch_one(&mut *self.connection)
+            .await
+            .map_err(doing("looking for what is due"))?;
         let server_now: Timestamp = due.get(0);
         let (parked, scheduled): (Option<Timestamp>, Option<Timestamp>) = (due.get(1), due.get(2));
         if self.clock_stepped_back(server_now, sent) {
@@ -255,7 +266,9 @@ impl Claiming<'_> {
             self.shared.held().due.scheduled_from = known;
         }
         if is_due(parked) {
-            more |= self.parked(&lanes, parked_from, server_now, max_parked, out, known).await?;
+            more |= self
+                .parked(&lanes, parked_from, server_now, max_parked, out, known)
+                .await?;
         } else if known.is_some() {
             self.shared.held().due.parked_from = known;
         }
@@ -264,7 +277,11 @@ impl Claiming<'_> {
         let mut held = self.shared.held();
         held.due.checked_at = Some(sent);
         // What was due has been changed since, or waits for another of its key: it is looked at again soon.
-        held.due.next = if was_due { Some(sent + CHECK_DUE_EVERY) } else { parked.into_iter().chain(scheduled).min().map(until) };
+        held.due.next = if was_due {
+            Some(sent + CHECK_DUE_EVERY)
+        } else {
+            parked.into_iter().chain(scheduled).min().map(until)
+        };
         Ok(more)
     }
 
@@ -273,7 +290,10 @@ impl Claiming<'_> {
         let before = held.due.server_time.replace((server_now, sent));
         before.is_some_and(|(server_then, then)| {
             let passed = i64::try_from((sent.saturating_sub(then)).as_millis()).unwrap_or(i64::MAX);
-            (server_now - server_then).num_milliseconds().saturating_add(CLOCK_STEP_MILLIS) < passed
+            (server_now - server_then)
+                .num_milliseconds()
+                .saturating_add(CLOCK_STEP_MILLIS)
+                < passed
         })
     }
 
@@ -331,7 +351,11 @@ impl Claiming<'_> {
         let heads = heads.fetch_all(&mut *self.connection).await.map_err(&failed)?;
         let more = i64::try_from(heads.len()).unwrap_or(i64::MAX) >= at_most;
         // Nothing due is left behind but what is skipped, and what the limit cut off.
-        let mut reached = if more { heads.last().map(|row| row.get(4)) } else { Some(to) };
+        let mut reached = if more {
+            heads.last().map(|row| row.get(4))
+        } else {
+            Some(to)
+        };
         let (mut in_lanes, mut ids, mut topics, mut keys) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         {
             let held = self.shared.held();
@@ -388,7 +412,15 @@ impl Claiming<'_> {
             let is_ours = held.tenure == self.tenure;
             if let Some(state) = held.lanes.get_mut(&lane).filter(|_| is_ours) {
                 state.holdings.take_run(position(at), message.key_hash());
-                give(state, &mut self.records, self.tenure, (lane, at), message, attempts, None);
+                give(
+                    state,
+                    &mut self.records,
+                    self.tenure,
+                    (lane, at),
+                    message,
+                    attempts,
+                    None,
+                );
                 self.given_parked.push((lane, at));
             }
         }
@@ -422,7 +454,12 @@ impl Claiming<'_> {
         let mut found = Vec::with_capacity(rows.len());
         for row in &rows {
             let (lane, at) = place(row, 0);
-            found.push(Event { lane, id: at, message: self.reader.message(row, 0)?, at: Tid::get(row, TID) });
+            found.push(Event {
+                lane,
+                id: at,
+                message: self.reader.message(row, 0)?,
+                at: Tid::get(row, TID),
+            });
         }
         // What is gone is held no longer.
         if found.len() < ids.len() {
@@ -445,7 +482,9 @@ impl Claiming<'_> {
             if wanted == 0 {
                 return Ok(false);
             }
-            let Some(fetched) = self.fetch(wanted).await? else { continue };
+            let Some(fetched) = self.fetch(wanted).await? else {
+                continue;
+            };
             may_read = may_read.saturating_sub(fetched.rows.len().max(1));
             let is_last = !fetched.has_more;
             self.take(fetched.rows, false).await?;
@@ -471,7 +510,9 @@ impl Claiming<'_> {
             let all: Vec<i16> = held.active().map(|(lane, _)| *lane).collect();
             let begin = first % all.len().max(1);
             for number in all[begin..].iter().chain(&all[..begin]) {
-                let Some(lane) = held.lanes.get(number).filter(|lane| !lane.holdings.is_full()) else { continue };
+                let Some(lane) = held.lanes.get(number).filter(|lane| !lane.holdings.is_full()) else {
+                    continue;
+                };
                 let cursor = self.cursors.get(number).copied().unwrap_or(lane.cursor);
                 in_lanes.push(*number);
                 cursors.push(cursor);
@@ -499,7 +540,10 @@ impl Claiming<'_> {
         if is_large {
             fetch = fetch.bind(limit(self.bytes_left));
         }
-        let rows = fetch.fetch_all(&mut *self.connection).await.map_err(doing("reading events"))?;
+        let rows = fetch
+            .fetch_all(&mut *self.connection)
+            .await
+            .map_err(doing("reading events"))?;
         if !is_large && rows.iter().any(|row| is_null(row, PAYLOAD)) {
             // Read again, by their bytes.
             self.shared.held().is_large = true;
@@ -515,7 +559,12 @@ impl Claiming<'_> {
             largest = largest.max(message.payload().len());
             let of_lane = seen.entry(lane).or_default();
             *of_lane = (of_lane.0 + 1, at.max(of_lane.1));
-            messages.push(Event { lane, id: at, message, at: Tid::get(row, TID) });
+            messages.push(Event {
+                lane,
+                id: at,
+                message,
+                at: Tid::get(row, TID),
+            });
         }
         let is_cut = rows.len() >= wanted || is_large && bytes >= self.bytes_left;
         self.bytes_left = self.bytes_left.saturating_sub(bytes);
@@ -541,7 +590,11 @@ impl Claiming<'_> {
 
     /// Gives events, but for those whose key is busy and those that have to be parked behind others of their key.
     async fn take(&mut self, events: Vec<Event>, were_freed: bool) -> Result<()> {
-        let with_keys: BTreeSet<i16> = events.iter().filter(|e| e.message.key().is_some()).map(|e| e.lane).collect();
+        let with_keys: BTreeSet<i16> = events
+            .iter()
+            .filter(|e| e.message.key().is_some())
+            .map(|e| e.lane)
+            .collect();
         if !with_keys.is_empty() {
             self.learn_parked(with_keys).await?;
         }
@@ -551,13 +604,27 @@ impl Claiming<'_> {
             if held.tenure != self.tenure {
                 return Ok(());
             }
-            for Event { lane: number, id: at, message, at: tid } in events {
-                let Some(lane) = held.lanes.get_mut(&number) else { continue };
+            for Event {
+                lane: number,
+                id: at,
+                message,
+                at: tid,
+            } in events
+            {
+                let Some(lane) = held.lanes.get_mut(&number) else {
+                    continue;
+                };
                 let hash = message.key_hash();
                 if let (Some(hash), Some(key)) = (hash, message.key())
                     && lane.parked.contains_key(&hash)
                 {
                     let key = (number, message.topic().as_str().to_owned(), key.to_owned());
+                    // What was passed over while a settle was parking the key comes before it.
+                    for passed_over in lane.holdings.passed_over(hash) {
+                        if lane.moving.insert(passed_over) {
+                            behind.push((number, id(passed_over), hash, key.clone()));
+                        }
+                    }
                     behind.push((number, at, hash, key));
                     continue;
                 }
@@ -565,25 +632,40 @@ impl Claiming<'_> {
                     if !were_freed {
                         self.given_fresh.push((number, at));
                     }
-                    give(lane, &mut self.records, self.tenure, (number, at), message, 0, Some(tid));
+                    give(
+                        lane,
+                        &mut self.records,
+                        self.tenure,
+                        (number, at),
+                        message,
+                        0,
+                        Some(tid),
+                    );
                 }
             }
         }
         if behind.is_empty() {
             return Ok(());
         }
-        self.park_behind(&behind).await?;
+        let parked = self.park_behind(&behind).await;
         let mut held = self.shared.held();
         for (number, at, hash, _) in behind {
-            if let Some(lane) = held.lanes.get_mut(&number) {
-                let last = lane.parked.entry(hash).or_default();
-                *last = at.max(*last);
-                if were_freed {
-                    lane.holdings.let_go(position(at));
-                }
+            let Some(lane) = held.lanes.get_mut(&number) else {
+                continue;
+            };
+            let was_passed_over = lane.moving.remove(&position(at));
+            if parked.is_err() {
+                continue;
+            }
+            let last = lane.parked.entry(hash).or_default();
+            *last = at.max(*last);
+            if was_passed_over {
+                lane.holdings.forget_key(hash, |other| other == position(at));
+            } else if were_freed {
+                lane.holdings.let_go(position(at));
             }
         }
-        Ok(())
+        parked
     }
 
     async fn park_behind(&mut self, behind: &[(i16, i64, u64, KeyOf)]) -> Result<()> {
@@ -595,7 +677,7 @@ impl Claiming<'_> {
         };
         let in_lanes: Vec<i16> = behind.iter().map(|(lane, ..)| *lane).collect();
         let ids: Vec<i64> = behind.iter().map(|(_, at, ..)| *at).collect();
-        let keys: BTreeSet<KeyOf> = behind.iter().map(|(.., key)| key.clone()).collect();
+        let mut keys: BTreeSet<KeyOf> = behind.iter().map(|(.., key)| key.clone()).collect();
         let mut tx = self.connection.begin().await.map_err(&failed)?;
         if !super::settle::fence_stands(self.shared, &mut tx, owner, &fence).await? {
             tx.rollback().await.map_err(failed)?;
@@ -603,7 +685,10 @@ impl Claiming<'_> {
             return Ok(());
         }
         log.take_turns(&mut tx, self.shared.mailbox, &keys, &[]).await?;
-        log.park_behind(&mut tx, self.shared.mailbox, &in_lanes, &ids, &keys).await?;
+        let others = log
+            .park_behind(&mut tx, self.shared.mailbox, &in_lanes, &ids, &keys)
+            .await?;
+        keys.extend(others);
         // Whatever they were to wait behind may have gone since.
         log.right_keys(&mut tx, self.shared.mailbox, &keys).await?;
         tx.commit().await.map_err(failed)?;
@@ -615,12 +700,18 @@ impl Claiming<'_> {
     async fn learn_parked(&mut self, lanes: BTreeSet<i16>) -> Result<()> {
         let (certain, in_lanes, cursors) = {
             let held = self.shared.held();
-            let known = lanes.iter().filter_map(|lane| Some((*lane, held.lanes.get(lane)?.parked_cursor)));
+            let known = lanes
+                .iter()
+                .filter_map(|lane| Some((*lane, held.lanes.get(lane)?.parked_cursor)));
             let (in_lanes, cursors): (Vec<i16>, Vec<i64>) = known.unzip();
             (held.floor.position(), in_lanes, cursors)
         };
         let newly = sqlx::query(self.shared.log.sql().newly_parked.clone()).bind(self.shared.mailbox);
-        let newly = newly.bind(&in_lanes).bind(cursors).fetch_all(&mut *self.connection).await;
+        let newly = newly
+            .bind(&in_lanes)
+            .bind(cursors)
+            .fetch_all(&mut *self.connection)
+            .await;
         let newly = newly.map_err(doing("looking for parked keys"))?;
         let mut held = self.shared.held();
         for row in &newly {

@@ -71,7 +71,11 @@ impl Floor {
         let Some(looked_at) = self.looked_at else {
             return Some(Duration::ZERO);
         };
-        let every = if self.pending.is_some() { PROBE_AGAIN } else { PROBE_EVERY };
+        let every = if self.pending.is_some() {
+            PROBE_AGAIN
+        } else {
+            PROBE_EVERY
+        };
         self.is_stale.then(|| (looked_at + every).saturating_sub(now))
     }
 

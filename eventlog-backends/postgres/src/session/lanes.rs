@@ -7,7 +7,7 @@ use postrider_core::{
     clock::Moment,
     log::{Holdings, Lease, Owner},
 };
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use sqlx::{Connection as _, PgConnection, Row as _, postgres::PgRow};
 use std::{sync::Arc, time::Duration};
 use tokio_util::task::AbortOnDropHandle;
@@ -24,7 +24,10 @@ pub(super) async fn hold(shared: &Arc<Shared>, connection: &mut PgConnection) ->
     let (is_held, wants_more) = {
         let held = shared.held();
         let looks_again = held.looked_for_lanes_at + LOOK_EVERY <= now || held.lanes.is_empty();
-        (held.tenure > 0 && held.lease.is_held(), held.lanes.len() < LANES && looks_again)
+        (
+            held.tenure > 0 && held.lease.is_held(),
+            held.lanes.len() < LANES && looks_again,
+        )
     };
     if !is_held {
         begin_tenure(shared, connection).await?;
@@ -140,7 +143,11 @@ async fn load(shared: &Shared, connection: &mut PgConnection, lanes: &[i16]) -> 
     let parked = keys.fetch_all(&mut *connection).await.map_err(&failed)?;
     let waiting = sqlx::query_scalar(sql.waiting_topics.clone()).bind(mailbox).bind(lanes);
     let topics = waiting.fetch_all(connection).await.map_err(failed)?;
-    Ok(Loaded { parked, topics, certain })
+    Ok(Loaded {
+        parked,
+        topics,
+        certain,
+    })
 }
 
 impl Loaded {
@@ -158,6 +165,7 @@ impl Loaded {
                 holdings: Holdings::default(),
                 records: FxHashMap::default(),
                 parked: FxHashMap::default(),
+                moving: FxHashSet::default(),
                 parked_cursor: self.certain,
                 is_leaving: false,
             };
@@ -191,7 +199,12 @@ async fn give_back(shared: &Shared, connection: &mut PgConnection) -> Result<()>
         let mut held = shared.held();
         held.shrink();
         let leaves = |lane: &Lane| lane.is_leaving && lane.records.is_empty();
-        let leaving: Vec<i16> = held.lanes.iter().filter(|(_, lane)| leaves(lane)).map(|(n, _)| *n).collect();
+        let leaving: Vec<i16> = held
+            .lanes
+            .iter()
+            .filter(|(_, lane)| leaves(lane))
+            .map(|(n, _)| *n)
+            .collect();
         // Forgotten before they are handed back, so that nothing is given of them in between.
         leaving.iter().for_each(|lane| {
             held.lanes.remove(lane);
@@ -201,7 +214,10 @@ async fn give_back(shared: &Shared, connection: &mut PgConnection) -> Result<()>
     if leaving.is_empty() {
         return Ok(());
     }
-    let free = sqlx::query(shared.log.sql().free.clone()).bind(shared.mailbox).bind(owner).bind(leaving);
+    let free = sqlx::query(shared.log.sql().free.clone())
+        .bind(shared.mailbox)
+        .bind(owner)
+        .bind(leaving);
     if let Err(error) = free.execute(connection).await {
         shared.held().end_tenure();
         return Err(doing("handing back lanes")(error));
@@ -222,7 +238,9 @@ fn renewal(shared: &Arc<Shared>, lease: &Lease, owner: Uuid) -> AbortOnDropHandl
             let relays: Option<i64> = log
                 .watch()
                 .with_connection(log, length / 4, async |connection| {
-                    let renew = sqlx::query_scalar(log.sql().renew.clone()).bind(shared.mailbox).bind(owner);
+                    let renew = sqlx::query_scalar(log.sql().renew.clone())
+                        .bind(shared.mailbox)
+                        .bind(owner);
                     let renew = renew.bind(secs(length)).fetch_optional(connection).await;
                     renew.map_err(doing("renewing the lease"))
                 })

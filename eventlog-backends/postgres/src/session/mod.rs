@@ -25,7 +25,7 @@ use postrider_core::{
     clock::{Moment, Timestamp},
     log::{Claim, Claimed, Holdings, Lease, RecordTag, Session, SessionOptions, SettleReport, Settled},
 };
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use sqlx::{Connection as _, PgConnection};
 use std::{
     collections::BTreeMap,
@@ -107,6 +107,8 @@ struct Lane {
     records: FxHashMap<i64, Out>,
     /// Keys of which something is parked, by [`Message::key_hash`], with the last position parked.
     parked: FxHashMap<u64, i64>,
+    /// Passed over, and just being parked by a claim.
+    moving: FxHashSet<u64>,
     /// Everything parked up to here is known.
     parked_cursor: i64,
     /// To be handed back as soon as nothing of it is out.
@@ -296,7 +298,9 @@ impl Session for PostgresSession {
     async fn claim(&self, request: &Claim) -> Result<Claimed> {
         let shared = &self.shared;
         shared
-            .with_connection(&shared.claim, Role::Claim, async |connection| claim::claim(shared, connection, request).await)
+            .with_connection(&shared.claim, Role::Claim, async |connection| {
+                claim::claim(shared, connection, request).await
+            })
             .await
     }
 
@@ -376,16 +380,27 @@ impl Session for PostgresSession {
             connection => connection,
         };
         if let Some(mut connection) = connection {
-            for owner in [Some(owner), previous.filter(|previous| *previous != owner)].into_iter().flatten() {
+            for owner in [Some(owner), previous.filter(|previous| *previous != owner)]
+                .into_iter()
+                .flatten()
+            {
                 for statement in [&shared.log.sql().free_all, &shared.log.sql().unregister] {
                     let free = sqlx::query(statement.clone()).bind(shared.mailbox).bind(owner);
-                    free.execute(&mut connection).await.map_err(doing("handing back the lanes"))?;
+                    free.execute(&mut connection)
+                        .await
+                        .map_err(doing("handing back the lanes"))?;
                 }
             }
-            connection.close().await.map_err(doing("closing the relay's connection"))?;
+            connection
+                .close()
+                .await
+                .map_err(doing("closing the relay's connection"))?;
         }
         if let Some(connection) = settle.take() {
-            connection.close().await.map_err(doing("closing the relay's connection"))?;
+            connection
+                .close()
+                .await
+                .map_err(doing("closing the relay's connection"))?;
         }
         Ok(())
     }

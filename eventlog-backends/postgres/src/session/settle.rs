@@ -55,7 +55,10 @@ pub(super) async fn resume(shared: &Shared, connection: &mut PgConnection, topic
         .bind(shared.mailbox)
         .bind(topic.as_str())
         .bind(fence.0);
-    let resume = resume.bind(i64::try_from(max).unwrap_or(i64::MAX)).execute(&mut *tx).await;
+    let resume = resume
+        .bind(i64::try_from(max).unwrap_or(i64::MAX))
+        .execute(&mut *tx)
+        .await;
     let resumed = resume.map_err(&failed)?;
     tx.commit().await.map_err(failed)?;
     shared.held().due.checked_at = None;
@@ -76,7 +79,10 @@ pub(super) async fn settle(shared: &Shared, connection: &mut PgConnection, batch
         Err(error) if keep && is_refused(&error) => {
             let stands = plan.write(shared, connection, false).await?;
             if plan.has_done() && shared.log.count_history_failure() == 0 {
-                tracing::warn!(error = error.to_chain(), "what succeeded could not be kept in the history and was deleted (said once; `history_failures` counts)");
+                tracing::warn!(
+                    error = error.to_chain(),
+                    "what succeeded could not be kept in the history and was deleted (said once; `history_failures` counts)"
+                );
             }
             stands
         }
@@ -201,9 +207,17 @@ impl Plan {
                         plan.effects.let_go.push((lane, at));
                     }
                 }
-                Outcome::Failed { attempts, errors, hold_key } => {
+                Outcome::Failed {
+                    attempts,
+                    errors,
+                    hold_key,
+                } => {
                     let holds = *hold_key && out.message.key().is_some();
-                    let state = if holds { state::FAILED_AND_HOLDING } else { state::FAILED };
+                    let state = if holds {
+                        state::FAILED_AND_HOLDING
+                    } else {
+                        state::FAILED
+                    };
                     plan.park(held, (lane, at), out, state, Duration::ZERO, *attempts, errors)?;
                     plan.effects.let_go.push((lane, at));
                 }
@@ -252,7 +266,11 @@ impl Plan {
         attempts: u32,
         errors: &[AttemptError],
     ) -> Result<()> {
-        let parkings = if out.is_parked { &mut self.set_parked } else { &mut self.park };
+        let parkings = if out.is_parked {
+            &mut self.set_parked
+        } else {
+            &mut self.park
+        };
         parkings.places.push(place);
         parkings.attempts.push(i32::try_from(attempts).unwrap_or(i32::MAX));
         parkings.states.push(state);
@@ -271,7 +289,9 @@ impl Plan {
         self.effects.parked.push((place.0, hash, place.1));
         // It keeps its place: what was passed over of its key waits behind it. (Of keys that collide too: they then wait
         // for nobody, and go on at once.)
-        let Some(lane) = held.lanes.get(&place.0) else { return Ok(()) };
+        let Some(lane) = held.lanes.get(&place.0) else {
+            return Ok(());
+        };
         let passed_over = lane.holdings.passed_over(hash);
         if passed_over.is_empty() || self.effects.forget.iter().any(|(_, other, _)| *other == hash) {
             return Ok(());
@@ -280,7 +300,9 @@ impl Plan {
             self.park_behind.push((place.0, id(*at)));
             self.effects.parked.push((place.0, hash, id(*at)));
         }
-        self.effects.forget.push((place.0, hash, passed_over.into_iter().collect()));
+        self.effects
+            .forget
+            .push((place.0, hash, passed_over.into_iter().collect()));
         Ok(())
     }
 
@@ -295,8 +317,17 @@ impl Plan {
             self.effects.give_back.push(place);
             return;
         };
-        let is_parked = held.lanes.get(&place.0).is_some_and(|lane| lane.parked.contains_key(&hash));
-        if is_parked || self.effects.parked.iter().any(|(lane, other, _)| (*lane, *other) == (place.0, hash)) {
+        let is_parked = held
+            .lanes
+            .get(&place.0)
+            .is_some_and(|lane| lane.parked.contains_key(&hash));
+        if is_parked
+            || self
+                .effects
+                .parked
+                .iter()
+                .any(|(lane, other, _)| (*lane, *other) == (place.0, hash))
+        {
             self.park_behind.push(place);
             self.keys.insert(key);
             self.effects.parked.push((place.0, hash, place.1));
@@ -331,7 +362,11 @@ impl Plan {
         if !self.done.is_empty() {
             self.write_done(shared, &mut tx, keep).await?;
         }
-        let done_parked = if keep { &sql.keep_done_parked } else { &sql.delete_done_parked };
+        let done_parked = if keep {
+            &sql.keep_done_parked
+        } else {
+            &sql.delete_done_parked
+        };
         for (statement, places) in [
             (done_parked, &self.done_parked),
             (&sql.give_back_parked, &self.give_back_parked),
@@ -357,7 +392,10 @@ impl Plan {
         }
         let mut keys = self.keys.clone();
         if !self.park_behind.is_empty() {
-            keys.extend(log.park_behind(&mut tx, mailbox, &self.park_behind.lanes, &self.park_behind.ids, &keys).await?);
+            keys.extend(
+                log.park_behind(&mut tx, mailbox, &self.park_behind.lanes, &self.park_behind.ids, &keys)
+                    .await?,
+            );
         }
         // Behind all of it, in a later snapshot.
         log.right_keys(&mut tx, mailbox, &keys).await?;
@@ -392,8 +430,14 @@ impl Plan {
             if found >= self.done.ids.len() {
                 return Ok(true);
             }
-            let fence = sqlx::query_scalar(sql.fence.clone()).bind(shared.mailbox).bind(self.owner);
-            let fence = fence.bind(&self.fence.0).bind(&self.fence.1).fetch_one(&mut *connection).await;
+            let fence = sqlx::query_scalar(sql.fence.clone())
+                .bind(shared.mailbox)
+                .bind(self.owner);
+            let fence = fence
+                .bind(&self.fence.0)
+                .bind(&self.fence.1)
+                .fetch_one(&mut *connection)
+                .await;
             if !fence.map_err(doing("checking the lease"))? {
                 return Ok(false);
             }
@@ -446,6 +490,9 @@ impl Plan {
 }
 
 fn key_of(lane: i16, out: &Out) -> Option<KeyOf> {
-    Some((lane, out.message.topic().as_str().to_owned(), out.message.key()?.to_owned()))
+    Some((
+        lane,
+        out.message.topic().as_str().to_owned(),
+        out.message.key()?.to_owned(),
+    ))
 }
-

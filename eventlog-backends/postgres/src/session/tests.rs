@@ -21,9 +21,13 @@ struct Bench {
 impl Bench {
     async fn new() -> Self {
         let options = PostgresOptions::default().with_schema(Postgres::shared().fresh_name());
-        let log = PostgresLog::connect_with(&Postgres::shared().url(), options).await.unwrap();
+        let log = PostgresLog::connect_with(&Postgres::shared().url(), options)
+            .await
+            .unwrap();
         log.migrate().await.unwrap();
-        let options = SessionOptions::new(Owner::new()).with_lease(Duration::from_secs(600)).with_keep_succeeded(false);
+        let options = SessionOptions::new(Owner::new())
+            .with_lease(Duration::from_secs(600))
+            .with_keep_succeeded(false);
         log.open(&Mailbox::outbox(), &options).await.unwrap();
         let connection = log.own_connection(Role::Claim).await.unwrap();
         let session = PostgresSession::new(log.clone(), 1, options, connection);
@@ -33,7 +37,10 @@ impl Bench {
 
     async fn sql(&self, sql: &str) {
         let sql = self.log.names().fill(sql);
-        sqlx::raw_sql(AssertSqlSafe(sql)).execute(self.log.pool()).await.unwrap();
+        sqlx::raw_sql(AssertSqlSafe(sql))
+            .execute(self.log.pool())
+            .await
+            .unwrap();
     }
 
     /// Rows that are due at once, in one of the three tables.
@@ -41,7 +48,10 @@ impl Bench {
         let (columns, values) = match table {
             "event" => ("", ""),
             "scheduled" => (", due_at", ", {clock}()"),
-            _ => (", id, created_at, attempts, state, next_at, errors", ", nextval({position'}), now(), 1, 0, {clock}(), '[]'"),
+            _ => (
+                ", id, created_at, attempts, state, next_at, errors",
+                ", nextval({position'}), now(), 1, 0, {clock}(), '[]'",
+            ),
         };
         self.sql(&format!(
             "INSERT INTO {{{table}}} (mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload{columns}) \
@@ -59,17 +69,31 @@ impl Bench {
                 return all;
             }
             all += records.len();
-            let done: Vec<_> = records.iter().map(|r| Settled { tag: r.tag, outcome: Outcome::Done }).collect();
+            let done: Vec<_> = records
+                .iter()
+                .map(|r| Settled {
+                    tag: r.tag,
+                    outcome: Outcome::Done,
+                })
+                .collect();
             assert!(self.session.settle(&done).await.unwrap().lost.is_empty());
         }
     }
 
     /// The buffers that a statement of the session touches, on a connection as it has.
-    async fn buffers(&self, role: Role, statement: &SqlStr, bind: impl for<'q> Fn(Query<'q, Db, PgArguments>) -> Query<'q, Db, PgArguments>) -> i64 {
+    async fn buffers(
+        &self,
+        role: Role,
+        statement: &SqlStr,
+        bind: impl for<'q> Fn(Query<'q, Db, PgArguments>) -> Query<'q, Db, PgArguments>,
+    ) -> i64 {
         let mut connection = self.log.own_connection(role).await.unwrap();
         sqlx::raw_sql("BEGIN").execute(&mut connection).await.unwrap();
         let explain = format!("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {}", statement.as_str());
-        let row = bind(sqlx::query(AssertSqlSafe(explain).into_sql_str())).fetch_one(&mut connection).await.unwrap();
+        let row = bind(sqlx::query(AssertSqlSafe(explain).into_sql_str()))
+            .fetch_one(&mut connection)
+            .await
+            .unwrap();
         let plan: serde_json::Value = serde_json::from_str(row.get_unchecked::<&str, _>(0)).unwrap();
         let buffers = |what: &str| plan[0]["Plan"][what].as_i64().unwrap();
         buffers("Shared Hit Blocks") + buffers("Shared Read Blocks")
@@ -87,11 +111,21 @@ impl Bench {
         let sql = self.log.sql();
         let (lanes_again, mailbox) = (lanes.clone(), 1_i16);
         let events = self
-            .buffers(Role::Claim, &sql.fetch, |q| q.bind(mailbox).bind(lanes.clone()).bind(cursors.clone()).bind(16_i64).bind(1000_i64))
+            .buffers(Role::Claim, &sql.fetch, |q| {
+                q.bind(mailbox)
+                    .bind(lanes.clone())
+                    .bind(cursors.clone())
+                    .bind(16_i64)
+                    .bind(1000_i64)
+            })
             .await;
         let due = self
             .buffers(Role::Claim, &sql.next_due, |q| {
-                q.bind(mailbox).bind(lanes_again.clone()).bind(parked).bind(scheduled).bind(Vec::<i64>::new())
+                q.bind(mailbox)
+                    .bind(lanes_again.clone())
+                    .bind(parked)
+                    .bind(scheduled)
+                    .bind(Vec::<i64>::new())
             })
             .await;
         [events, due]
@@ -105,7 +139,10 @@ fn dead_rows_beside_a_held_snapshot_are_not_looked_at() {
         let bench = Bench::new().await;
         let fresh = bench.idle_claim(false).await;
         let mut held = bench.log.pool().acquire().await.unwrap().detach();
-        let look = bench.log.names().fill("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM {event}");
+        let look = bench
+            .log
+            .names()
+            .fill("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM {event}");
         sqlx::raw_sql(AssertSqlSafe(look)).execute(&mut held).await.unwrap();
         for table in ["event", "parked", "scheduled"] {
             for _ in 0..5 {
@@ -120,10 +157,15 @@ fn dead_rows_beside_a_held_snapshot_are_not_looked_at() {
         }
         let after = bench.idle_claim(false).await;
         let from_the_beginning = bench.idle_claim(true).await;
-        println!("buffers of an idle claim: fresh {fresh:?}, after 600 k rows {after:?}, without a floor {from_the_beginning:?}");
+        println!(
+            "buffers of an idle claim: fresh {fresh:?}, after 600 k rows {after:?}, without a floor {from_the_beginning:?}"
+        );
         // Indexes have grown by a level or two: three or four pages for each of the 64 lanes.
         assert!(after[0] < 64 * 6 && after[1] < 2 * 64 * 6, "{after:?}");
-        assert!(from_the_beginning[0] > after[0] * 10 && from_the_beginning[1] > after[1] * 10, "this would not show it: {from_the_beginning:?}");
+        assert!(
+            from_the_beginning[0] > after[0] * 10 && from_the_beginning[1] > after[1] * 10,
+            "this would not show it: {from_the_beginning:?}"
+        );
         drop(held);
     });
 }
@@ -173,7 +215,13 @@ fn plans_do_not_depend_on_statistics() {
             let sql = bench.log.sql();
             let (lanes, cursors): (Vec<i16>, Vec<i64>) = bench.session.shared.outlook().cursors.into_iter().unzip();
             let fetch = bench
-                .buffers(Role::Claim, &sql.fetch, |q| q.bind(1_i16).bind(lanes.clone()).bind(cursors.clone()).bind(16_i64).bind(1000_i64))
+                .buffers(Role::Claim, &sql.fetch, |q| {
+                    q.bind(1_i16)
+                        .bind(lanes.clone())
+                        .bind(cursors.clone())
+                        .bind(16_i64)
+                        .bind(1000_i64)
+                })
                 .await;
             let (owner, fence, places, tids) = {
                 let held = bench.session.shared.held();
@@ -183,26 +231,49 @@ fn plans_do_not_depend_on_statistics() {
                 };
                 let out: Vec<_> = records.iter().map(|record| out(record.tag)).collect();
                 let places: (Vec<i16>, Vec<i64>) = out.iter().map(|(lane, id, _)| (*lane, *id)).unzip();
-                (held.owner, held.fence(), places, out.iter().map(|(.., at)| *at).collect::<Vec<_>>())
+                (
+                    held.owner,
+                    held.fence(),
+                    places,
+                    out.iter().map(|(.., at)| *at).collect::<Vec<_>>(),
+                )
             };
             let mut touched = Vec::new();
-            for (statement, is_moved) in [(&sql.delete_done, false), (&sql.delete_done_moved, true), (&sql.keep_done, false)] {
+            for (statement, is_moved) in [
+                (&sql.delete_done, false),
+                (&sql.delete_done_moved, true),
+                (&sql.keep_done, false),
+            ] {
                 let buffers = bench
                     .buffers(Role::Settle, statement, |q| {
-                        let q = q.bind(1_i16).bind(owner).bind(fence.0.clone()).bind(fence.1.clone()).bind(places.1.clone());
-                        if is_moved { q.bind(places.0.clone()) } else { q.bind(tids.clone()) }
+                        let q = q
+                            .bind(1_i16)
+                            .bind(owner)
+                            .bind(fence.0.clone())
+                            .bind(fence.1.clone())
+                            .bind(places.1.clone());
+                        if is_moved {
+                            q.bind(places.0.clone())
+                        } else {
+                            q.bind(tids.clone())
+                        }
                     })
                     .await;
                 touched.push(buffers);
             }
             let park = bench
-                .buffers(Role::Settle, &sql.park_behind, |q| q.bind(1_i16).bind(places.0.clone()).bind(places.1.clone()))
+                .buffers(Role::Settle, &sql.park_behind, |q| {
+                    q.bind(1_i16).bind(places.0.clone()).bind(places.1.clone())
+                })
                 .await;
             touched.push(park);
             println!("analyzed {analyzed}: fetch of 1000 {fetch}, settles of 1000 {touched:?}");
             assert!(fetch < 64 * 6 + 1000 * 2, "analyzed {analyzed}: fetch {fetch}");
             // Each a few pages, of the table and of the indexes it goes into; the whole of it has many thousands.
-            assert!(touched[0] < 1000 * 3 && touched[1..].iter().all(|n| *n < 1000 * 25), "analyzed {analyzed}: {touched:?}");
+            assert!(
+                touched[0] < 1000 * 3 && touched[1..].iter().all(|n| *n < 1000 * 25),
+                "analyzed {analyzed}: {touched:?}"
+            );
         }
     });
 }

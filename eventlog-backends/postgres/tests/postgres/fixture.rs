@@ -32,7 +32,11 @@ impl PostgresFixture {
     pub(crate) async fn with(options: PostgresOptions) -> Self {
         let log = connect(&options).await;
         log.migrate().await.unwrap();
-        Self { log, options, ahead: Mutex::default() }
+        Self {
+            log,
+            options,
+            ahead: Mutex::default(),
+        }
     }
 
     pub(crate) async fn handle(&self) -> PostgresLog {
@@ -46,7 +50,10 @@ impl PostgresFixture {
     }
 
     pub(crate) async fn sql(&self, sql: &str) {
-        sqlx::raw_sql(AssertSqlSafe(self.fill(sql)).into_sql_str()).execute(self.log.pool()).await.unwrap();
+        sqlx::raw_sql(AssertSqlSafe(self.fill(sql)).into_sql_str())
+            .execute(self.log.pool())
+            .await
+            .unwrap();
     }
 
     /// `{name}` becomes the table of that name.
@@ -55,8 +62,14 @@ impl PostgresFixture {
         let mut text = String::new();
         for (n, part) in sql.split('{').enumerate() {
             match part.split_once('}') {
-                Some((name, rest)) if n > 0 && !name.is_empty() && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_') => {
-                    text += &format!("{}.{}{rest}", quoted(&self.options.schema), quoted(&format!("{}{name}", self.options.prefix)));
+                Some((name, rest))
+                    if n > 0 && !name.is_empty() && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_') =>
+                {
+                    text += &format!(
+                        "{}.{}{rest}",
+                        quoted(&self.options.schema),
+                        quoted(&format!("{}{name}", self.options.prefix))
+                    );
                 }
                 _ if n > 0 => text += &format!("{{{part}"),
                 _ => text += part,
@@ -83,7 +96,9 @@ impl PostgresFixture {
 
 async fn connect(options: &PostgresOptions) -> PostgresLog {
     let options = options.clone().with_max_connections(4);
-    PostgresLog::connect_with(&Postgres::shared().url(), options).await.unwrap()
+    PostgresLog::connect_with(&Postgres::shared().url(), options)
+        .await
+        .unwrap()
 }
 
 #[async_trait]
@@ -141,8 +156,14 @@ pub(crate) async fn claim(session: &dyn Session) -> Claimed {
 }
 
 pub(crate) async fn done(session: &dyn Session, records: &[Record]) -> SettleReport {
-    let done = |record: &Record| Settled { tag: record.tag, outcome: Outcome::Done };
-    session.settle(&records.iter().map(done).collect::<Vec<_>>()).await.unwrap()
+    let done = |record: &Record| Settled {
+        tag: record.tag,
+        outcome: Outcome::Done,
+    };
+    session
+        .settle(&records.iter().map(done).collect::<Vec<_>>())
+        .await
+        .unwrap()
 }
 
 /// Claims and finishes until nothing more comes.

@@ -38,14 +38,21 @@ fn slots_are_emptied_as_a_whole_day_after_day() {
             fixture.log.purge(&purge(day)).await.unwrap();
             let kept = fixture.number("SELECT count(*) FROM {done}").await;
             most = most.max(kept);
-            let recent = fixture.number("SELECT count(*) FROM {done} WHERE finished_at > {clock}() - interval '23 hours'").await;
+            let recent = fixture
+                .number("SELECT count(*) FROM {done} WHERE finished_at > {clock}() - interval '23 hours'")
+                .await;
             assert_eq!(recent, (2 * (step + 1)).min(22), "nothing goes before its time");
         }
         assert!(most <= 32, "little more than a day is kept: {most}");
         assert_eq!(fixture.log.history_failures(), 0);
         // Shorter from now on: the slots follow.
         fixture.log.purge(&purge(HOUR * 3)).await.unwrap();
-        assert_eq!(fixture.number("SELECT value FROM {settings} WHERE name = 'history_slot_seconds'").await, 900);
+        assert_eq!(
+            fixture
+                .number("SELECT value FROM {settings} WHERE name = 'history_slot_seconds'")
+                .await,
+            900
+        );
         fixture.jump(HOUR * 4).await;
         fixture.log.purge(&purge(HOUR * 3)).await.unwrap();
         assert_eq!(fixture.number("SELECT count(*) FROM {done}").await, 0);
@@ -60,13 +67,26 @@ fn a_long_dump_stops_neither_settles_nor_the_clean_up() {
         fixture.jump(HOUR * 48).await;
         let mut dump = fixture.log.pool().begin().await.unwrap();
         let read = fixture.fill("SELECT count(*) FROM {done}");
-        sqlx::raw_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ").execute(&mut *dump).await.unwrap();
-        sqlx::query(sqlx::AssertSqlSafe(read)).execute(&mut *dump).await.unwrap();
+        sqlx::raw_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            .execute(&mut *dump)
+            .await
+            .unwrap();
+        sqlx::query(sqlx::AssertSqlSafe(read))
+            .execute(&mut *dump)
+            .await
+            .unwrap();
         let began = Instant::now();
         fixture.log.purge(&purge(HOUR * 24)).await.unwrap();
-        assert!(began.elapsed() < Duration::from_secs(3), "the clean-up does not wait for it");
+        assert!(
+            began.elapsed() < Duration::from_secs(3),
+            "the clean-up does not wait for it"
+        );
         publish(&fixture, 10).await;
-        assert_eq!(fixture.number("SELECT count(*) FROM {done}").await, 20, "it is done another time");
+        assert_eq!(
+            fixture.number("SELECT count(*) FROM {done}").await,
+            20,
+            "it is done another time"
+        );
         dump.rollback().await.unwrap();
         fixture.log.purge(&purge(HOUR * 24)).await.unwrap();
         assert_eq!(fixture.number("SELECT count(*) FROM {done}").await, 10);
@@ -79,18 +99,27 @@ fn a_history_that_fails_never_fails_a_settle() {
     run(async {
         let options = PostgresOptions::default().with_schema(Postgres::shared().fresh_name());
         let fixture = PostgresFixture::with(options.with_lock_timeout(Duration::from_millis(200))).await;
-        fixture.sql("ALTER TABLE {done} ADD CONSTRAINT broken CHECK (topic <> 't')").await;
+        fixture
+            .sql("ALTER TABLE {done} ADD CONSTRAINT broken CHECK (topic <> 't')")
+            .await;
         publish(&fixture, 3).await;
         assert_eq!(fixture.log.history_failures(), 1);
         fixture.sql("ALTER TABLE {done} DROP CONSTRAINT broken").await;
         // Somebody has it locked.
         let mut lock = fixture.log.pool().begin().await.unwrap();
         let sql = fixture.fill("LOCK TABLE {done} IN ACCESS EXCLUSIVE MODE");
-        sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut *lock).await.unwrap();
+        sqlx::raw_sql(sqlx::AssertSqlSafe(sql))
+            .execute(&mut *lock)
+            .await
+            .unwrap();
         publish(&fixture, 3).await;
         lock.rollback().await.unwrap();
         assert_eq!(fixture.log.history_failures(), 2);
-        assert_eq!(fixture.number("SELECT count(*) FROM {event}").await, 0, "they are settled all the same");
+        assert_eq!(
+            fixture.number("SELECT count(*) FROM {event}").await,
+            0,
+            "they are settled all the same"
+        );
         publish(&fixture, 3).await;
         assert_eq!(fixture.number("SELECT count(*) FROM {done}").await, 3);
     });
@@ -103,7 +132,11 @@ fn many_nodes_clean_up_at_once() {
         publish(&fixture, 1000).await;
         fixture.sql("INSERT INTO {receipt} SELECT 1, gen_random_uuid(), clock_timestamp() - interval '3 days' FROM generate_series(1, 3000)").await;
         fixture.jump(HOUR * 48).await;
-        let request = |max| Purge::new(Mailbox::outbox(), max).succeeded_after(HOUR * 24).receipts_after(HOUR * 48);
+        let request = |max| {
+            Purge::new(Mailbox::outbox(), max)
+                .succeeded_after(HOUR * 24)
+                .receipts_after(HOUR * 48)
+        };
         let mut nodes = tokio::task::JoinSet::new();
         for node in 0..8 {
             let (log, request) = (fixture.handle().await, request(100 + node));

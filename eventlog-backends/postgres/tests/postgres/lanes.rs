@@ -1,8 +1,8 @@
 //! Who has which part of a mailbox.
 
 use crate::fixture::{LONG, PostgresFixture, claim, done, drain, names, open, options, record};
-use postrider_core::log::{EventLogStore as _, Session};
 use postrider_core::Mailbox;
+use postrider_core::log::{EventLogStore as _, Session};
 use postrider_testkit::run;
 use sqlx::{AssertSqlSafe, SqlSafeStr as _};
 use std::time::{Duration, Instant};
@@ -25,7 +25,10 @@ async fn until_spread(fixture: &PostgresFixture, sessions: &[&dyn Session], expe
         if found == expected {
             return;
         }
-        assert!(began.elapsed() < limit, "{found:?} instead of {expected:?} after {limit:?}");
+        assert!(
+            began.elapsed() < limit,
+            "{found:?} instead of {expected:?} after {limit:?}"
+        );
         tokio::time::sleep(Duration::from_millis(30)).await;
     }
 }
@@ -41,7 +44,13 @@ fn lanes_are_spread_evenly_taken_over_and_handed_back() {
         let two = open(&log, options(lease)).await;
         until_spread(&fixture, &[&*one, &*two], &[32, 32], Duration::from_secs(6)).await;
         let three = open(&log, options(lease)).await;
-        until_spread(&fixture, &[&*one, &*two, &*three], &[20, 22, 22], Duration::from_secs(6)).await;
+        until_spread(
+            &fixture,
+            &[&*one, &*two, &*three],
+            &[20, 22, 22],
+            Duration::from_secs(6),
+        )
+        .await;
         // One dies: its lanes are taken once its lease is over.
         drop(one);
         until_spread(&fixture, &[&*two, &*three], &[32, 32], Duration::from_secs(6)).await;
@@ -57,7 +66,9 @@ fn a_lane_is_handed_over_only_when_nothing_of_it_is_out() {
         let fixture = PostgresFixture::new().await;
         let lease = Duration::from_millis(900);
         let one = open(&fixture.log, options(lease)).await;
-        let all: Vec<_> = (0..300).map(|n| record(Some(&format!("k{}", n % 100)), &n.to_string())).collect();
+        let all: Vec<_> = (0..300)
+            .map(|n| record(Some(&format!("k{}", n % 100)), &n.to_string()))
+            .collect();
         fixture.log.append(&Mailbox::outbox(), &all).await.unwrap();
         let held = claim(&*one).await.records;
         assert_eq!(held.len(), 300);
@@ -66,11 +77,17 @@ fn a_lane_is_handed_over_only_when_nothing_of_it_is_out() {
         let began = Instant::now();
         while began.elapsed() < lease * 3 {
             for session in [&one, &two] {
-                assert!(claim(&**session).await.records.is_empty(), "what is out is nobody else's");
+                assert!(
+                    claim(&**session).await.records.is_empty(),
+                    "what is out is nobody else's"
+                );
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
-        assert!(done(&*one, &held).await.lost.is_empty(), "the lease was kept all the time");
+        assert!(
+            done(&*one, &held).await.lost.is_empty(),
+            "the lease was kept all the time"
+        );
         until_spread(&fixture, &[&*one, &*two], &[32, 32], Duration::from_secs(5)).await;
     });
 }
@@ -79,7 +96,11 @@ fn a_lane_is_handed_over_only_when_nothing_of_it_is_out() {
 fn a_session_that_waits_is_told_of_what_others_write_and_leave() {
     run(async {
         let fixture = PostgresFixture::new().await;
-        let one = open(&fixture.log, options(LONG).with_poll_interval(Duration::from_millis(200))).await;
+        let one = open(
+            &fixture.log,
+            options(LONG).with_poll_interval(Duration::from_millis(200)),
+        )
+        .await;
         let log = fixture.handle().await;
         let two = open(&log, options(LONG).with_poll_interval(Duration::from_millis(200))).await;
         claim(&*one).await;

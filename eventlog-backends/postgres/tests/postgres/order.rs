@@ -3,7 +3,7 @@
 use crate::fixture::PostgresFixture;
 use async_trait::async_trait;
 use postrider_core::{
-    Bus, EventLog, Event, Message, PublishError, Publisher, Reachability, RelayOptions, Transport, relay::Backoff,
+    Bus, Event, EventLog, Message, PublishError, Publisher, Reachability, RelayOptions, Transport, relay::Backoff,
 };
 use postrider_testkit::run;
 use std::{
@@ -76,7 +76,13 @@ async fn relay(fixture: &PostgresFixture, broker: &Broker) -> Bus {
         .with_max_attempts(1000);
     let transport = Transport::new("broker", postrider_core::Capabilities::default()).with_publisher(broker.clone());
     let log = EventLog::from(fixture.handle().await);
-    let bus = Bus::builder().log(log).transport(transport).relay(options).source("test").build().unwrap();
+    let bus = Bus::builder()
+        .log(log)
+        .transport(transport)
+        .relay(options)
+        .source("test")
+        .build()
+        .unwrap();
     bus.start().await.unwrap();
     bus
 }
@@ -85,8 +91,12 @@ async fn relay(fixture: &PostgresFixture, broker: &Broker) -> Bus {
 async fn produce(fixture: &PostgresFixture, bus: &Bus, dice: &Dice) -> Option<()> {
     let key = i64::try_from(dice.roll(KEYS.unsigned_abs())).unwrap();
     let mut tx = fixture.log.pool().begin().await.ok()?;
-    let next = fixture.fill("INSERT INTO {counts} VALUES ($1, 1) ON CONFLICT (key) DO UPDATE SET n = {counts}.n + 1 RETURNING n");
-    let next = sqlx::query_scalar(sqlx::AssertSqlSafe(next)).bind(key).fetch_one(&mut *tx).await;
+    let next = fixture
+        .fill("INSERT INTO {counts} VALUES ($1, 1) ON CONFLICT (key) DO UPDATE SET n = {counts}.n + 1 RETURNING n");
+    let next = sqlx::query_scalar(sqlx::AssertSqlSafe(next))
+        .bind(key)
+        .fetch_one(&mut *tx)
+        .await;
     let n: i64 = next.unwrap();
     let rolls_back = dice.roll(6) == 0;
     // A number that is rolled back is used again, so it is sent as one that must not be seen.
@@ -95,17 +105,27 @@ async fn produce(fixture: &PostgresFixture, bus: &Bus, dice: &Dice) -> Option<()
     if dice.roll(3) == 0 {
         tokio::time::sleep(Duration::from_millis(dice.roll(40))).await;
     }
-    if rolls_back { tx.rollback().await.unwrap() } else { tx.commit().await.unwrap() }
+    if rolls_back {
+        tx.rollback().await.unwrap()
+    } else {
+        tx.commit().await.unwrap()
+    }
     Some(())
 }
 
 fn keys_keep_their_order(relays: usize) {
     run(async move {
         let fixture = PostgresFixture::new().await;
-        fixture.sql("CREATE TABLE {counts} (key bigint PRIMARY KEY, n bigint NOT NULL)").await;
+        fixture
+            .sql("CREATE TABLE {counts} (key bigint PRIMARY KEY, n bigint NOT NULL)")
+            .await;
         let (broker, dice, stop) = (Broker::default(), Dice::default(), AtomicBool::new(false));
         let producing = async {
-            let bus = Bus::builder().log(fixture.log.clone()).transport(postrider_core::memory::MemoryTransport::new()).build().unwrap();
+            let bus = Bus::builder()
+                .log(fixture.log.clone())
+                .transport(postrider_core::memory::MemoryTransport::new())
+                .build()
+                .unwrap();
             let one = async || {
                 while !stop.load(Ordering::Relaxed) {
                     produce(&fixture, &bus, &dice).await;
@@ -123,7 +143,11 @@ fn keys_keep_their_order(relays: usize) {
                 tokio::time::sleep(Duration::from_millis(300 + dice.roll(500))).await;
                 // One goes, in order or cut off in the middle of everything, and another comes.
                 let at = usize::try_from(dice.roll(relays as u64)).unwrap();
-                let deadline = if dice.roll(2) == 0 { Duration::from_secs(5) } else { Duration::ZERO };
+                let deadline = if dice.roll(2) == 0 {
+                    Duration::from_secs(5)
+                } else {
+                    Duration::ZERO
+                };
                 let _ = running.swap_remove(at).shutdown(deadline).await;
                 running.push(relay(&fixture, &broker).await);
             }
@@ -134,7 +158,11 @@ fn keys_keep_their_order(relays: usize) {
         let pending = "SELECT (SELECT count(*) FROM {event}) + (SELECT count(*) FROM {parked})";
         let began = Instant::now();
         while fixture.number(pending).await > 0 {
-            assert!(began.elapsed() < Duration::from_secs(20), "still pending: {}", fixture.number(pending).await);
+            assert!(
+                began.elapsed() < Duration::from_secs(20),
+                "still pending: {}",
+                fixture.number(pending).await
+            );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         for bus in running {
@@ -151,7 +179,11 @@ fn keys_keep_their_order(relays: usize) {
             }
         }
         let committed = usize::try_from(fixture.number("SELECT sum(n)::bigint FROM {counts}").await).unwrap();
-        println!("{relays} relays: {committed} committed, {} sent, {inversions} inversions, {} repeats", sent.len(), sent.len() - seen.len());
+        println!(
+            "{relays} relays: {committed} committed, {} sent, {inversions} inversions, {} repeats",
+            sent.len(),
+            sent.len() - seen.len()
+        );
         assert_eq!((seen.len(), inversions), (committed, 0));
         assert!(committed > 200, "too little happened to say anything");
     });

@@ -39,10 +39,17 @@ impl Publisher for Counting {
 }
 
 fn bus(log: &PostgresLog, broker: &Counting) -> Bus {
-    let relay = RelayOptions::default().with_poll_interval(Duration::from_millis(100)).with_max_probe_interval(Duration::from_millis(300));
+    let relay = RelayOptions::default()
+        .with_poll_interval(Duration::from_millis(100))
+        .with_max_probe_interval(Duration::from_millis(300));
     let relay = relay.with_lease(Duration::from_secs(2));
     let transport = Transport::new("counting", postrider_core::Capabilities::default()).with_publisher(broker.clone());
-    Bus::builder().log(EventLog::from(log.clone())).transport(transport).relay(relay).build().unwrap()
+    Bus::builder()
+        .log(EventLog::from(log.clone()))
+        .transport(transport)
+        .relay(relay)
+        .build()
+        .unwrap()
 }
 
 /// Publishes until it has gone well, and says under which ids: after an error it may have happened.
@@ -55,7 +62,11 @@ async fn publish(bus: &Bus, id: i64) {
 async fn until_all_are_sent(broker: &Counting, count: usize) {
     let began = Instant::now();
     while broker.0.lock().unwrap().len() < count {
-        assert!(began.elapsed() < Duration::from_secs(20), "{} of {count} were sent", broker.0.lock().unwrap().len());
+        assert!(
+            began.elapsed() < Duration::from_secs(20),
+            "{} of {count} were sent",
+            broker.0.lock().unwrap().len()
+        );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -99,7 +110,10 @@ fn a_relay_outlives_its_server() {
             id += 1;
             publish(&bus, id).await;
             until_all_are_sent(&broker, usize::try_from(id).unwrap()).await;
-            println!("round {round}: all sent {:?} after the server was back", began.elapsed());
+            println!(
+                "round {round}: all sent {:?} after the server was back",
+                began.elapsed()
+            );
         }
         let repeats: usize = broker.0.lock().unwrap().values().map(|n| n - 1).sum();
         println!("{id} events, {repeats} repeats");
@@ -111,19 +125,25 @@ fn a_relay_outlives_its_server() {
 fn connections_that_are_cut_are_made_anew() {
     run(async {
         let server = Postgres::start();
-        let log = PostgresLog::connect_with(&server.url(), PostgresOptions::default()).await.unwrap();
+        let log = PostgresLog::connect_with(&server.url(), PostgresOptions::default())
+            .await
+            .unwrap();
         log.migrate().await.unwrap();
         let broker = Counting::default();
         let bus = bus(&log, &broker);
         bus.start().await.unwrap();
-        let cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = 'postrider relay'";
+        let cut =
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = 'postrider relay'";
         for id in 0..200 {
             publish(&bus, id).await;
             if id % 40 == 20 {
                 // The relay takes a moment to come back from the time before.
                 let began = Instant::now();
                 while sqlx::query_scalar::<_, i64>(cut).fetch_one(log.pool()).await.unwrap() == 0 {
-                    assert!(began.elapsed() < Duration::from_secs(10), "the relay does not come back");
+                    assert!(
+                        began.elapsed() < Duration::from_secs(10),
+                        "the relay does not come back"
+                    );
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
                 until_all_are_sent(&broker, usize::try_from(id + 1).unwrap()).await;
@@ -131,7 +151,10 @@ fn connections_that_are_cut_are_made_anew() {
         }
         until_all_are_sent(&broker, 200).await;
         bus.shutdown(Duration::from_secs(5)).await.unwrap();
-        let left: i64 = sqlx::query_scalar("SELECT count(*) FROM postrider.event").fetch_one(log.pool()).await.unwrap();
+        let left: i64 = sqlx::query_scalar("SELECT count(*) FROM postrider.event")
+            .fetch_one(log.pool())
+            .await
+            .unwrap();
         assert_eq!(left, 0);
     });
 }
@@ -141,7 +164,9 @@ fn idle_sessions_leave_the_server_alone() {
     run(async {
         // A server of its own, whose transactions are all ours.
         let server = Postgres::start();
-        let log = PostgresLog::connect_with(&server.url(), PostgresOptions::default()).await.unwrap();
+        let log = PostgresLog::connect_with(&server.url(), PostgresOptions::default())
+            .await
+            .unwrap();
         log.migrate().await.unwrap();
         let groups = ["a", "b", "c"].map(|group| Mailbox::Inbox(postrider_core::GroupName::new(group)));
         let mut sessions = Vec::new();
@@ -159,15 +184,25 @@ fn idle_sessions_leave_the_server_alone() {
         let count = async || -> i64 {
             // Statistics come late.
             tokio::time::sleep(Duration::from_secs(12)).await;
-            sqlx::query_scalar("SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = 'postgres'").fetch_one(log.pool()).await.unwrap()
+            sqlx::query_scalar("SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = 'postgres'")
+                .fetch_one(log.pool())
+                .await
+                .unwrap()
         };
         let before = count().await;
         let began = Instant::now();
         let after = count().await;
         let each_second = (after - before) as f64 / began.elapsed().as_secs_f64();
-        println!("{each_second:.1} transactions a second for {} mailboxes", sessions.len());
+        println!(
+            "{each_second:.1} transactions a second for {} mailboxes",
+            sessions.len()
+        );
         assert!(each_second < 2.5, "{each_second} transactions a second");
-        let connections: i64 = sqlx::query_scalar("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'postrider relay'").fetch_one(log.pool()).await.unwrap();
+        let connections: i64 =
+            sqlx::query_scalar("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'postrider relay'")
+                .fetch_one(log.pool())
+                .await
+                .unwrap();
         assert!(connections <= 2 * 4 + 1, "{connections} connections");
     });
 }

@@ -12,7 +12,9 @@ use std::time::Duration;
 
 async fn append_in(log: &PostgresLog, connection: &mut PgConnection, name: &str) {
     let batch = [record(Some("k"), name)];
-    log.append_in(Lent::exclusive(connection), &Mailbox::outbox(), &batch).await.unwrap();
+    log.append_in(Lent::exclusive(connection), &Mailbox::outbox(), &batch)
+        .await
+        .unwrap();
 }
 
 async fn begin(log: &PostgresLog) -> PgConnection {
@@ -39,7 +41,9 @@ fn a_late_commit_below_what_was_read_is_not_lost() {
         for how in ["commit", "rollback", "prepare early", "prepare late"] {
             let mut late = begin(log).await;
             append_in(log, &mut late, "late").await;
-            log.append(&Mailbox::outbox(), &[record(Some("other"), "early")]).await.unwrap();
+            log.append(&Mailbox::outbox(), &[record(Some("other"), "early")])
+                .await
+                .unwrap();
             if how == "prepare early" {
                 say(&mut late, "PREPARE TRANSACTION 'late'").await;
             }
@@ -75,7 +79,9 @@ fn an_open_transaction_that_wrote_nothing_matters_to_nobody() {
         let mut idle = begin(log).await;
         say(&mut idle, "SELECT 1").await;
         for n in 0..20 {
-            log.append(&Mailbox::outbox(), &[record(Some("k"), &n.to_string())]).await.unwrap();
+            log.append(&Mailbox::outbox(), &[record(Some("k"), &n.to_string())])
+                .await
+                .unwrap();
         }
         assert_eq!(drain(&*session).await.len(), 20);
         idle.close().await.unwrap();
@@ -96,7 +102,11 @@ fn rows_that_somebody_has_moved_are_settled_all_the_same() {
         fixture.sql("VACUUM FULL {event}").await;
         log.append(&Mailbox::outbox(), &batch).await.unwrap();
         assert!(done(&*session, &first[10..]).await.lost.is_empty());
-        assert_eq!(fixture.number("SELECT count(*) FROM {event}").await, 30, "nothing but those is gone");
+        assert_eq!(
+            fixture.number("SELECT count(*) FROM {event}").await,
+            30,
+            "nothing but those is gone"
+        );
         assert_eq!(fixture.number("SELECT count(*) FROM {done}").await, 30);
         assert_eq!(drain(&*session).await.len(), 30);
     });
@@ -109,7 +119,9 @@ fn the_floor_dies_with_the_server() {
     run(async {
         // The position is written to disk only with a commit.
         let mut server = Postgres::start_with(&["fsync=off", "wal_writer_delay=10s", "autovacuum=off"]);
-        let log = PostgresLog::connect_with(&server.url(), PostgresOptions::default().with_max_connections(3)).await.unwrap();
+        let log = PostgresLog::connect_with(&server.url(), PostgresOptions::default().with_max_connections(3))
+            .await
+            .unwrap();
         log.migrate().await.unwrap();
         let session = open(&log, options(LONG)).await;
         log.append(&Mailbox::outbox(), &[record(None, "1")]).await.unwrap();
@@ -119,13 +131,20 @@ fn the_floor_dies_with_the_server() {
         let held = claim(&*session).await.records;
         let mut undone = begin(&log).await;
         // More than the server notes in advance.
-        say(&mut undone, "INSERT INTO postrider.event (mailbox, lane, message_id, topic, type, content_type, headers, payload) \
-            SELECT 1, 0, gen_random_uuid(), 't', 't.v1', 'c', '[]', '' FROM generate_series(1, 100)").await;
+        say(
+            &mut undone,
+            "INSERT INTO postrider.event (mailbox, lane, message_id, topic, type, content_type, headers, payload) \
+            SELECT 1, 0, gen_random_uuid(), 't', 't.v1', 'c', '[]', '' FROM generate_series(1, 100)",
+        )
+        .await;
         say(&mut undone, "ROLLBACK").await;
         a_moment().await;
         // A look that sees the position up there, with nobody writing: everything below is settled.
         assert!(claim(&*session).await.records.is_empty());
-        let before: i64 = sqlx::query_scalar("SELECT last_value FROM postrider.position").fetch_one(log.pool()).await.unwrap();
+        let before: i64 = sqlx::query_scalar("SELECT last_value FROM postrider.position")
+            .fetch_one(log.pool())
+            .await
+            .unwrap();
         assert!(before > 100);
         server.kill();
         server.restart();
@@ -135,13 +154,26 @@ fn the_floor_dies_with_the_server() {
             assert!(tries < 100);
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        let after: i64 = sqlx::query_scalar("SELECT max(id) FROM postrider.event").fetch_one(log.pool()).await.unwrap();
-        assert!(after < before, "the server has not forgotten: {after} after {before}, this shows nothing");
+        let after: i64 = sqlx::query_scalar("SELECT max(id) FROM postrider.event")
+            .fetch_one(log.pool())
+            .await
+            .unwrap();
+        assert!(
+            after < before,
+            "the server has not forgotten: {after} after {before}, this shows nothing"
+        );
         let mut got = Vec::new();
         for _ in 0..40 {
             // The connection is lost once; then everything is read again.
             if let Ok(claimed) = session.claim(&Claim::new(100)).await {
-                let done: Vec<_> = claimed.records.iter().map(|r| Settled { tag: r.tag, outcome: Outcome::Done }).collect();
+                let done: Vec<_> = claimed
+                    .records
+                    .iter()
+                    .map(|r| Settled {
+                        tag: r.tag,
+                        outcome: Outcome::Done,
+                    })
+                    .collect();
                 if session.settle(&done).await.is_ok_and(|report| report.lost.is_empty()) {
                     got.extend(names(&claimed.records));
                 }
@@ -153,8 +185,15 @@ fn the_floor_dies_with_the_server() {
         }
         got.sort();
         assert_eq!(got, ["after", "held"]);
-        assert_eq!(done(&*session, &held).await.lost.len(), 1, "what was claimed before the crash belongs to that life");
-        let left: i64 = sqlx::query_scalar("SELECT count(*) FROM postrider.event").fetch_one(log.pool()).await.unwrap();
+        assert_eq!(
+            done(&*session, &held).await.lost.len(),
+            1,
+            "what was claimed before the crash belongs to that life"
+        );
+        let left: i64 = sqlx::query_scalar("SELECT count(*) FROM postrider.event")
+            .fetch_one(log.pool())
+            .await
+            .unwrap();
         assert_eq!(left, 0);
         drop(undone);
     });

@@ -1,19 +1,38 @@
 //! Events that other languages append.
 
 use crate::fixture::{LONG, PostgresFixture, claim, done, open, options, record};
-use postrider_core::{Mailbox, Message, Topic, log::{EventLogStore as _, NewRecord}};
+use postrider_core::{
+    Mailbox, Message, Topic,
+    log::{EventLogStore as _, NewRecord},
+};
 use postrider_testkit::{run, server::Postgres};
-use proptest::{strategy::{Strategy as _, ValueTree as _}, test_runner::TestRunner};
+use proptest::{
+    strategy::{Strategy as _, ValueTree as _},
+    test_runner::TestRunner,
+};
 use std::process::Command;
 
 /// What `psql` says to a statement; an error is one too.
 fn psql(fixture: &PostgresFixture, sql: &str) -> Result<String, String> {
     let program = Postgres::programs().join("psql");
     let mut psql = Command::new(program);
-    psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-c", &fixture.fill(sql)]);
+    psql.args([
+        "-X",
+        "-q",
+        "-A",
+        "-t",
+        "-v",
+        "ON_ERROR_STOP=1",
+        "-c",
+        &fixture.fill(sql),
+    ]);
     let output = psql.arg(Postgres::shared().url()).output().expect("psql runs");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
-    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+    if output.status.success() {
+        Ok(text(&output.stdout))
+    } else {
+        Err(text(&output.stderr))
+    }
 }
 
 #[test]
@@ -34,18 +53,35 @@ fn what_psql_appends_is_relayed_in_order_beside_ours() {
             "BEGIN; SELECT {append}('orders', 'order.placed.v1', '{\"n\": 1}'::jsonb, key => 'ä', headers => '{\"trace\": \"x\"}', source => 'php'); COMMIT",
         )
         .unwrap();
-        psql(&fixture, "SELECT {append}('orders', 'raw.v1', '\\x00ff'::bytea, headers => '[[\"a\", \"\"], [\"a\", \"2\"]]')").unwrap();
+        psql(
+            &fixture,
+            "SELECT {append}('orders', 'raw.v1', '\\x00ff'::bytea, headers => '[[\"a\", \"\"], [\"a\", \"2\"]]')",
+        )
+        .unwrap();
         psql(&fixture, "BEGIN; SELECT {append}('orders', 'never.v1', 'x'); ROLLBACK").unwrap();
         let session = open(&fixture.log, options(LONG)).await;
         let records = claim(&*session).await.records;
         done(&*session, &records).await;
         let of_key: Vec<_> = records.iter().filter(|r| r.message.key() == Some("order-1")).collect();
-        let names: Vec<_> = of_key.iter().map(|r| String::from_utf8_lossy(r.message.payload()).into_owned()).collect();
+        let names: Vec<_> = of_key
+            .iter()
+            .map(|r| String::from_utf8_lossy(r.message.payload()).into_owned())
+            .collect();
         assert_eq!(names, ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]);
         assert_eq!(records.len(), 12);
-        let placed = &records.iter().find(|r| r.message.id().to_string() == id).unwrap().message;
-        assert_eq!((placed.topic().as_str(), placed.kind(), placed.key()), ("orders", "order.placed.v1", Some("ä")));
-        assert_eq!((placed.source(), placed.content_type()), (Some("php"), "application/json"));
+        let placed = &records
+            .iter()
+            .find(|r| r.message.id().to_string() == id)
+            .unwrap()
+            .message;
+        assert_eq!(
+            (placed.topic().as_str(), placed.kind(), placed.key()),
+            ("orders", "order.placed.v1", Some("ä"))
+        );
+        assert_eq!(
+            (placed.source(), placed.content_type()),
+            (Some("php"), "application/json")
+        );
         assert_eq!(placed.headers(), [("trace".to_owned(), "x".to_owned())]);
         assert_eq!(&placed.payload()[..], br#"{"n": 1}"#);
         assert!(placed.time().is_some());
@@ -70,22 +106,49 @@ fn what_is_wrong_is_refused_with_the_reason() {
             ("'t', 't.v1', 'x', key => ''".to_owned(), "the key has to have"),
             (format!("'t', 't.v1', 'x', key => '{long}'"), "the key has to have"),
             ("'t', 't.v1', 'x', headers => '3'".to_owned(), "the headers have to be"),
-            ("'t', 't.v1', 'x', headers => '[[\"a\"]]'".to_owned(), "a header has to be"),
-            ("'t', 't.v1', 'x', headers => '{\"\": \"b\"}'".to_owned(), "a header has to be"),
-            ("'t', 't.v1', 'x', headers => '{\"a\": 1}'".to_owned(), "a header has to be"),
+            (
+                "'t', 't.v1', 'x', headers => '[[\"a\"]]'".to_owned(),
+                "a header has to be",
+            ),
+            (
+                "'t', 't.v1', 'x', headers => '{\"\": \"b\"}'".to_owned(),
+                "a header has to be",
+            ),
+            (
+                "'t', 't.v1', 'x', headers => '{\"a\": 1}'".to_owned(),
+                "a header has to be",
+            ),
             ("'t', 't.v1', 'x', source => ''".to_owned(), "the source has to have"),
-            ("'t', 't.v1', 'x', route => 'nowhere'".to_owned(), "there is no route 'nowhere'"),
+            (
+                "'t', 't.v1', 'x', route => 'nowhere'".to_owned(),
+                "there is no route 'nowhere'",
+            ),
             ("'t', 't.v1', repeat('x', 921600)".to_owned(), "keep the bulk elsewhere"),
-            ("'t', 't.v1', 'x', key => E'a\\000b'".to_owned(), "invalid byte sequence"),
+            (
+                "'t', 't.v1', 'x', key => E'a\\000b'".to_owned(),
+                "invalid byte sequence",
+            ),
         ] {
             let error = psql(&fixture, &format!("SELECT {{append}}({arguments})")).unwrap_err();
             assert!(error.contains(says), "{arguments}: {error}");
         }
         assert_eq!(fixture.number("SELECT count(*) FROM {event}").await, 0);
         // What fits just so goes.
-        psql(&fixture, "SELECT {append}('t', 't.v1', repeat('x', 921600 - 20)::bytea, content_type => 'c', source => 's')").unwrap();
-        psql(&fixture, "SELECT {append}('t', 't.v1', '', not_before => now() - interval '1 hour')").unwrap();
-        psql(&fixture, "SELECT {append}('t', 't.v1', '', not_before => now() + interval '1 hour')").unwrap();
+        psql(
+            &fixture,
+            "SELECT {append}('t', 't.v1', repeat('x', 921600 - 20)::bytea, content_type => 'c', source => 's')",
+        )
+        .unwrap();
+        psql(
+            &fixture,
+            "SELECT {append}('t', 't.v1', '', not_before => now() - interval '1 hour')",
+        )
+        .unwrap();
+        psql(
+            &fixture,
+            "SELECT {append}('t', 't.v1', '', not_before => now() + interval '1 hour')",
+        )
+        .unwrap();
         assert_eq!(fixture.number("SELECT count(*) FROM {event}").await, 2);
         assert_eq!(fixture.number("SELECT count(*) FROM {scheduled}").await, 1);
     });
@@ -95,7 +158,10 @@ fn what_is_wrong_is_refused_with_the_reason() {
 fn sql_and_rust_put_every_key_into_the_same_lane() {
     run(async {
         let fixture = PostgresFixture::new().await;
-        let keys = proptest::collection::vec("\\PC{1,40}|[\u{1}-\u{1f}]{1,5}|.{1,20}".prop_filter("no NUL", |key| !key.contains('\0')), 300);
+        let keys = proptest::collection::vec(
+            "\\PC{1,40}|[\u{1}-\u{1f}]{1,5}|.{1,20}".prop_filter("no NUL", |key| !key.contains('\0')),
+            300,
+        );
         let keys: Vec<String> = keys.new_tree(&mut TestRunner::default()).unwrap().current();
         let message = |key: Option<&String>| {
             let message = Message::new(Topic::new("t"), "t.v1", "").with_source("test");
@@ -104,11 +170,23 @@ fn sql_and_rust_put_every_key_into_the_same_lane() {
                 None => message,
             })
         };
-        let batch: Vec<NewRecord> = keys.iter().map(|key| message(Some(key))).chain((0..100).map(|_| message(None))).collect();
+        let batch: Vec<NewRecord> = keys
+            .iter()
+            .map(|key| message(Some(key)))
+            .chain((0..100).map(|_| message(None)))
+            .collect();
         fixture.log.append(&Mailbox::outbox(), &batch).await.unwrap();
         let all = fixture.number("SELECT count(*) FROM {event}").await;
         assert_eq!(all, 400);
-        assert_eq!(fixture.number("SELECT count(*) FROM {event} WHERE lane <> {lane_of}(key, message_id)").await, 0);
-        assert!(fixture.number("SELECT count(DISTINCT lane) FROM {event}").await > 50, "they are spread");
+        assert_eq!(
+            fixture
+                .number("SELECT count(*) FROM {event} WHERE lane <> {lane_of}(key, message_id)")
+                .await,
+            0
+        );
+        assert!(
+            fixture.number("SELECT count(DISTINCT lane) FROM {event}").await > 50,
+            "they are spread"
+        );
     });
 }

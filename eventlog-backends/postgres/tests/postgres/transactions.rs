@@ -3,8 +3,7 @@
 use crate::fixture::{LONG, PostgresFixture, drain, open, options};
 use async_trait::async_trait;
 use postrider_core::{
-    Bus, ErrorKind, Event, Message, PublishError, Publisher, Reachability, Transport,
-    memory::MemoryTransport,
+    Bus, ErrorKind, Event, Message, PublishError, Publisher, Reachability, Transport, memory::MemoryTransport,
 };
 use postrider_testkit::run;
 use sqlx::{Connection as _, PgConnection};
@@ -16,7 +15,11 @@ struct Placed {
 }
 
 fn bus(fixture: &PostgresFixture) -> Bus {
-    Bus::builder().log(fixture.log.clone()).transport(MemoryTransport::new()).build().unwrap()
+    Bus::builder()
+        .log(fixture.log.clone())
+        .transport(MemoryTransport::new())
+        .build()
+        .unwrap()
 }
 
 #[test]
@@ -27,7 +30,9 @@ fn events_go_with_the_transaction_they_were_published_in() {
         let session = open(&fixture.log, options(LONG)).await;
         let mut tx = fixture.log.pool().begin().await.unwrap();
         bus.publish_in(&mut tx, &Placed { id: 1 }).await.unwrap();
-        bus.publish_all_in(&mut tx, &[Placed { id: 1 }, Placed { id: 2 }]).await.unwrap();
+        bus.publish_all_in(&mut tx, &[Placed { id: 1 }, Placed { id: 2 }])
+            .await
+            .unwrap();
         assert!(drain(&*session).await.is_empty(), "not before its commit");
         tx.commit().await.unwrap();
         assert_eq!(drain(&*session).await.len(), 3);
@@ -72,8 +77,13 @@ fn a_swallowed_error_cannot_be_committed_as_success() {
         let bus = bus(&fixture);
         for with_event in [false, true] {
             let mut tx = bus.begin().await.unwrap();
-            sqlx::query("CREATE TEMP TABLE swallowed (n int)").execute(tx.connection::<PgConnection>().unwrap()).await.unwrap();
-            let failed = sqlx::query("SELECT 1 / 0").execute(tx.connection::<PgConnection>().unwrap()).await;
+            sqlx::query("CREATE TEMP TABLE swallowed (n int)")
+                .execute(tx.connection::<PgConnection>().unwrap())
+                .await
+                .unwrap();
+            let failed = sqlx::query("SELECT 1 / 0")
+                .execute(tx.connection::<PgConnection>().unwrap())
+                .await;
             assert!(failed.is_err());
             if with_event {
                 bus.publish_in(&mut tx, &Placed { id: 1 }).await.unwrap();
@@ -85,7 +95,10 @@ fn a_swallowed_error_cannot_be_committed_as_success() {
         assert_eq!(fixture.number("SELECT count(*) FROM {event}").await, 0);
         // Nothing is left behind in the pool.
         let mut tx = bus.begin().await.unwrap();
-        sqlx::query("SELECT 1").execute(tx.connection::<PgConnection>().unwrap()).await.unwrap();
+        sqlx::query("SELECT 1")
+            .execute(tx.connection::<PgConnection>().unwrap())
+            .await
+            .unwrap();
         bus.publish_in(&mut tx, &Placed { id: 2 }).await.unwrap();
         tx.commit().await.unwrap();
         assert_eq!(fixture.number("SELECT count(*) FROM {event}").await, 1);
@@ -115,7 +128,12 @@ fn a_bus_carries_events_of_every_way_to_publish() {
         let fixture = PostgresFixture::new().await;
         let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
         let transport = Transport::new("told", postrider_core::Capabilities::default()).with_publisher(Told(tell));
-        let bus = Bus::builder().log(fixture.log.clone()).transport(transport).source("test").build().unwrap();
+        let bus = Bus::builder()
+            .log(fixture.log.clone())
+            .transport(transport)
+            .source("test")
+            .build()
+            .unwrap();
         bus.migrate().await.unwrap();
         bus.start().await.unwrap();
         bus.publish(&Placed { id: 1 }).await.unwrap();
@@ -125,14 +143,21 @@ fn a_bus_carries_events_of_every_way_to_publish() {
         let mut tx = fixture.log.pool().begin().await.unwrap();
         bus.publish_in(&mut tx, &Placed { id: 3 }).await.unwrap();
         tx.commit().await.unwrap();
-        bus.publish_after(&Placed { id: 4 }, std::time::Duration::from_millis(300)).await.unwrap();
+        bus.publish_after(&Placed { id: 4 }, std::time::Duration::from_millis(300))
+            .await
+            .unwrap();
         let mut got = Vec::new();
         while got.len() < 4 {
             got.push(String::from_utf8(told.recv().await.unwrap().payload().to_vec()).unwrap());
         }
         assert_eq!(got, [r#"{"id":1}"#, r#"{"id":2}"#, r#"{"id":3}"#, r#"{"id":4}"#]);
         bus.shutdown(std::time::Duration::from_secs(5)).await.unwrap();
-        assert_eq!(fixture.number("SELECT count(*) FROM {lane} WHERE owner IS NOT NULL").await, 0);
+        assert_eq!(
+            fixture
+                .number("SELECT count(*) FROM {lane} WHERE owner IS NOT NULL")
+                .await,
+            0
+        );
         assert_eq!(fixture.number("SELECT count(*) FROM {relay}").await, 0);
         assert_eq!(fixture.number("SELECT count(*) FROM {done}").await, 4);
     });

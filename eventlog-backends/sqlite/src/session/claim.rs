@@ -120,7 +120,11 @@ impl Claiming<'_> {
     }
 
     fn room(&self) -> usize {
-        if self.bytes == 0 { 0 } else { self.max - self.records.len() }
+        if self.bytes == 0 {
+            0
+        } else {
+            self.max - self.records.len()
+        }
     }
 
     /// Moves scheduled rows whose time has come to the end of the hot table; gives when the next one's will.
@@ -295,7 +299,12 @@ impl Claiming<'_> {
             return Ok(None);
         };
         let up_to = sqlx::query_scalar(self.shared.log.sql().up_to.clone()).bind(self.shared.mailbox);
-        let up_to = up_to.bind(cursor).bind(limit).bind(bytes).fetch_one(&mut *self.connection).await;
+        let up_to = up_to
+            .bind(cursor)
+            .bind(limit)
+            .bind(bytes)
+            .fetch_one(&mut *self.connection)
+            .await;
         up_to.map_err(doing("reading the sizes of events"))
     }
 
