@@ -137,7 +137,10 @@ fn fresh_server() -> (Postgres, Place) {
     (server, place)
 }
 
-const TESTS: [(&str, fn(u64, u64)); 5] = [
+/// What a test is called, and what it does: for so many seconds, by that seed.
+type Test = (&'static str, fn(u64, u64));
+
+const TESTS: [Test; 5] = [
     ("sqlite_told_to_end", |_, _| told_to_end(&Place::Sqlite)),
     ("sqlite_killed_and_paused_at_random", |seconds, seed| {
         kill_at_random(&Place::Sqlite, None, seconds, seed);

@@ -1,5 +1,6 @@
 //! Real servers for tests: child processes on free loopback ports, with their data in a temporary directory, which end
-//! with the test however it ends.
+//! with the test however it ends. They are waited for by the thread: they are no part of what is tested.
+#![allow(clippy::disallowed_methods)]
 
 mod postgres;
 

@@ -1,5 +1,11 @@
 //! The Postgres log on a real server: one binary, so that all tests share it.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::disallowed_methods
+)]
 
 mod conformance;
 mod fixture;
