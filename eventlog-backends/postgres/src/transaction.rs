@@ -37,6 +37,10 @@ impl LogTransaction for PostgresTransaction {
         self.0.commit().await.map_err(doing("committing"))
     }
 
+    async fn commit_appended(self: Box<Self>) -> Result<()> {
+        self.0.commit().await.map_err(doing("committing"))
+    }
+
     async fn rollback(self: Box<Self>) -> Result<()> {
         self.0.rollback().await.map_err(doing("rolling back"))
     }
