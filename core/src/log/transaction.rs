@@ -161,6 +161,7 @@ pub trait LogTransaction: Debug + Send {
     ///
     /// # Contract
     /// As [`commit`](LogTransaction::commit).
+    #[allow(clippy::must_use_candidate)] // it is a future, which has to be used
     async fn commit_appended(self: Box<Self>) -> Result<()> {
         self.commit().await
     }
