@@ -1,4 +1,4 @@
-//! `cargo run --release -p postrider-benches -- <workload> [--quick] [--json] [--case=<part of a name>]`
+//! `cargo run --release -p postrider-benches -- <workload> [--quick] [--json] [--peers] [--case=<part of a name>]`
 //!
 //! Each case is run in interleaved rounds: the raw limit, ours, the raw limit, ours. The figures are medians, the ratio is
 //! ours ÷ raw of the same run.
@@ -17,6 +17,8 @@ use table::Table;
 #[derive(Debug, Clone, Copy)]
 struct Size {
     quick: bool,
+    /// Whether other projects are measured beside ours; they have to be built for it.
+    peers: bool,
 }
 
 impl Size {
@@ -32,7 +34,10 @@ impl Size {
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let has = |flag: &str| arguments.iter().any(|argument| argument == flag);
-    let size = Size { quick: has("--quick") };
+    let size = Size {
+        quick: has("--quick"),
+        peers: has("--peers"),
+    };
     let case = arguments.iter().find_map(|argument| argument.strip_prefix("--case="));
     let mut table = Table::new(has("--json"), case.unwrap_or(""));
     let workload = arguments.iter().find(|argument| !argument.starts_with("--"));

@@ -382,6 +382,32 @@ async fn drain_ours(server: &Postgres, drain: &Drain) -> anyhow::Result<Duration
     Ok(took)
 }
 
+/// How long another outbox takes on the same server: a program of its own workspace, since its driver clashes with ours.
+fn drain_peer(server: &Postgres, which: &str, rows: usize, batch: usize) -> anyhow::Result<Duration> {
+    let mut peer = std::process::Command::new("cargo");
+    peer.args([
+        "run",
+        "-q",
+        "--release",
+        "--manifest-path",
+        "benches/peers/Cargo.toml",
+        "--target-dir",
+        "target/peers",
+        "--",
+    ]);
+    let output = peer
+        .args([&server.url(), which, &rows.to_string(), &batch.to_string()])
+        .output()?;
+    anyhow::ensure!(
+        output.status.success(),
+        "{which}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(Duration::from_secs_f64(
+        String::from_utf8_lossy(&output.stdout).trim().parse()?,
+    ))
+}
+
 /// When each message was committed, or came to the publisher.
 type Times = Arc<Mutex<HashMap<MessageId, Instant>>>;
 
@@ -407,8 +433,19 @@ impl Publisher for Stopwatch {
 }
 
 /// From the end of the commit to the publisher, at a given rate: p50 and p99.
-async fn latency(server: &Postgres, rate: usize, seconds: usize) -> anyhow::Result<(Duration, Duration)> {
+async fn latency(
+    server: &Postgres,
+    rate: usize,
+    seconds: usize,
+    beside_a_snapshot: bool,
+) -> anyhow::Result<(Duration, Duration)> {
     let fresh = Fresh::new(server).await?;
+    // Somebody has forgotten a transaction: nothing that is deleted meanwhile can be cleared away.
+    let mut forgotten = PgConnection::connect(&server.url()).await?;
+    if beside_a_snapshot {
+        let hold = "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM pg_class";
+        sqlx::raw_sql(hold).execute(&mut forgotten).await?;
+    }
     let (committed, published) = (Times::default(), Times::default());
     let transport =
         Transport::new("stopwatch", postrider::Capabilities::default()).with_publisher(Stopwatch(published.clone()));
@@ -472,6 +509,7 @@ async fn latency(server: &Postgres, rate: usize, seconds: usize) -> anyhow::Resu
         .filter_map(|(id, at)| Some(published.get(id)?.saturating_duration_since(*at)));
     let mut all: Vec<Duration> = times.collect();
     all.sort_unstable();
+    forgotten.close().await?;
     let of = |part: f64| all.get((all.len() as f64 * part) as usize).copied().unwrap_or_default();
     fresh.end().await?;
     Ok((of(0.5), of(0.99)))
@@ -594,10 +632,40 @@ pub(crate) fn run(size: Size, table: &mut Table) -> anyhow::Result<()> {
             || on(Box::pin(drain_ours(server, &full))),
         )?;
     }
-    for rate in [20, 10_000] {
-        let case = format!("commit to publish at {rate}/s");
+    for peer in ["outbox-core", "hexeract"].into_iter().filter(|_| size.peers) {
+        for rows in [small, size.of(100_000)] {
+            let drain = Drain {
+                rows,
+                batch: 1000,
+                relays: 1,
+                retention: day,
+                history: 0,
+            };
+            table.compare(
+                name,
+                format!("drain {rows}, {peer} and ours"),
+                "/s",
+                rounds,
+                rows,
+                || drain_peer(server, peer, rows, 1000),
+                || on(Box::pin(drain_ours(server, &drain))),
+            )?;
+        }
+    }
+    for (rate, beside_a_snapshot) in [(20, false), (10_000, false), (10_000, true)] {
+        let beside = if beside_a_snapshot {
+            ", beside a held snapshot"
+        } else {
+            ""
+        };
+        let case = format!("commit to publish at {rate}/s{beside}");
         if table.wants(&case) {
-            let (p50, p99) = runtime.block_on(latency(server, rate, if size.quick { 1 } else { 5 }))?;
+            let seconds = match (size.quick, beside_a_snapshot) {
+                (true, _) => 1,
+                (false, false) => 5,
+                (false, true) => 30,
+            };
+            let (p50, p99) = runtime.block_on(latency(server, rate, seconds, beside_a_snapshot))?;
             table.latency(name, case, p50, p99);
         }
     }
