@@ -3,7 +3,8 @@ use crate::Result;
 use async_trait::async_trait;
 use std::{fmt::Debug, sync::Arc, time::Duration};
 
-/// What to clean up in a mailbox.
+/// What to clean up in a mailbox. A log may keep its history for all mailboxes together: then the age asked for last is that
+/// of all, and it may keep what succeeded a little longer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Purge {

@@ -34,6 +34,7 @@ macro_rules! log_conformance {
             nothing_waiting_stops_a_neighbour
             a_busy_key_is_passed_over_and_given_later
             order_survives_failure
+            a_key_waits_for_whatever_is_parked_of_it
             order_survives_a_take_over
             keyless_records_are_not_held_back
             released_records_keep_their_place

@@ -2,6 +2,7 @@
 
 use crate::{
     PostgresLog,
+    append::READ_COMMITTED,
     error::doing,
     row::{Reader, errors_from_text},
 };
@@ -78,7 +79,7 @@ impl PostgresLog {
             return Ok(0);
         };
         let failed = doing("changing dead letters");
-        let mut tx = self.pool().begin().await.map_err(&failed)?;
+        let mut tx = self.pool().begin_with(READ_COMMITTED).await.map_err(&failed)?;
         let found = sqlx::query_as(self.sql().failed.clone())
             .bind(mailbox)
             .bind(filter.topic.as_ref().map(|topic| topic.as_str()))

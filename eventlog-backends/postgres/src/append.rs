@@ -7,7 +7,7 @@ use crate::{
 };
 use md5::{Digest as _, Md5};
 use postrider_core::{
-    Message, Result,
+    Error, ErrorKind, Message, Result,
     clock::Timestamp,
     log::{NewRecord, Placement},
 };
@@ -23,6 +23,9 @@ pub(crate) mod state {
     pub(crate) const FAILED: i16 = 3;
     pub(crate) const FAILED_AND_HOLDING: i16 = 4;
 }
+
+/// How a transaction begins that takes turns, whatever the database has for a default.
+pub(crate) const READ_COMMITTED: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
 
 /// The key of a record with its lane, topic and text: what turns are taken by.
 pub(crate) type KeyOf = (i16, String, String);
@@ -191,8 +194,15 @@ impl PostgresLog {
             return Ok(());
         }
         let locks: Vec<i32> = locks.into_iter().collect();
-        let lock = sqlx::query(self.sql().lock.clone()).bind(locks).execute(connection);
-        lock.await.map_err(doing("waiting for others who park the same keys"))?;
+        let lock = sqlx::query_scalar(self.sql().lock.clone())
+            .bind(locks)
+            .fetch_one(connection);
+        let isolation: String = lock.await.map_err(doing("waiting for others who park the same keys"))?;
+        if isolation != "read committed" {
+            // Whoever had the turn before has changed what an older snapshot does not show.
+            let text = "messages are parked in a transaction of isolation `read committed` only";
+            return Err(Error::new(ErrorKind::WrongTransaction, text).with("isolation", isolation));
+        }
         Ok(())
     }
 
@@ -217,6 +227,28 @@ impl PostgresLog {
         let others: BTreeSet<KeyOf> = parked.into_iter().filter(|key| !expected.contains(key)).collect();
         self.take_turns(connection, mailbox, &others, &[]).await?;
         Ok(others)
+    }
+
+    /// Which of the keys have something parked that keeps their place.
+    pub(crate) async fn still_parked(
+        &self,
+        connection: &mut PgConnection,
+        mailbox: i16,
+        keys: &BTreeSet<KeyOf>,
+    ) -> Result<BTreeSet<KeyOf>> {
+        let lanes: Vec<i16> = keys.iter().map(|key| key.0).collect();
+        let topics: Vec<&str> = keys.iter().map(|key| key.1.as_str()).collect();
+        let texts: Vec<&str> = keys.iter().map(|key| key.2.as_str()).collect();
+        let still = sqlx::query_as(self.sql().still_parked.clone())
+            .bind(mailbox)
+            .bind(lanes)
+            .bind(topics);
+        let still: Vec<KeyOf> = still
+            .bind(texts)
+            .fetch_all(connection)
+            .await
+            .map_err(doing("looking for what is parked"))?;
+        Ok(still.into_iter().collect())
     }
 
     /// Sees to it that of what is parked of a key the first, and only the first, is a head. Whatever parks or unparks a
@@ -248,7 +280,7 @@ fn turn(mailbox: i16, parts: &[&[u8]]) -> i32 {
     let mut digest = Md5::new_with_prefix(mailbox.to_be_bytes());
     parts.iter().for_each(|part| digest.update(part));
     let digest = digest.finalize();
-    i32::from(u16::from_be_bytes([digest[0], digest[1]]) % 4096)
+    i32::from(u16::from_be_bytes([digest[0], digest[1]]) % 1024)
 }
 
 #[derive(Default)]

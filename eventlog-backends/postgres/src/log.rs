@@ -170,11 +170,12 @@ impl PostgresLog {
             ("enable_sort", "off"),
             ("enable_incremental_sort", "off"),
             ("jit", "off"),
+            ("default_transaction_isolation", "read committed"),
             ("plan_cache_mode", "force_generic_plan"),
             ("idle_in_transaction_session_timeout", "60s"),
         ]);
         connect = match role {
-            Role::Claim => connect,
+            Role::Claim => connect.options([("lock_timeout", &lock_timeout)]),
             Role::Settle => connect.options([("synchronous_commit", "off"), ("lock_timeout", &lock_timeout)]),
             Role::Heart => connect.options([("lock_timeout", "1s"), ("statement_timeout", "2s")]),
         };
@@ -272,7 +273,8 @@ impl EventLogStore for PostgresLog {
             let mut connection = self.pool().acquire().await.map_err(failed)?;
             return self.insert(&mut connection, id, batch).await;
         }
-        let mut tx = self.pool().begin().await.map_err(&failed)?;
+        let begun = self.pool().begin_with(crate::append::READ_COMMITTED).await;
+        let mut tx = begun.map_err(&failed)?;
         let id = self.mailbox_in(&mut tx, mailbox).await?;
         self.insert(&mut tx, id, batch).await?;
         tx.commit().await.map_err(failed)?;

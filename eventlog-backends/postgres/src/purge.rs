@@ -2,7 +2,7 @@
 
 use crate::{
     PostgresLog,
-    append::KeyOf,
+    append::{KeyOf, READ_COMMITTED},
     error::{code, doing, is_refused},
     row::secs,
 };
@@ -125,7 +125,7 @@ impl PostgresLog {
 
     async fn purge_failed(&self, connection: &mut PgConnection, mailbox: i16, age: Duration, max: u64) -> Result<u64> {
         let failed = doing("cleaning up dead letters");
-        let mut tx = connection.begin().await.map_err(&failed)?;
+        let mut tx = connection.begin_with(READ_COMMITTED).await.map_err(&failed)?;
         let old = sqlx::query_as(self.sql().old_failed.clone())
             .bind(mailbox)
             .bind(secs(age));

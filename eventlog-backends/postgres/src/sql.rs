@@ -275,11 +275,11 @@ statements! {
         "LEFT JOIN LATERAL (SELECT true AS yes FROM {parked} p WHERE p.message_id = u.message_id AND p.mailbox + 0 = $1 LIMIT 1) p ON true WHERE p.yes IS NULL ORDER BY n",
     );
     /// Locks by which those who park and unpark take turns: of keys and of message ids. In the order given.
-    lock: "SELECT pg_advisory_xact_lock({parked'}::regclass::oid::int4, h) FROM unnest($1::int4[]) h";
+    lock: "SELECT current_setting('transaction_isolation'), count(pg_advisory_xact_lock({parked'}::regclass::oid::int4, h)) FROM unnest($1::int4[]) h";
 
     // The lanes.
     lock_mailbox: "SELECT 1 FROM {mailbox} WHERE id = $1 FOR UPDATE";
-    forget_expired: "DELETE FROM {relay} WHERE mailbox = $1 AND (expires_at <= {clock}() OR owner = $2)";
+    forget_expired: "DELETE FROM {relay} WHERE mailbox = $1 AND (expires_at <= {clock}() OR owner = ANY($2))";
     register: "INSERT INTO {relay} (mailbox, owner, expires_at) VALUES ($1, $2, {clock}() + make_interval(secs => $3)) ON CONFLICT (mailbox, owner) DO NOTHING";
     unregister: "DELETE FROM {relay} WHERE mailbox = $1 AND owner = $2";
     count_relays: "SELECT count(*) FROM {relay} WHERE mailbox = $1";
@@ -292,10 +292,10 @@ statements! {
     renew: "UPDATE {relay} SET expires_at = {clock}() + make_interval(secs => $3) WHERE mailbox = $1 AND owner = $2 AND expires_at > {clock}() \
         RETURNING (SELECT count(*) FROM {relay} WHERE mailbox = $1 AND expires_at > {clock}())";
 
-    // The settled floor: the position first, then who might still commit one below it. Two statements in one message.
+    // The settled floor (of a transaction the number of the outermost, which is the oldest): the position first, then who might still commit one below it. Two statements in one message.
     probe: "SELECT last_value - (NOT is_called)::int4, {clock}(), pg_postmaster_start_time()::text FROM {position}; \
         SELECT l.virtualtransaction, (SELECT x.transactionid::text FROM pg_locks x WHERE x.locktype = 'transactionid' AND x.granted \
-            AND x.mode = 'ExclusiveLock' AND x.virtualtransaction = l.virtualtransaction LIMIT 1) \
+            AND x.mode = 'ExclusiveLock' AND x.virtualtransaction = l.virtualtransaction ORDER BY age(x.transactionid) DESC LIMIT 1) \
         FROM pg_locks l WHERE l.locktype = 'relation' AND l.mode = 'RowExclusiveLock' \
         AND l.relation IN ({event'}::regclass, {parked'}::regclass, {scheduled'}::regclass) \
         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND l.pid IS DISTINCT FROM pg_backend_pid()";
@@ -329,13 +329,13 @@ statements! {
     due_heads: "SELECT h.lane, h.id, h.topic, h.key, h.next_at FROM unnest($2::int2[]) l (lane) CROSS JOIN LATERAL (SELECT * FROM {parked} p WHERE p.mailbox = $1 \
         AND p.lane = l.lane AND p.state = 0 AND p.next_at >= $3 AND p.next_at <= $4 AND p.id NOT IN (SELECT unnest($6::int8[])) ORDER BY p.next_at, p.id LIMIT $5) h \
         ORDER BY h.next_at, h.id LIMIT $5";
-    /// Heads with what waits behind them: ?2 lanes, ?3 ids, ?4 topics, ?5 keys, ?6 the most of each.
+    /// Heads with what waits behind them: ?2 lanes, ?3 ids, ?4 topics, ?5 keys, ?6 the most of each, ?7 how many bytes.
     runs: concat!(
-        "SELECT ", message_columns!("p."), ", p.attempts, p.state, u.n FROM unnest($2::int2[], $3::int8[], $4::text[], $5::text[]) WITH ORDINALITY u (lane, id, topic, key, n) ",
+        "SELECT * FROM (SELECT r.*, sum(octet_length(r.payload)) OVER (ORDER BY r.n, r.id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before FROM (SELECT ", message_columns!("p."), ", p.attempts, p.state, u.n FROM unnest($2::int2[], $3::int8[], $4::text[], $5::text[]) WITH ORDINALITY u (lane, id, topic, key, n) ",
         "CROSS JOIN LATERAL (SELECT * FROM {parked} p WHERE ", of_key!("p", "u"), " AND p.state <> 3 ",
         "AND p.id >= u.id ORDER BY p.id LIMIT $6) p WHERE u.key IS NOT NULL ",
         "UNION ALL SELECT ", message_columns!("p."), ", p.attempts, p.state, u.n FROM unnest($2::int2[], $3::int8[], $4::text[], $5::text[]) WITH ORDINALITY u (lane, id, topic, key, n) ",
-        "CROSS JOIN LATERAL (SELECT * FROM {parked} p WHERE p.id = u.id ORDER BY p.id LIMIT 1) p WHERE u.key IS NULL ORDER BY 14, 2",
+        "CROSS JOIN LATERAL (SELECT * FROM {parked} p WHERE p.id = u.id ORDER BY p.id LIMIT 1) p WHERE u.key IS NULL) r) r WHERE coalesce(r.before, 0) < $7 ORDER BY r.n, r.id",
     );
     /// Scheduled rows whose time has come enter the event table: ?2 owner, ?3 lanes, ?4 epochs, ?5 and ?6 from and to when, ?7 the most.
     enter_scheduled: concat!(
@@ -357,7 +357,7 @@ statements! {
     keep_done_moved: &keep_done(MOVED);
     fence: concat!("WITH ", fence!(), " SELECT stands FROM fence");
     /// In a transaction that writes more than this: nobody takes the lanes until it ends.
-    lock_fence: "SELECT 1 FROM unnest($3::int2[], $4::int8[]) f (lane, epoch) \
+    lock_fence: "SELECT f.lane FROM unnest($3::int2[], $4::int8[]) f (lane, epoch) \
         JOIN {lane} l ON l.mailbox = $1 AND l.lane = f.lane AND l.owner = $2 AND l.epoch = f.epoch FOR SHARE OF l";
     /// Records of the parked table that are done: ?2 and ?3 lane and id of each.
     delete_done_parked: concat!("DELETE FROM {parked} p USING ", places!(parked), " WHERE p.ctid = u.at");
@@ -393,6 +393,11 @@ statements! {
     promote: concat!(
         "UPDATE {parked} p SET state = 0, next_at = {clock}() FROM (SELECT ", first_of_key!("f.ctid"), " AS at FROM unnest($2::int2[], $3::text[], $4::text[]) k (lane, topic, key) OFFSET 0) u ",
         "WHERE p.ctid = u.at AND p.state = 1",
+    );
+    /// Which of these keys have something parked that keeps their place: ?2 lanes, ?3 topics, ?4 keys.
+    still_parked: concat!(
+        "SELECT k.lane, k.topic, k.key FROM unnest($2::int2[], $3::text[], $4::text[]) k (lane, topic, key) CROSS JOIN LATERAL ",
+        "(SELECT 1 FROM {parked} f WHERE ", of_key!("f", "k"), " AND f.state <> 3 ORDER BY f.id LIMIT 1) f",
     );
     resume: "UPDATE {parked} p SET state = 0, next_at = {clock}() FROM (SELECT r.ctid AS at FROM {parked} r WHERE r.mailbox = $1 AND r.topic = $2 AND r.state = 2 AND r.lane = ANY($3) \
         ORDER BY r.id LIMIT $4) u WHERE p.ctid = u.at AND p.state = 2";

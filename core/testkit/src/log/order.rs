@@ -278,3 +278,27 @@ pub async fn topics_that_wait_are_told_to_the_next_holder(fixture: &dyn LogFixtu
     assert_eq!(two.session.resume(&Topic::new("away"), 5).await.unwrap(), 1);
     assert_eq!(two.drain().await, ["1"]);
 }
+
+/// Records of one key may be sent at once, so a later one may be done before an earlier one that is refused: what comes
+/// after still waits for that.
+pub async fn a_key_waits_for_whatever_is_parked_of_it(fixture: &dyn LogFixture) {
+    let desk = Desk::open(fixture).await;
+    desk.put(&["k:1", "k:2", "k:3"]).await;
+    let records = desk.take().await;
+    let rest = records[1..].iter().map(|r| (r, Outcome::Released));
+    desk.settle(std::iter::once((&records[0], desk.parked(SHORT))).chain(rest).collect())
+        .await;
+    fixture.advance(SHORT * 2).await;
+    let parked = desk.take().await;
+    assert_eq!(names(&parked), ["1", "2", "3"]);
+    desk.settle(vec![
+        (&parked[0], desk.parked(MINUTE)),
+        (&parked[2], Outcome::Done),
+        (&parked[1], Outcome::Released),
+    ])
+    .await;
+    desk.put(&["k:4", "j:x"]).await;
+    assert_eq!(desk.drain().await, ["x"]);
+    fixture.advance(MINUTE + SHORT).await;
+    assert_eq!(desk.drain().await, ["1", "2", "4"]);
+}

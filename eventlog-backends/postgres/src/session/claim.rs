@@ -2,7 +2,7 @@
 
 use super::{
     Lane, Out, Shared,
-    floor::{Look, Writer},
+    floor::{CLOCK_MARGIN, Look, Writer},
     id, lanes, position, tag,
 };
 use crate::{
@@ -34,8 +34,6 @@ const LEAST_OF_A_LANE: usize = 16;
 const CHECK_DUE_EVERY: Duration = Duration::from_millis(20);
 /// Now and then they are looked up from the beginning, whatever the server's clock may have done.
 const CHECK_ALL_EVERY: Duration = Duration::from_secs(300);
-/// What is read by its ids is taken to be so large, where there are large payloads.
-const LARGE_PAYLOAD: usize = 900 * 1024;
 /// The column of the payload, of those that make a message.
 const PAYLOAD: usize = 10;
 /// And that behind them.
@@ -198,15 +196,6 @@ impl Claiming<'_> {
         }
     }
 
-    /// The same where the sizes are not known before.
-    fn room_unseen(&self) -> usize {
-        if self.shared.held().is_large {
-            self.room().min((self.bytes_left / LARGE_PAYLOAD).max(1))
-        } else {
-            self.room()
-        }
-    }
-
     fn lanes(&self) -> Vec<i16> {
         self.shared.held().active().map(|(lane, _)| *lane).collect()
     }
@@ -219,11 +208,11 @@ impl Claiming<'_> {
 
     /// What has become due: scheduled rows enter the event table, parked ones are given. `true` if there is more.
     async fn due(&mut self, max_parked: usize) -> Result<bool> {
-        let (parked_from, scheduled_from, out) = {
+        let (parked_from, scheduled_from, out, writing_since) = {
             let mut held = self.shared.held();
             if held
                 .due
-                .checked_at
+                .since
                 .is_some_and(|at| at + CHECK_ALL_EVERY <= self.shared.elapsed())
             {
                 held.due = super::Due::default();
@@ -231,7 +220,8 @@ impl Claiming<'_> {
             let records = held.active().flat_map(|(_, lane)| &lane.records);
             let out: Vec<i64> = records.filter(|(_, out)| out.is_parked).map(|(at, _)| *at).collect();
             let from = |time: Option<Timestamp>| time.unwrap_or(Timestamp::UNIX_EPOCH);
-            (from(held.due.parked_from), from(held.due.scheduled_from), out)
+            let parked_from = from(held.due.parked_from);
+            (parked_from, from(held.due.scheduled_from), out, held.writing_since)
         };
         let (sent, lanes) = (self.shared.elapsed(), self.lanes());
         let due = sqlx::query(self.shared.log.sql().next_due.clone())
@@ -248,12 +238,20 @@ impl Claiming<'_> {
         let (parked, scheduled): (Option<Timestamp>, Option<Timestamp>) = (due.get(1), due.get(2));
         if self.clock_stepped_back(server_now, sent) {
             // What was written since may lie before the floor.
-            self.shared.held().due = super::Due::default();
+            let mut held = self.shared.held();
+            held.due = super::Due {
+                server_time: Some((server_now, sent)),
+                ..super::Due::default()
+            };
+            held.floor.forget_time();
             return Ok(true);
         }
         let is_due = |at: Option<Timestamp>| at.is_some_and(|at| at <= server_now);
         let mut more = false;
-        let known = self.shared.held().floor.time().map(|time| time.min(server_now));
+        // What one of our own settles is just writing may lie before now, and is not visible yet.
+        let begun = writing_since.map(|since| server_now - sent.saturating_sub(since) - CLOCK_MARGIN);
+        let certain = self.shared.held().floor.time();
+        let known = certain.map(|time| time.min(server_now).min(begun.unwrap_or(server_now)));
         if is_due(scheduled) {
             let (moved, last) = self.enter_scheduled(&lanes, scheduled_from, server_now).await?;
             more |= moved >= self.at_most();
@@ -276,6 +274,7 @@ impl Claiming<'_> {
         let until = |at: Timestamp| sent + (at - server_now).to_std().unwrap_or_default();
         let mut held = self.shared.held();
         held.due.checked_at = Some(sent);
+        held.due.since.get_or_insert(sent);
         // What was due has been changed since, or waits for another of its key: it is looked at again soon.
         held.due.next = if was_due {
             Some(sent + CHECK_DUE_EVERY)
@@ -337,7 +336,7 @@ impl Claiming<'_> {
         known: Option<Timestamp>,
     ) -> Result<bool> {
         let failed = doing("looking for parked events");
-        let at_most = i64::try_from(max_runs.min(self.room_unseen())).unwrap_or(i64::MAX);
+        let at_most = i64::try_from(max_runs.min(self.room())).unwrap_or(i64::MAX);
         if at_most == 0 {
             return Ok(true);
         }
@@ -349,7 +348,7 @@ impl Claiming<'_> {
             .bind(at_most)
             .bind(out);
         let heads = heads.fetch_all(&mut *self.connection).await.map_err(&failed)?;
-        let more = i64::try_from(heads.len()).unwrap_or(i64::MAX) >= at_most;
+        let mut more = i64::try_from(heads.len()).unwrap_or(i64::MAX) >= at_most;
         // Nothing due is left behind but what is skipped, and what the limit cut off.
         let mut reached = if more {
             heads.last().map(|row| row.get(4))
@@ -357,6 +356,7 @@ impl Claiming<'_> {
             Some(to)
         };
         let (mut in_lanes, mut ids, mut topics, mut keys) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut times: Vec<Timestamp> = Vec::new();
         {
             let held = self.shared.held();
             for row in &heads {
@@ -373,19 +373,28 @@ impl Claiming<'_> {
                 ids.push(at);
                 topics.push(topic);
                 keys.push(key);
+                times.push(row.get(4));
             }
         }
         if !ids.is_empty() {
-            let each = (self.room_unseen() / ids.len()).max(1);
+            let each = (self.room() / ids.len()).max(1);
             let runs = sqlx::query(self.shared.log.sql().runs.clone())
                 .bind(self.shared.mailbox)
                 .bind(&in_lanes)
                 .bind(&ids)
                 .bind(&topics)
                 .bind(&keys)
-                .bind(i64::try_from(each).unwrap_or(i64::MAX));
+                .bind(i64::try_from(each).unwrap_or(i64::MAX))
+                .bind(i64::try_from(self.bytes_left).unwrap_or(i64::MAX));
             let rows = runs.fetch_all(&mut *self.connection).await.map_err(failed)?;
-            self.take_runs(&rows)?;
+            let given = self.take_runs(&rows)?;
+            for (n, at) in (1..).zip(times) {
+                if !given.contains(&n) {
+                    // The bytes were used up, or it has changed meanwhile.
+                    reached = reached.min(Some(at));
+                    more = true;
+                }
+            }
         }
         if let (Some(reached), Some(known)) = (reached, known) {
             self.shared.held().due.parked_from = Some(known.min(reached));
@@ -393,7 +402,9 @@ impl Claiming<'_> {
         Ok(more)
     }
 
-    fn take_runs(&mut self, rows: &[PgRow]) -> Result<()> {
+    /// Gives heads with what waits behind them, and says which heads.
+    fn take_runs(&mut self, rows: &[PgRow]) -> Result<BTreeSet<i64>> {
+        let mut given = BTreeSet::new();
         let (mut run, mut is_open) = (0, false);
         for row in rows {
             let (state, of_run): (i16, i64) = (row.get(12), row.get(13));
@@ -412,6 +423,8 @@ impl Claiming<'_> {
             let is_ours = held.tenure == self.tenure;
             if let Some(state) = held.lanes.get_mut(&lane).filter(|_| is_ours) {
                 state.holdings.take_run(position(at), message.key_hash());
+                self.bytes_left = self.bytes_left.saturating_sub(message.payload().len());
+                given.insert(of_run);
                 give(
                     state,
                     &mut self.records,
@@ -424,21 +437,23 @@ impl Claiming<'_> {
                 self.given_parked.push((lane, at));
             }
         }
-        Ok(())
+        Ok(given)
     }
 
     /// What was passed over for keys that have become free.
     async fn freed(&mut self) -> Result<Vec<Event>> {
         let (mut in_lanes, mut ids) = (Vec::new(), Vec::new());
         {
-            let mut room = self.room_unseen();
+            let mut room = self.room();
+            let mut bytes = self.bytes_left;
             let mut held = self.shared.held();
             for (number, lane) in held.lanes.iter_mut().filter(|(_, lane)| !lane.is_leaving) {
-                if room == 0 {
-                    break;
-                }
-                for at in lane.holdings.take_freed(room) {
+                // They were read before, so none is larger than the largest of the lane.
+                let largest = lane.largest.max(1);
+                let fitting = if bytes == 0 { 0 } else { (bytes / largest).max(1) };
+                for at in lane.holdings.take_freed(room.min(fitting)) {
                     room -= 1;
+                    bytes = bytes.saturating_sub(largest);
                     in_lanes.push(*number);
                     ids.push(id(at));
                     self.given_freed.push((*number, id(at)));
@@ -454,10 +469,12 @@ impl Claiming<'_> {
         let mut found = Vec::with_capacity(rows.len());
         for row in &rows {
             let (lane, at) = place(row, 0);
+            let message = self.reader.message(row, 0)?;
+            self.bytes_left = self.bytes_left.saturating_sub(message.payload().len());
             found.push(Event {
                 lane,
                 id: at,
-                message: self.reader.message(row, 0)?,
+                message,
                 at: Tid::get(row, TID),
             });
         }
@@ -579,6 +596,11 @@ impl Claiming<'_> {
             reached.push((lane, complete.min(certain).max(cursor)));
         }
         let mut held = self.shared.held();
+        for (lane, _) in seen {
+            if let Some(lane) = held.lanes.get_mut(&lane) {
+                lane.largest = largest.max(lane.largest);
+            }
+        }
         held.full_lanes = full.max(1);
         held.is_large = largest > SMALL_PAYLOAD;
         Ok(Some(Fetched {
@@ -673,13 +695,20 @@ impl Claiming<'_> {
         let log = &self.shared.log;
         let (owner, fence) = {
             let held = self.shared.held();
-            (held.owner, held.fence())
+            let lanes: BTreeSet<i16> = behind.iter().map(|(lane, ..)| *lane).collect();
+            let epoch = |lane: &i16| held.lanes.get(lane).map_or(-1, |lane| lane.epoch);
+            let fence: (Vec<i16>, Vec<i64>) = lanes.iter().map(|lane| (*lane, epoch(lane))).unzip();
+            (held.owner, fence)
         };
         let in_lanes: Vec<i16> = behind.iter().map(|(lane, ..)| *lane).collect();
         let ids: Vec<i64> = behind.iter().map(|(_, at, ..)| *at).collect();
         let mut keys: BTreeSet<KeyOf> = behind.iter().map(|(.., key)| key.clone()).collect();
         let mut tx = self.connection.begin().await.map_err(&failed)?;
-        if !super::settle::fence_stands(self.shared, &mut tx, owner, &fence).await? {
+        if super::settle::standing(self.shared, &mut tx, owner, &fence)
+            .await?
+            .len()
+            < fence.0.len()
+        {
             tx.rollback().await.map_err(failed)?;
             self.shared.held().end_tenure();
             return Ok(());

@@ -9,7 +9,7 @@ use postrider_core::clock::{Moment, Timestamp};
 use std::time::Duration;
 
 /// How far due times are looked for behind the floor: a step of the server's clock that is smaller goes unnoticed.
-const CLOCK_MARGIN: Duration = Duration::from_millis(250);
+pub(super) const CLOCK_MARGIN: Duration = Duration::from_millis(250);
 /// Between two looks, after settles.
 const PROBE_EVERY: Duration = Duration::from_millis(200);
 /// While transactions of the look before are still open.
@@ -111,6 +111,13 @@ impl Floor {
             self.is_stale = true;
         }
         true
+    }
+
+    /// The server's clock has gone back: what was known of times does not hold.
+    pub(super) fn forget_time(&mut self) {
+        self.time = None;
+        self.pending = None;
+        self.looked_at = None;
     }
 
     fn reach(&mut self, look: &Look) {

@@ -42,19 +42,21 @@ pub(super) async fn hold(shared: &Arc<Shared>, connection: &mut PgConnection) ->
 }
 
 async fn begin_tenure(shared: &Arc<Shared>, connection: &mut PgConnection) -> Result<()> {
-    let (owner, previous) = {
+    let (owner, owners) = {
         let mut held = shared.held();
         held.end_tenure();
+        let owners = held.owners.clone();
         // The name of a tenure that is over is never used again, so nothing of it can be taken for this one's.
-        held.previous = (held.tenure > 0).then_some(held.owner);
         if held.tenure > 0 {
             held.owner = *Owner::new().as_uuid();
         }
         held.tenure += 1;
-        (held.owner, held.previous)
+        let owner = held.owner;
+        held.owners.push(owner);
+        (owner, owners)
     };
     let sent = shared.elapsed();
-    take(shared, connection, owner, Some((sent, previous))).await
+    take(shared, connection, owner, Some((sent, owners))).await
 }
 
 /// Takes what may be taken: lanes whose owner is gone at once, those handed back up to the session's part.
@@ -62,7 +64,7 @@ async fn take(
     shared: &Arc<Shared>,
     connection: &mut PgConnection,
     owner: Uuid,
-    begins: Option<(Moment, Option<Uuid>)>,
+    begins: Option<(Moment, Vec<Uuid>)>,
 ) -> Result<()> {
     let (log, mailbox) = (&shared.log, shared.mailbox);
     let (sql, failed) = (log.sql(), doing("taking lanes"));
@@ -71,7 +73,7 @@ async fn take(
     let lock = sqlx::query(sql.lock_mailbox.clone()).bind(mailbox);
     lock.execute(&mut *tx).await.map_err(&failed)?;
     // Waits for a renewal that is being committed, and sees it: nothing is taken from the living.
-    let previous = begins.and_then(|(_, previous)| previous);
+    let previous: &[Uuid] = begins.as_ref().map_or(&[], |(_, owners)| owners);
     let forget = sqlx::query(sql.forget_expired.clone()).bind(mailbox).bind(previous);
     forget.execute(&mut *tx).await.map_err(&failed)?;
     if begins.is_some() {
@@ -106,10 +108,10 @@ async fn take(
     let lanes: Vec<i16> = taken.iter().map(|(lane, _)| *lane).collect();
     {
         let mut held = shared.held();
-        if let Some((sent, _)) = begins {
-            held.lease = Lease::new(log.clock().clone(), sent, shared.options.lease);
+        if let Some((sent, _)) = &begins {
+            held.lease = Lease::new(log.clock().clone(), *sent, shared.options.lease);
             held.renewal = Some(renewal(shared, &held.lease, owner));
-            held.previous = None;
+            held.owners = vec![owner];
         }
         held.relays = relays;
         held.looked_for_lanes_at = shared.elapsed();
@@ -166,6 +168,7 @@ impl Loaded {
                 records: FxHashMap::default(),
                 parked: FxHashMap::default(),
                 moving: FxHashSet::default(),
+                largest: 0,
                 parked_cursor: self.certain,
                 is_leaving: false,
             };

@@ -64,8 +64,10 @@ struct Held {
     tenure: u64,
     /// This tenure's name in the database.
     owner: Uuid,
-    /// That of the tenure before, whose lanes are still ours to take.
-    previous: Option<Uuid>,
+    /// Those of tenures that may still have lanes, which are ours to take.
+    owners: Vec<Uuid>,
+    /// Since when a settle has been writing due times that may not be visible yet.
+    writing_since: Option<Moment>,
     lease: Lease,
     renewal: Option<AbortOnDropHandle<()>>,
     lanes: BTreeMap<i16, Lane>,
@@ -91,6 +93,8 @@ struct Due {
     parked_from: Option<Timestamp>,
     scheduled_from: Option<Timestamp>,
     checked_at: Option<Moment>,
+    /// Since when not everything has been looked up.
+    since: Option<Moment>,
     /// When the next thing known becomes due.
     next: Option<Moment>,
     /// The server's clock at the last check, to notice a step of it.
@@ -107,6 +111,8 @@ struct Lane {
     records: FxHashMap<i64, Out>,
     /// Keys of which something is parked, by [`Message::key_hash`], with the last position parked.
     parked: FxHashMap<u64, i64>,
+    /// The largest payload that was read of it.
+    largest: usize,
     /// Passed over, and just being parked by a claim.
     moving: FxHashSet<u64>,
     /// Everything parked up to here is known.
@@ -157,7 +163,6 @@ impl Held {
         self.floor = Floor::default();
         self.due = Due::default();
         self.untold.clear();
-        self.previous = Some(self.owner);
     }
 
     /// How many lanes are this session's part.
@@ -194,7 +199,8 @@ impl PostgresSession {
         let held = Held {
             tenure: 0,
             owner: *options.owner.as_uuid(),
-            previous: None,
+            owners: Vec::new(),
+            writing_since: None,
             lease: Lease::none(log.clock().clone()),
             renewal: None,
             lanes: BTreeMap::new(),
@@ -363,7 +369,7 @@ impl Session for PostgresSession {
     async fn close(&self) -> Result<()> {
         let shared = &self.shared;
         let (mut claim, mut settle) = (shared.claim.lock().await, shared.settle.lock().await);
-        let (owner, previous, had_tenure) = {
+        let (owners, had_tenure) = {
             let mut held = shared.held();
             if held.closed {
                 return Ok(());
@@ -371,19 +377,16 @@ impl Session for PostgresSession {
             held.closed = true;
             let had_tenure = held.tenure > 0;
             held.end_tenure();
-            (held.owner, held.previous, had_tenure)
+            (held.owners.clone(), had_tenure)
         };
         shared.tell();
-        let connection = match claim.take().or(settle.take()) {
+        let connection = match claim.take().or_else(|| settle.take()) {
             // What was using them has been cut off; the lanes are to be handed back all the same.
             None if had_tenure => Some(shared.log.own_connection(Role::Claim).await?),
             connection => connection,
         };
         if let Some(mut connection) = connection {
-            for owner in [Some(owner), previous.filter(|previous| *previous != owner)]
-                .into_iter()
-                .flatten()
-            {
+            for owner in owners {
                 for statement in [&shared.log.sql().free_all, &shared.log.sql().unregister] {
                     let free = sqlx::query(statement.clone()).bind(shared.mailbox).bind(owner);
                     free.execute(&mut connection)

@@ -20,41 +20,44 @@ use std::{
 };
 use uuid::Uuid;
 
-/// Whether the lanes are still the owner's; nobody takes them before the end of the transaction.
-pub(super) async fn fence_stands(
+/// Which of the lanes are still the owner's; nobody takes them before the end of the transaction.
+pub(super) async fn standing(
     shared: &Shared,
     connection: &mut PgConnection,
     owner: Uuid,
     (lanes, epochs): &(Vec<i16>, Vec<i64>),
-) -> Result<bool> {
-    let fence = sqlx::query(shared.log.sql().lock_fence.clone())
+) -> Result<Vec<i16>> {
+    let fence = sqlx::query_scalar(shared.log.sql().lock_fence.clone())
         .bind(shared.mailbox)
         .bind(owner)
         .bind(lanes)
         .bind(epochs);
-    let standing = fence.fetch_all(connection).await.map_err(doing("checking the lease"))?;
-    Ok(standing.len() == lanes.len())
+    fence.fetch_all(connection).await.map_err(doing("checking the lease"))
 }
 
 pub(super) async fn resume(shared: &Shared, connection: &mut PgConnection, topic: &Topic, max: usize) -> Result<u64> {
     let failed = doing("resuming a topic");
-    let (owner, fence) = {
+    let (tenure, owner, fence) = {
         let held = shared.held();
-        (held.owner, held.fence())
+        (held.tenure, held.owner, held.fence())
     };
     if fence.0.is_empty() {
         return Ok(0);
     }
     let mut tx = connection.begin().await.map_err(&failed)?;
-    if !fence_stands(shared, &mut tx, owner, &fence).await? {
-        tx.rollback().await.map_err(failed)?;
-        shared.held().end_tenure();
-        return Ok(0);
+    let standing = standing(shared, &mut tx, owner, &fence).await?;
+    if standing.len() < fence.0.len() {
+        // A lane may have been handed back meanwhile; one that is still ours here is lost.
+        let mut held = shared.held();
+        let is_lost = |lane: &i16| held.lanes.contains_key(lane) && !standing.contains(lane);
+        if held.tenure == tenure && fence.0.iter().any(is_lost) {
+            held.end_tenure();
+        }
     }
     let resume = sqlx::query(shared.log.sql().resume.clone())
         .bind(shared.mailbox)
         .bind(topic.as_str())
-        .bind(fence.0);
+        .bind(standing);
     let resume = resume
         .bind(i64::try_from(max).unwrap_or(i64::MAX))
         .execute(&mut *tx)
@@ -74,31 +77,32 @@ pub(super) async fn settle(shared: &Shared, connection: &mut PgConnection, batch
         return Ok(SettleReport::new(lost));
     }
     let keep = shared.options.keep_succeeded;
-    let stands = match plan.write(shared, connection, keep).await {
+    let _writing = (!plan.is_plain()).then(|| Writing::begin(shared));
+    let written = match plan.write(shared, connection, keep).await {
         // Whatever is wrong with the history, the events are done.
         Err(error) if keep && is_refused(&error) => {
-            let stands = plan.write(shared, connection, false).await?;
+            let written = plan.write(shared, connection, false).await?;
             if plan.has_done() && shared.log.count_history_failure() == 0 {
                 tracing::warn!(
                     error = error.to_chain(),
                     "what succeeded could not be kept in the history and was deleted (said once; `history_failures` counts)"
                 );
             }
-            stands
+            written
         }
         written => written?,
     };
     let mut held = shared.held();
-    if !stands {
+    let Some(still_parked) = written else {
         if held.tenure == plan.tenure {
             held.end_tenure();
         }
         lost.extend(plan.known);
         return Ok(SettleReport::new(lost));
-    }
+    };
     let is_plain = plan.is_plain();
     if held.tenure == plan.tenure {
-        plan.apply(&mut held);
+        plan.apply(&mut held, &still_parked);
     }
     let may_claim = !is_plain || held.active().any(|(_, lane)| lane.holdings.has_freed());
     Ok(SettleReport::new(lost).with_may_claim(may_claim))
@@ -346,17 +350,23 @@ impl Plan {
         !self.done.is_empty() || !self.done_parked.is_empty()
     }
 
-    /// Writes it all, or nothing: `false` if the fence is down.
-    async fn write(&self, shared: &Shared, connection: &mut PgConnection, keep: bool) -> Result<bool> {
+    /// Writes it all, or nothing: `None` if the fence is down, else the keys that are still parked.
+    async fn write(
+        &self,
+        shared: &Shared,
+        connection: &mut PgConnection,
+        keep: bool,
+    ) -> Result<Option<BTreeSet<KeyOf>>> {
         if self.is_plain() {
-            return self.write_done(shared, connection, keep).await;
+            let stands = self.write_done(shared, connection, keep).await?;
+            return Ok(stands.then(BTreeSet::new));
         }
         let failed = doing("settling events");
         let (log, sql, mailbox) = (&shared.log, shared.log.sql(), shared.mailbox);
         let mut tx = connection.begin().await.map_err(&failed)?;
-        if !fence_stands(shared, &mut tx, self.owner, &self.fence).await? {
+        if standing(shared, &mut tx, self.owner, &self.fence).await?.len() < self.fence.0.len() {
             tx.rollback().await.map_err(failed)?;
-            return Ok(false);
+            return Ok(None);
         }
         log.take_turns(&mut tx, mailbox, &self.keys, &[]).await?;
         if !self.done.is_empty() {
@@ -399,8 +409,13 @@ impl Plan {
         }
         // Behind all of it, in a later snapshot.
         log.right_keys(&mut tx, mailbox, &keys).await?;
+        let still_parked = if self.effects.unparked.is_empty() {
+            BTreeSet::new()
+        } else {
+            log.still_parked(&mut tx, mailbox, &keys).await?
+        };
         tx.commit().await.map_err(failed)?;
-        Ok(true)
+        Ok(Some(still_parked))
     }
 
     async fn write_done(&self, shared: &Shared, connection: &mut PgConnection, keep: bool) -> Result<bool> {
@@ -445,7 +460,7 @@ impl Plan {
         Ok(true)
     }
 
-    fn apply(self, held: &mut Held) {
+    fn apply(self, held: &mut Held, still_parked: &BTreeSet<KeyOf>) {
         held.floor.settled();
         if !self.is_plain() {
             held.due.checked_at = None;
@@ -457,7 +472,15 @@ impl Plan {
                 *known = last.max(*known);
             }
         }
+        let still_parked: FxHashSet<(i16, u64)> = still_parked
+            .iter()
+            .filter_map(|(lane, topic, key)| Some((*lane, super::lanes::key_hash(topic, key).ok()?)))
+            .collect();
         for (lane, key, at) in effects.unparked {
+            // Not all before it need be done: a topic may have a key's records sent at once.
+            if still_parked.contains(&(lane, key)) {
+                continue;
+            }
             if let Some(lane) = held.lanes.get_mut(&lane)
                 && lane.parked.get(&key) == Some(&at)
             {
@@ -495,4 +518,20 @@ fn key_of(lane: i16, out: &Out) -> Option<KeyOf> {
         out.message.topic().as_str().to_owned(),
         out.message.key()?.to_owned(),
     ))
+}
+
+/// Says that due times are being written, for as long as they are.
+struct Writing<'a>(&'a Shared);
+
+impl<'a> Writing<'a> {
+    fn begin(shared: &'a Shared) -> Self {
+        shared.held().writing_since = Some(shared.elapsed());
+        Self(shared)
+    }
+}
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        self.0.held().writing_since = None;
+    }
 }

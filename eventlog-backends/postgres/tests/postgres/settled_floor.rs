@@ -38,8 +38,17 @@ fn a_late_commit_below_what_was_read_is_not_lost() {
         let fixture = PostgresFixture::new().await;
         let log = &fixture.log;
         let session = open(log, options(LONG)).await;
-        for how in ["commit", "rollback", "prepare early", "prepare late"] {
+        for how in [
+            "commit",
+            "rollback",
+            "prepare early",
+            "prepare late",
+            "prepare late, with savepoints",
+        ] {
             let mut late = begin(log).await;
+            if how.ends_with("savepoints") {
+                say(&mut late, "SAVEPOINT one; SAVEPOINT two").await;
+            }
             append_in(log, &mut late, "late").await;
             log.append(&Mailbox::outbox(), &[record(Some("other"), "early")])
                 .await
@@ -53,7 +62,7 @@ fn a_late_commit_below_what_was_read_is_not_lost() {
                 a_moment().await;
                 log.append(&Mailbox::outbox(), &[record(None, "more")]).await.unwrap();
                 assert_eq!(drain(&*session).await, ["more"], "{how}");
-                if how == "prepare late" && n == 2 {
+                if how.starts_with("prepare late") && n == 2 {
                     // It goes on under another name.
                     say(&mut late, "PREPARE TRANSACTION 'late'").await;
                 }

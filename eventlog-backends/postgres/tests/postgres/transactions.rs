@@ -1,9 +1,11 @@
 //! Events in transactions of the application's.
 
-use crate::fixture::{LONG, PostgresFixture, drain, open, options};
+use crate::fixture::{LONG, PostgresFixture, drain, open, options, record};
 use async_trait::async_trait;
 use postrider_core::{
-    Bus, ErrorKind, Event, Message, PublishError, Publisher, Reachability, Transport, memory::MemoryTransport,
+    Bus, ErrorKind, Event, Mailbox, Message, PublishError, Publisher, Reachability, Transport,
+    log::{Lent, Placement, TransactionalLog as _},
+    memory::MemoryTransport,
 };
 use postrider_testkit::run;
 use sqlx::{Connection as _, PgConnection};
@@ -160,5 +162,43 @@ fn a_bus_carries_events_of_every_way_to_publish() {
         );
         assert_eq!(fixture.number("SELECT count(*) FROM {relay}").await, 0);
         assert_eq!(fixture.number("SELECT count(*) FROM {done}").await, 4);
+    });
+}
+
+/// Whoever parks has to see what those did who parked and settled before him.
+#[test]
+fn parking_asks_for_read_committed() {
+    run(async {
+        let fixture = PostgresFixture::new().await;
+        let parked = record(Some("k"), "1").placed(Placement::Parked {
+            after: std::time::Duration::ZERO,
+            attempts: 1,
+            errors: Vec::new(),
+        });
+        let mut tx = fixture
+            .log
+            .pool()
+            .begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ")
+            .await
+            .unwrap();
+        let lent = Lent::exclusive::<PgConnection>(&mut tx);
+        let error = fixture
+            .log
+            .append_in(lent, &Mailbox::outbox(), &[parked])
+            .await
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::WrongTransaction, "{error}");
+        drop(tx);
+        // Events themselves may be published at any isolation.
+        let mut tx = fixture
+            .log
+            .pool()
+            .begin_with("BEGIN ISOLATION LEVEL SERIALIZABLE")
+            .await
+            .unwrap();
+        bus(&fixture).publish_in(&mut tx, &Placed { id: 1 }).await.unwrap();
+        tx.commit().await.unwrap();
+        let session = open(&fixture.log, options(LONG)).await;
+        assert_eq!(drain(&*session).await.len(), 1);
     });
 }
