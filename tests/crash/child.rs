@@ -25,13 +25,35 @@ pub(crate) struct Counted {
     pub(crate) n: i64,
 }
 
-/// A broker that outlives every process: a file that lines are appended to. It refuses some messages, some times.
+/// A broker that outlives every process: a file that lines are appended to.
 #[derive(Debug)]
 struct FileBroker {
     file: Mutex<File>,
+    /// Where every call is written down as it begins.
+    begun: Mutex<File>,
+    pace: Pace,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pace {
+    /// At once; it refuses some messages, some times.
+    Fast,
+    /// A few at a time, for a while.
+    Slow,
+    /// It never answers.
+    Never,
 }
 
 impl FileBroker {
+    fn open(dir: &Path, pace: Pace) -> Self {
+        let open = |path| File::options().create(true).append(true).open(path);
+        Self {
+            file: Mutex::new(open(ledger::broker(dir)).expect("the broker's file")),
+            begun: Mutex::new(open(ledger::begun(dir)).expect("the list of calls")),
+            pace,
+        }
+    }
+
     fn refuses(message: &Message) -> bool {
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
@@ -44,11 +66,19 @@ impl FileBroker {
 #[async_trait]
 impl Publisher for FileBroker {
     async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
+        if self.pace != Pace::Fast {
+            let line = format!("{}\n", std::process::id());
+            self.begun.lock().unwrap().write_all(line.as_bytes()).unwrap();
+            tokio::time::sleep(Duration::from_millis(30)).await;
+        }
+        if self.pace == Pace::Never {
+            return std::future::pending().await;
+        }
         let mut lines = String::new();
         let outcomes = batch
             .iter()
             .map(|message| {
-                if Self::refuses(message) {
+                if self.pace == Pace::Fast && Self::refuses(message) {
                     return Err(PublishError::rejected("not just now"));
                 }
                 let event: Counted = serde_json::from_slice(message.payload()).map_err(PublishError::invalid)?;
@@ -76,20 +106,26 @@ pub(crate) async fn run(dir: &Path, place: &Place, what: &str) {
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     };
-    let file = File::options()
-        .create(true)
-        .append(true)
-        .open(ledger::broker(dir))
-        .expect("the broker's file");
-    let transport = Transport::new("file", postrider::Capabilities::default())
-        .with_publisher(FileBroker { file: Mutex::new(file) });
-    let relay = RelayOptions::default()
+    let pace = match what {
+        "slow" => Pace::Slow,
+        "hold" => Pace::Never,
+        _ => Pace::Fast,
+    };
+    let transport =
+        Transport::new("file", postrider::Capabilities::default()).with_publisher(FileBroker::open(dir, pace));
+    let mut relay = RelayOptions::default()
         .with_lease(LEASE)
         .with_poll_interval(Duration::from_millis(50))
         .with_local_interval(Duration::from_millis(10))
         .with_min_retry_interval(Duration::from_millis(300))
         .with_backoff(Backoff::Fixed(Duration::from_millis(50)))
         .with_max_attempts(1000);
+    if pace != Pace::Fast {
+        relay = relay
+            .with_batch_size(10)
+            .with_publish_calls(1)
+            .with_publish_timeout(Duration::from_secs(60));
+    }
     let bus = Bus::builder()
         .log(store.log())
         .transport(transport)
@@ -97,29 +133,34 @@ pub(crate) async fn run(dir: &Path, place: &Place, what: &str) {
         .source("crash")
         .build()
         .expect("a bus");
+    if what == "fill" {
+        // It publishes, and leaves the relaying to others.
+        work(&bus, &store, 600).await;
+        return;
+    }
     while let Err(error) = bus.start().await {
         eprintln!("(the bus does not start, as it may: {error:#})");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    if what == "finish" {
-        finish(&bus).await;
-        return;
+    match what {
+        "finish" => finish(&bus).await,
+        "serve" => {
+            // The rounds go on until the process ends; the bus does what a server's does.
+            let working = bus.clone();
+            tokio::spawn(async move { work(&working, &store, u64::MAX).await });
+            bus.run_until_signal(Duration::from_secs(10))
+                .await
+                .expect("a clean shutdown");
+        }
+        "slow" | "hold" => std::future::pending().await,
+        _ => work(&bus, &store, u64::MAX).await,
     }
-    if what == "serve" {
-        // The rounds go on until the process ends; the bus does what a server's does.
-        let working = bus.clone();
-        tokio::spawn(async move { work(&working, &store).await });
-        bus.run_until_signal(Duration::from_secs(10))
-            .await
-            .expect("a clean shutdown");
-        return;
-    }
-    work(&bus, &store).await;
 }
 
-/// Transactions, for ever.
-async fn work(bus: &Bus, store: &Store) {
-    for round in u64::from(std::process::id()).. {
+/// So many transactions.
+async fn work(bus: &Bus, store: &Store, rounds: u64) {
+    let first = u64::from(std::process::id());
+    for round in first..first.saturating_add(rounds) {
         let key = i64::try_from(round).unwrap_or(0) % KEYS;
         if let Err(error) = store.count(bus, key, round).await {
             // The other process holds a lock for long, paused in a transaction; or the database is down.

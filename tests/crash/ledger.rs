@@ -12,6 +12,11 @@ pub(crate) fn broker(dir: &Path) -> PathBuf {
     dir.join("broker.txt")
 }
 
+/// The calls of brokers that are not fast, each with who made it.
+pub(crate) fn begun(dir: &Path) -> PathBuf {
+    dir.join("begun.txt")
+}
+
 /// With who sent it and when, for whoever has to find out how it came to be.
 pub(crate) fn line(key: i64, n: i64) -> String {
     let now = SystemTime::now()

@@ -130,6 +130,64 @@ fn told_to_end(place: &Place) {
     assert!(report.is_kept(), "a promise was broken");
 }
 
+/// A process that was paused past its lease, and goes on, publishes nothing more of what it held and settles nothing: not
+/// even what it was just publishing.
+fn paused_past_its_lease(place: &Place) {
+    let dir = tempfile::tempdir().unwrap();
+    let lines = |path: &Path, of: &Child| {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let of = of.id().to_string();
+        text.lines()
+            .filter(|line| line.split(' ').any(|word| word == of))
+            .count()
+    };
+    let (broker, begun) = (ledger::broker(dir.path()), ledger::begun(dir.path()));
+    let wait_for = |what: &str, is_so: &dyn Fn() -> bool| {
+        let until = Instant::now() + Duration::from_secs(20);
+        while !is_so() {
+            assert!(Instant::now() < until, "{what}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    assert!(spawn(dir.path(), place, "fill").wait().unwrap().success());
+    let mut paused = spawn(dir.path(), place, "slow");
+    wait_for("nothing is sent", &|| lines(&broker, &paused) >= 40);
+    signal(&paused, "-STOP");
+    // The next takes it all over, and sends nothing: what is done from now on, the paused one has done.
+    let mut next = spawn(dir.path(), place, "hold");
+    wait_for("nobody takes over", &|| lines(&begun, &next) > 0);
+    let (calls, sent) = (lines(&begun, &paused), lines(&broker, &paused));
+    let pending = pending(dir.path(), place);
+    assert!(pending > 200, "there is work that both have been given: {pending}");
+    signal(&paused, "-CONT");
+    std::thread::sleep(child::LEASE * 3);
+    let more = lines(&broker, &paused) - sent;
+    println!(
+        "paused with {pending} pending, past its lease: {} calls begun afterwards, {more} sent by the one under way",
+        lines(&begun, &paused) - calls
+    );
+    assert_eq!(lines(&begun, &paused), calls, "it publishes what is no longer its own");
+    assert!(more <= 10, "it sent more than it was just sending");
+    assert_eq!(
+        self::pending(dir.path(), place),
+        pending,
+        "it settled what is no longer its own"
+    );
+    for child in [&mut paused, &mut next] {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    assert!(spawn(dir.path(), place, "finish").wait().unwrap().success());
+    let report = ledger::compare(dir.path(), place);
+    println!("paused past its lease: {report}");
+    assert!(report.is_kept(), "a promise was broken");
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn pending(dir: &Path, place: &Place) -> u64 {
+    store::Store::open(dir, place).await.unwrap().pending().await
+}
+
 /// A server with nothing on it.
 fn fresh_server() -> (Postgres, Place) {
     let server = Postgres::start();
@@ -140,14 +198,21 @@ fn fresh_server() -> (Postgres, Place) {
 /// What a test is called, and what it does: for so many seconds, by that seed.
 type Test = (&'static str, fn(u64, u64));
 
-const TESTS: [Test; 5] = [
+const TESTS: [Test; 7] = [
     ("sqlite_told_to_end", |_, _| told_to_end(&Place::Sqlite)),
+    ("sqlite_paused_past_its_lease", |_, _| {
+        paused_past_its_lease(&Place::Sqlite)
+    }),
     ("sqlite_killed_and_paused_at_random", |seconds, seed| {
         kill_at_random(&Place::Sqlite, None, seconds, seed);
     }),
     ("postgres_told_to_end", |_, _| {
         let (_server, place) = fresh_server();
         told_to_end(&place);
+    }),
+    ("postgres_paused_past_its_lease", |_, _| {
+        let (_server, place) = fresh_server();
+        paused_past_its_lease(&place);
     }),
     ("postgres_killed_and_paused_at_random", |seconds, seed| {
         let (_server, place) = fresh_server();

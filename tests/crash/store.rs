@@ -78,6 +78,13 @@ impl Store {
         }
     }
 
+    /// How many events are still to be sent.
+    pub(crate) async fn pending(&self) -> u64 {
+        let admin = self.log().admin().expect("it can be asked").clone();
+        let mut stats = admin.stats().await.unwrap();
+        stats.remove(&postrider::Mailbox::outbox()).unwrap_or_default().pending
+    }
+
     /// What was committed.
     pub(crate) async fn committed(&self) -> BTreeSet<(i64, i64)> {
         const SQL: &str = "SELECT key, n FROM ledger";

@@ -177,7 +177,8 @@ impl PostgresLog {
     }
 
     /// Waits until nobody else is parking or unparking these keys and messages, in one order everywhere. Until the end
-    /// of the transaction nobody will.
+    /// of the transaction nobody will, so the server ends that transaction if it is idle for half a
+    /// minute, unless the connection says otherwise.
     pub(crate) async fn take_turns(
         &self,
         connection: &mut PgConnection,
@@ -185,9 +186,7 @@ impl PostgresLog {
         keys: &BTreeSet<KeyOf>,
         messages: &[Uuid],
     ) -> Result<()> {
-        let of_keys = keys
-            .iter()
-            .map(|(_, topic, key)| turn(mailbox, &[topic.as_bytes(), b"/", key.as_bytes()]));
+        let of_keys = keys.iter().map(|key| key_turn(mailbox, key));
         let of_messages = messages.iter().map(|id| turn(mailbox, &[id.as_bytes()]));
         let locks: BTreeSet<i32> = of_keys.chain(of_messages).collect();
         if locks.is_empty() {
@@ -204,6 +203,24 @@ impl PostgresLog {
             return Err(Error::new(ErrorKind::WrongTransaction, text).with("isolation", isolation));
         }
         Ok(())
+    }
+
+    /// As [`take_turns`](Self::take_turns), on a connection of a relay, but waits for nobody: gives the keys whose turn
+    /// it is.
+    pub(crate) async fn try_turns(
+        &self,
+        connection: &mut PgConnection,
+        mailbox: i16,
+        mut keys: BTreeSet<KeyOf>,
+    ) -> Result<BTreeSet<KeyOf>> {
+        let locks: BTreeSet<i32> = keys.iter().map(|key| key_turn(mailbox, key)).collect();
+        let locks: Vec<i32> = locks.into_iter().collect();
+        let tried = sqlx::query_scalar(self.sql().try_lock.clone())
+            .bind(locks)
+            .fetch_all(connection);
+        let had: Vec<i32> = tried.await.map_err(doing("looking who else parks the same keys"))?;
+        keys.retain(|key| had.contains(&key_turn(mailbox, key)));
+        Ok(keys)
     }
 
     /// Parks events behind others of their keys, whose turns have been taken. Gives the keys that were not among
@@ -272,6 +289,10 @@ impl PostgresLog {
         }
         Ok(())
     }
+}
+
+fn key_turn(mailbox: i16, (_, topic, key): &KeyOf) -> i32 {
+    turn(mailbox, &[topic.as_bytes(), b"/", key.as_bytes()])
 }
 
 /// The number of a lock: the same in every version, and few, since the server's table of locks is small. Two that are

@@ -172,7 +172,8 @@ impl PostgresLog {
             ("jit", "off"),
             ("default_transaction_isolation", "read committed"),
             ("plan_cache_mode", "force_generic_plan"),
-            ("idle_in_transaction_session_timeout", "60s"),
+            // One that is stopped in the middle holds up those who take over.
+            ("idle_in_transaction_session_timeout", "10s"),
         ]);
         connect = match role {
             Role::Claim => connect.options([("lock_timeout", &lock_timeout)]),

@@ -275,7 +275,11 @@ statements! {
         "LEFT JOIN LATERAL (SELECT true AS yes FROM {parked} p WHERE p.message_id = u.message_id AND p.mailbox + 0 = $1 LIMIT 1) p ON true WHERE p.yes IS NULL ORDER BY n",
     );
     /// Locks by which those who park and unpark take turns: of keys and of message ids. In the order given.
-    lock: "SELECT current_setting('transaction_isolation'), count(pg_advisory_xact_lock({parked'}::regclass::oid::int4, h)) FROM unnest($1::int4[]) h";
+    lock: "SELECT current_setting('transaction_isolation'), count(pg_advisory_xact_lock({parked'}::regclass::oid::int4, h)), \
+        CASE WHEN current_setting('idle_in_transaction_session_timeout') = '0' THEN set_config('idle_in_transaction_session_timeout', '30s', true) END \
+        FROM unnest($1::int4[]) h";
+    /// Of these those that nobody else has.
+    try_lock: "SELECT h FROM unnest($1::int4[]) h WHERE pg_try_advisory_xact_lock({parked'}::regclass::oid::int4, h)";
 
     // The lanes.
     lock_mailbox: "SELECT 1 FROM {mailbox} WHERE id = $1 FOR UPDATE";

@@ -176,7 +176,10 @@ impl Claiming<'_> {
                 continue;
             }
             let run = self.rows.run_of(head);
-            for position in run.into_iter().take(self.room()) {
+            for position in run {
+                if self.room() == 0 {
+                    return;
+                }
                 self.held.holdings.take_run(position, key);
                 self.give(position);
             }
@@ -185,7 +188,10 @@ impl Claiming<'_> {
 
     /// What was passed over for keys that have become free.
     fn freed(&mut self) {
-        for position in self.held.holdings.take_freed(self.room()) {
+        while self.room() > 0 {
+            let Some(position) = self.held.holdings.take_freed(1).pop() else {
+                return;
+            };
             self.give(position);
         }
     }

@@ -124,11 +124,15 @@ impl Engine {
         let session = self.session.clone();
         self.job(async move {
             let result = session.claim(&request).await;
-            Event::Claimed { asked, result }
+            Event::Claimed {
+                asked: (asked, bytes),
+                result,
+            }
         });
     }
 
-    pub(super) fn claimed(&mut self, asked: usize, result: Result<Claimed>, now: Moment) {
+    /// What a claim gave that asked for so many records and bytes.
+    pub(super) fn claimed(&mut self, asked: (usize, usize), result: Result<Claimed>, now: Moment) {
         self.is_claiming = false;
         let claimed = match result {
             Ok(claimed) => claimed,
@@ -155,7 +159,8 @@ impl Engine {
         }
         let given = claimed.records.len();
         Reporter::count(&self.reporter.claimed, given);
-        self.wants_claim |= given >= asked;
+        let bytes: usize = claimed.records.iter().map(|r| r.message.payload().len()).sum();
+        self.wants_claim |= given >= asked.0 || bytes >= asked.1;
         self.claimed_at = now;
         self.due_at = self.next_poll(given, claimed.next_due).map(|wait| now + wait);
         self.line_up(claimed.records);

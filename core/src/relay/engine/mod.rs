@@ -93,7 +93,7 @@ pub(crate) struct Engine {
 /// What a job ended with.
 enum Event {
     Claimed {
-        asked: usize,
+        asked: (usize, usize),
         result: Result<Claimed>,
     },
     Published {

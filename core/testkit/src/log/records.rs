@@ -283,4 +283,29 @@ pub async fn claims_are_bounded_by_bytes(fixture: &dyn LogFixture) {
     desk.append(&(0..3).map(large).collect::<Vec<_>>()).await;
     let claimed = desk.session.claim(&Claim::new(1000).with_max_bytes(1)).await.unwrap();
     assert_eq!(claimed.records.len(), 1, "one always goes");
+    desk.done(&claimed.records).await;
+    desk.drain().await;
+    // What was passed over while its key was busy, and what is parked behind the first of its key, are bounded too.
+    for is_parked in [false, true] {
+        let of_a_key = |n: usize| large(n * 7);
+        desk.append(&[of_a_key(0)]).await;
+        let first = desk.take().await;
+        desk.append(&(1..13).map(of_a_key).collect::<Vec<_>>()).await;
+        assert!(desk.take().await.is_empty(), "the key is busy");
+        if is_parked {
+            desk.settle(vec![(&first[0], desk.parked(Duration::ZERO))]).await;
+        } else {
+            desk.done(&first).await;
+        }
+        let (mut got, mut most) = (0, 0);
+        for _ in 0..60 {
+            let claim = Claim::new(1000).with_max_bytes(450_000);
+            let records = desk.session.claim(&claim).await.unwrap().records;
+            most = most.max(records.len());
+            got += records.len();
+            desk.done(&records).await;
+        }
+        assert_eq!(got, 12 + usize::from(is_parked));
+        assert!(most <= 5, "{most} at once, parked: {is_parked}");
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::{
     Lane, Out, Shared,
-    floor::{CLOCK_MARGIN, Look, Writer},
+    floor::{Look, Writer},
     id, lanes, position, tag,
 };
 use crate::{
@@ -32,6 +32,8 @@ const READ_PER_GIVEN: usize = 8;
 const LEAST_OF_A_LANE: usize = 16;
 /// Due times are not looked up at every claim while there is a stream of events.
 const CHECK_DUE_EVERY: Duration = Duration::from_millis(20);
+/// Where somebody else was parking the same keys.
+const PARK_AGAIN: Duration = Duration::from_millis(10);
 /// Now and then they are looked up from the beginning, whatever the server's clock may have done.
 const CHECK_ALL_EVERY: Duration = Duration::from_secs(300);
 /// The column of the payload, of those that make a message.
@@ -66,6 +68,7 @@ pub(super) async fn claim(shared: &Arc<Shared>, connection: &mut PgConnection, r
         given_freed: Vec::new(),
         given_parked: Vec::new(),
         given_fresh: Vec::new(),
+        stopped: BTreeMap::new(),
     };
     match claiming.run(request.max_parked).await {
         Ok(next_due) => {
@@ -141,6 +144,8 @@ struct Claiming<'a> {
     given_freed: Vec<(i16, i64)>,
     given_parked: Vec<(i16, i64)>,
     given_fresh: Vec<(i16, i64)>,
+    /// Lanes with something that is to be parked, of which somebody else is just parking something: up to there.
+    stopped: BTreeMap<i16, i64>,
 }
 
 impl Claiming<'_> {
@@ -160,8 +165,13 @@ impl Claiming<'_> {
             more_due = self.due(max_parked).await?;
         }
         let held = self.shared.held();
-        if !read_all || more_due || held.active().any(|(_, lane)| lane.holdings.has_freed()) {
+        let is_stopped = !self.stopped.is_empty();
+        let has_freed = !is_stopped && held.active().any(|(_, lane)| lane.holdings.has_freed());
+        if !read_all || more_due || has_freed {
             return Ok(Some(Duration::ZERO));
+        }
+        if is_stopped {
+            return Ok(Some(PARK_AGAIN));
         }
         let now = self.shared.elapsed();
         Ok(held.due.next.map(|at| at.saturating_sub(now)))
@@ -208,7 +218,7 @@ impl Claiming<'_> {
 
     /// What has become due: scheduled rows enter the event table, parked ones are given. `true` if there is more.
     async fn due(&mut self, max_parked: usize) -> Result<bool> {
-        let (parked_from, scheduled_from, out, writing_since) = {
+        let (parked_from, scheduled_from, out) = {
             let mut held = self.shared.held();
             if held
                 .due
@@ -220,8 +230,7 @@ impl Claiming<'_> {
             let records = held.active().flat_map(|(_, lane)| &lane.records);
             let out: Vec<i64> = records.filter(|(_, out)| out.is_parked).map(|(at, _)| *at).collect();
             let from = |time: Option<Timestamp>| time.unwrap_or(Timestamp::UNIX_EPOCH);
-            let parked_from = from(held.due.parked_from);
-            (parked_from, from(held.due.scheduled_from), out, held.writing_since)
+            (from(held.due.parked_from), from(held.due.scheduled_from), out)
         };
         let (sent, lanes) = (self.shared.elapsed(), self.lanes());
         let due = sqlx::query(self.shared.log.sql().next_due.clone())
@@ -248,10 +257,8 @@ impl Claiming<'_> {
         }
         let is_due = |at: Option<Timestamp>| at.is_some_and(|at| at <= server_now);
         let mut more = false;
-        // What one of our own settles is just writing may lie before now, and is not visible yet.
-        let begun = writing_since.map(|since| server_now - sent.saturating_sub(since) - CLOCK_MARGIN);
-        let certain = self.shared.held().floor.time();
-        let known = certain.map(|time| time.min(server_now).min(begun.unwrap_or(server_now)));
+        // A writer has its lock on the table before it reads the clock, so the floor is right for due times too.
+        let known = self.shared.held().floor.time().map(|time| time.min(server_now));
         if is_due(scheduled) {
             let (moved, last) = self.enter_scheduled(&lanes, scheduled_from, server_now).await?;
             more |= moved >= self.at_most();
@@ -505,7 +512,10 @@ impl Claiming<'_> {
             may_read = may_read.saturating_sub(fetched.rows.len().max(1));
             let is_last = !fetched.has_more;
             self.take(fetched.rows, false).await?;
-            for (lane, reached) in fetched.reached {
+            for (lane, mut reached) in fetched.reached {
+                if let Some(stopped) = self.stopped.get(&lane) {
+                    reached = reached.min(*stopped);
+                }
                 let cursor = self.cursors.entry(lane).or_insert(reached);
                 *cursor = reached.max(*cursor);
             }
@@ -530,6 +540,9 @@ impl Claiming<'_> {
                 let Some(lane) = held.lanes.get(number).filter(|lane| !lane.holdings.is_full()) else {
                     continue;
                 };
+                if self.stopped.contains_key(number) {
+                    continue;
+                }
                 let cursor = self.cursors.get(number).copied().unwrap_or(lane.cursor);
                 in_lanes.push(*number);
                 cursors.push(cursor);
@@ -671,12 +684,20 @@ impl Claiming<'_> {
         }
         let parked = self.park_behind(&behind).await;
         let mut held = self.shared.held();
-        for (number, at, hash, _) in behind {
+        for (number, at, hash, key) in behind {
             let Some(lane) = held.lanes.get_mut(&number) else {
                 continue;
             };
             let was_passed_over = lane.moving.remove(&position(at));
-            if parked.is_err() {
+            let Ok(parked) = &parked else { continue };
+            if !parked.contains(&key) {
+                // Somebody else was parking the key: once more with the next claim.
+                let stopped = self.stopped.entry(number).or_insert(i64::MAX);
+                if were_freed && !was_passed_over {
+                    lane.holdings.give_back(position(at));
+                } else if !was_passed_over {
+                    *stopped = at.saturating_sub(1).min(*stopped);
+                }
                 continue;
             }
             let last = lane.parked.entry(hash).or_default();
@@ -687,10 +708,12 @@ impl Claiming<'_> {
                 lane.holdings.let_go(position(at));
             }
         }
-        parked
+        parked.map(drop)
     }
 
-    async fn park_behind(&mut self, behind: &[(i16, i64, u64, KeyOf)]) -> Result<()> {
+    /// Parks events behind others of their keys, but for keys that somebody else is just parking: that may take as long
+    /// as a stranger's transaction, and is not waited for. Says which keys were parked.
+    async fn park_behind(&mut self, behind: &[(i16, i64, u64, KeyOf)]) -> Result<BTreeSet<KeyOf>> {
         let failed = doing("parking events behind others of their key");
         let log = &self.shared.log;
         let (owner, fence) = {
@@ -700,9 +723,7 @@ impl Claiming<'_> {
             let fence: (Vec<i16>, Vec<i64>) = lanes.iter().map(|lane| (*lane, epoch(lane))).unzip();
             (held.owner, fence)
         };
-        let in_lanes: Vec<i16> = behind.iter().map(|(lane, ..)| *lane).collect();
-        let ids: Vec<i64> = behind.iter().map(|(_, at, ..)| *at).collect();
-        let mut keys: BTreeSet<KeyOf> = behind.iter().map(|(.., key)| key.clone()).collect();
+        let keys: BTreeSet<KeyOf> = behind.iter().map(|(.., key)| key.clone()).collect();
         let mut tx = self.connection.begin().await.map_err(&failed)?;
         if super::settle::standing(self.shared, &mut tx, owner, &fence)
             .await?
@@ -711,9 +732,11 @@ impl Claiming<'_> {
         {
             tx.rollback().await.map_err(failed)?;
             self.shared.held().end_tenure();
-            return Ok(());
+            return Ok(BTreeSet::new());
         }
-        log.take_turns(&mut tx, self.shared.mailbox, &keys, &[]).await?;
+        let mut keys = log.try_turns(&mut tx, self.shared.mailbox, keys).await?;
+        let of_these = behind.iter().filter(|(.., key)| keys.contains(key));
+        let (in_lanes, ids): (Vec<i16>, Vec<i64>) = of_these.map(|(lane, at, ..)| (*lane, *at)).unzip();
         let others = log
             .park_behind(&mut tx, self.shared.mailbox, &in_lanes, &ids, &keys)
             .await?;
@@ -722,7 +745,7 @@ impl Claiming<'_> {
         log.right_keys(&mut tx, self.shared.mailbox, &keys).await?;
         tx.commit().await.map_err(failed)?;
         self.shared.held().due.checked_at = None;
-        Ok(())
+        Ok(keys)
     }
 
     /// Learns of keys that others have parked.

@@ -9,7 +9,7 @@ use postrider_core::clock::{Moment, Timestamp};
 use std::time::Duration;
 
 /// How far due times are looked for behind the floor: a step of the server's clock that is smaller goes unnoticed.
-pub(super) const CLOCK_MARGIN: Duration = Duration::from_millis(250);
+const CLOCK_MARGIN: Duration = Duration::from_millis(250);
 /// Between two looks, after settles.
 const PROBE_EVERY: Duration = Duration::from_millis(200);
 /// While transactions of the look before are still open.

@@ -66,8 +66,6 @@ struct Held {
     owner: Uuid,
     /// Those of tenures that may still have lanes, which are ours to take.
     owners: Vec<Uuid>,
-    /// Since when a settle has been writing due times that may not be visible yet.
-    writing_since: Option<Moment>,
     lease: Lease,
     renewal: Option<AbortOnDropHandle<()>>,
     lanes: BTreeMap<i16, Lane>,
@@ -200,7 +198,6 @@ impl PostgresSession {
             tenure: 0,
             owner: *options.owner.as_uuid(),
             owners: Vec::new(),
-            writing_since: None,
             lease: Lease::none(log.clock().clone()),
             renewal: None,
             lanes: BTreeMap::new(),
@@ -369,43 +366,50 @@ impl Session for PostgresSession {
     async fn close(&self) -> Result<()> {
         let shared = &self.shared;
         let (mut claim, mut settle) = (shared.claim.lock().await, shared.settle.lock().await);
-        let (owners, had_tenure) = {
+        let owners = {
             let mut held = shared.held();
-            if held.closed {
-                return Ok(());
-            }
             held.closed = true;
-            let had_tenure = held.tenure > 0;
             held.end_tenure();
-            (held.owners.clone(), had_tenure)
+            held.owners.clone()
         };
         shared.tell();
-        let connection = match claim.take().or_else(|| settle.take()) {
-            // What was using them has been cut off; the lanes are to be handed back all the same.
-            None if had_tenure => Some(shared.log.own_connection(Role::Claim).await?),
-            connection => connection,
-        };
-        if let Some(mut connection) = connection {
-            for owner in owners {
-                for statement in [&shared.log.sql().free_all, &shared.log.sql().unregister] {
-                    let free = sqlx::query(statement.clone()).bind(shared.mailbox).bind(owner);
-                    free.execute(&mut connection)
-                        .await
-                        .map_err(doing("handing back the lanes"))?;
-                }
+        if !owners.is_empty() {
+            let handed_back = match claim.as_mut().or(settle.as_mut()) {
+                Some(connection) => shared.hand_back(connection, &owners).await,
+                // What was using them has been cut off.
+                None => shared.hand_back_anew(&owners).await,
+            };
+            match handed_back {
+                Err(error) if is_lost(&error) => shared.hand_back_anew(&owners).await?,
+                handed_back => handed_back?,
             }
-            connection
-                .close()
-                .await
-                .map_err(doing("closing the relay's connection"))?;
+            shared.held().owners.clear();
         }
-        if let Some(connection) = settle.take() {
-            connection
-                .close()
-                .await
-                .map_err(doing("closing the relay's connection"))?;
+        for connection in [claim.take(), settle.take()].into_iter().flatten() {
+            // There is nothing left to be said on it.
+            let _ = connection.close().await;
         }
         Ok(())
+    }
+}
+
+impl Shared {
+    async fn hand_back(&self, connection: &mut PgConnection, owners: &[Uuid]) -> Result<()> {
+        for owner in owners {
+            for statement in [&self.log.sql().free_all, &self.log.sql().unregister] {
+                let free = sqlx::query(statement.clone()).bind(self.mailbox).bind(owner);
+                let free = free.execute(&mut *connection).await;
+                free.map_err(doing("handing back the lanes"))?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn hand_back_anew(&self, owners: &[Uuid]) -> Result<()> {
+        let mut connection = self.log.own_connection(Role::Claim).await?;
+        self.hand_back(&mut connection, owners).await?;
+        let closed = connection.close().await;
+        closed.map_err(doing("closing the relay's connection"))
     }
 }
 

@@ -77,7 +77,6 @@ pub(super) async fn settle(shared: &Shared, connection: &mut PgConnection, batch
         return Ok(SettleReport::new(lost));
     }
     let keep = shared.options.keep_succeeded;
-    let _writing = (!plan.is_plain()).then(|| Writing::begin(shared));
     let written = match plan.write(shared, connection, keep).await {
         // Whatever is wrong with the history, the events are done.
         Err(error) if keep && is_refused(&error) => {
@@ -350,7 +349,7 @@ impl Plan {
         !self.done.is_empty() || !self.done_parked.is_empty()
     }
 
-    /// Writes it all, or nothing: `None` if the fence is down, else the keys that are still parked.
+    /// Writes first what is done and then all the rest, or nothing of it: `None` if the fence is down, else the keys that are still parked.
     async fn write(
         &self,
         shared: &Shared,
@@ -361,6 +360,10 @@ impl Plan {
             let stands = self.write_done(shared, connection, keep).await?;
             return Ok(stands.then(BTreeSet::new));
         }
+        // By itself, since the rest may have to wait for others who park the same keys.
+        if !self.done.is_empty() && !self.write_done(shared, connection, keep).await? {
+            return Ok(None);
+        }
         let failed = doing("settling events");
         let (log, sql, mailbox) = (&shared.log, shared.log.sql(), shared.mailbox);
         let mut tx = connection.begin().await.map_err(&failed)?;
@@ -369,9 +372,6 @@ impl Plan {
             return Ok(None);
         }
         log.take_turns(&mut tx, mailbox, &self.keys, &[]).await?;
-        if !self.done.is_empty() {
-            self.write_done(shared, &mut tx, keep).await?;
-        }
         let done_parked = if keep {
             &sql.keep_done_parked
         } else {
@@ -518,20 +518,4 @@ fn key_of(lane: i16, out: &Out) -> Option<KeyOf> {
         out.message.topic().as_str().to_owned(),
         out.message.key()?.to_owned(),
     ))
-}
-
-/// Says that due times are being written, for as long as they are.
-struct Writing<'a>(&'a Shared);
-
-impl<'a> Writing<'a> {
-    fn begin(shared: &'a Shared) -> Self {
-        shared.held().writing_since = Some(shared.elapsed());
-        Self(shared)
-    }
-}
-
-impl Drop for Writing<'_> {
-    fn drop(&mut self) {
-        self.0.held().writing_since = None;
-    }
 }

@@ -85,6 +85,11 @@ impl PostgresFixture {
             *ahead += duration;
             *ahead
         };
+        self.set_ahead(ahead).await;
+    }
+
+    /// Moves the log's clock to this far from the server's.
+    pub(crate) async fn set_ahead(&self, ahead: Duration) {
         self.sql(&format!(
             "CREATE OR REPLACE FUNCTION {{clock}}() RETURNS timestamptz LANGUAGE sql VOLATILE AS \
              'SELECT pg_catalog.clock_timestamp() + interval ''{} milliseconds'''",

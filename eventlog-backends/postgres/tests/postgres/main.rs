@@ -17,3 +17,4 @@ mod schema;
 mod settled_floor;
 mod sql_append;
 mod transactions;
+mod turns;

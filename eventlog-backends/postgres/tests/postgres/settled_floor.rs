@@ -121,6 +121,35 @@ fn rows_that_somebody_has_moved_are_settled_all_the_same() {
     });
 }
 
+/// Whoever sets the server's clock back moves due times behind those that have been looked up.
+#[test]
+fn what_becomes_due_after_a_step_back_of_the_clock_is_given() {
+    run(async {
+        let fixture = PostgresFixture::new().await;
+        fixture.set_ahead(Duration::from_secs(60)).await;
+        let log = &fixture.log;
+        let session = open(log, options(LONG)).await;
+        for _ in 0..3 {
+            let later = record(None, "1").after(Duration::from_millis(1));
+            log.append(&Mailbox::outbox(), &[later]).await.unwrap();
+            a_moment().await;
+            assert_eq!(drain(&*session).await, ["1"]);
+        }
+        fixture.set_ahead(Duration::ZERO).await;
+        let later = record(None, "2").after(Duration::from_millis(1));
+        log.append(&Mailbox::outbox(), &[later]).await.unwrap();
+        let mut got = Vec::new();
+        for _ in 0..20 {
+            got.extend(drain(&*session).await);
+            if !got.is_empty() {
+                break;
+            }
+            a_moment().await;
+        }
+        assert_eq!(got, ["2"]);
+    });
+}
+
 /// Ids that a rolled-back transaction was given are forgotten by a crash, and given again: a floor that outlived the
 /// server would pass over what is committed then.
 #[test]

@@ -9,6 +9,7 @@ use crate::{
     error::doing,
     row::{Reader, ids, unpack},
 };
+use futures_util::TryStreamExt as _;
 use postrider_core::{
     Message, Result, Topic,
     log::{Claim, Claimed, Lease, Record},
@@ -18,6 +19,8 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 /// How many rows a claim reads for each one it may give: what it passes over is bounded.
 const READ_PER_GIVEN: usize = 8;
+/// The column of the payload, behind the id.
+const PAYLOAD: usize = 9;
 
 pub(super) async fn claim(shared: &Arc<Shared>, connection: &mut SqliteConnection, request: &Claim) -> Result<Claimed> {
     let acquired = acquire(shared, connection).await?;
@@ -195,14 +198,21 @@ impl Claiming<'_> {
             .bind(message.key())
             .bind(head)
             .bind(i64::try_from(self.room()).unwrap_or(i64::MAX));
-        for row in run.fetch_all(&mut *self.connection).await.map_err(failed)? {
+        let mut rows = run.fetch(&mut *self.connection);
+        let (mut fitting, mut bytes) = (Vec::new(), self.bytes);
+        while bytes > 0 {
+            let Some(row) = rows.try_next().await.map_err(&failed)? else {
+                break;
+            };
             let is_behind = row.get::<i64, _>(11) == crate::append::state::BEHIND;
             if row.get::<i64, _>(0) != head && !is_behind {
                 break;
             }
-            self.give_parked(&row)?;
+            bytes = bytes.saturating_sub(row.get::<&[u8], _>(PAYLOAD).len());
+            fitting.push(row);
         }
-        Ok(())
+        drop(rows);
+        fitting.iter().try_for_each(|row| self.give_parked(row))
     }
 
     fn give_parked(&mut self, row: &SqliteRow) -> Result<()> {
@@ -232,27 +242,46 @@ impl Claiming<'_> {
             return Ok(());
         }
         let events = sqlx::query(self.shared.log.sql().events_by_id.clone()).bind(ids(freed.iter().map(|p| id(*p))));
-        let rows = events
-            .fetch_all(&mut *self.connection)
-            .await
-            .map_err(doing("reading events"));
-        let rows = rows.inspect_err(|_| {
-            let mut held = self.shared.held();
-            freed.iter().for_each(|position| held.holdings.give_back(*position));
-        })?;
-        for row in &rows {
-            let message = self.reader.message(row, 1)?;
-            self.give(position(row.get(0)), message, 0, false);
+        let mut rows = events.fetch(&mut *self.connection);
+        let mut messages = Vec::new();
+        let mut bytes = self.bytes;
+        let read = loop {
+            // One always goes, however large.
+            if bytes == 0 {
+                break Ok(());
+            }
+            let row = match rows.try_next().await.map_err(doing("reading events")) {
+                Ok(Some(row)) => row,
+                Ok(None) => break Ok(()),
+                Err(error) => break Err(error),
+            };
+            match self.reader.message(&row, 1) {
+                Ok(message) => {
+                    bytes = bytes.saturating_sub(message.payload().len());
+                    messages.push((position(row.get(0)), message));
+                }
+                Err(error) => break Err(error),
+            }
+        };
+        drop(rows);
+        let is_cut = bytes == 0 || read.is_err();
+        let read_up_to = messages.last().map(|(position, _)| *position);
+        for (position, message) in messages {
+            self.give(position, message, 0, false);
         }
         let mut held = self.shared.held();
-        let gone: Vec<u64> = freed
-            .into_iter()
-            .filter(|position| !held.records.contains_key(position))
-            .collect();
-        gone.into_iter().for_each(|position| {
-            held.holdings.let_go(position);
-        });
-        Ok(())
+        for position in freed {
+            if held.records.contains_key(&position) {
+                continue;
+            }
+            if is_cut && read_up_to.is_none_or(|last| position > last) {
+                held.holdings.give_back(position);
+            } else {
+                // It is gone.
+                held.holdings.let_go(position);
+            }
+        }
+        read
     }
 
     /// What was not read yet. `false` if it stopped before the end for another reason than `max`.
