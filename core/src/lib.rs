@@ -16,8 +16,10 @@ pub mod log;
 pub mod publisher;
 pub mod relay;
 pub mod transport;
+pub mod wire;
 
 pub mod consumer;
+pub mod partition;
 pub mod subscriber;
 
 pub mod bus;

@@ -19,8 +19,8 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// The most bytes a header's name, a type, a source or a content type may have.
-    pub const MAX_NAME_BYTES: usize = 1024;
+    /// The most bytes a header's name, a type, a source or a content type may have: what a short text of AMQP holds.
+    pub const MAX_NAME_BYTES: usize = 255;
 
     /// Sets the most bytes of a message.
     #[must_use]
@@ -71,6 +71,10 @@ impl Limits {
                 let shown = format!("{:?}", shortened(name));
                 return Some(invalid(format!("the name of a header {why}")).with("header", shown));
             }
+            if crate::wire::is_reserved(name) {
+                let text = "the name of a header is one that CloudEvents or Postrider use on the wire: choose another";
+                return Some(invalid(text).with("header", shortened(name)));
+            }
             if value.contains('\0') {
                 let shown = format!("{:?}", shortened(name));
                 return Some(invalid("the value of a header contains NUL").with("header", shown));
@@ -93,7 +97,7 @@ fn name_problem(name: &str) -> Option<&'static str> {
     if name.is_empty() {
         Some("is empty")
     } else if name.len() > Limits::MAX_NAME_BYTES {
-        Some("has more than 1024 bytes")
+        Some("has more than 255 bytes")
     } else if name.contains('\0') {
         Some("contains NUL")
     } else {
@@ -120,7 +124,8 @@ mod tests {
             (message().with_key("a\0b"), "contains NUL"),
             (message().with_header("", "x"), "name of a header is empty"),
             (message().with_header("h", "\0"), "value of a header contains NUL"),
-            (message().with_header("h".repeat(2000), ""), "more than 1024"),
+            (message().with_header("h".repeat(2000), ""), "more than 255"),
+            (message().with_header("ce_id", "x"), "one that CloudEvents"),
             (message().with_source(""), "source of a message is empty"),
             (Message::new(Topic::new("t"), "", ""), "type of a message is empty"),
             (Message::new(Topic::new("t"), "e", vec![0; 900 * 1024]), "too large"),

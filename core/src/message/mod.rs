@@ -169,6 +169,10 @@ impl Message {
         &self.content.content_type
     }
 
+    pub(crate) fn content_type_text(&self) -> &Text {
+        &self.content.content_type
+    }
+
     /// When it happened; `None` only before it is published, or for a foreign message that does not say.
     #[must_use]
     pub fn time(&self) -> Option<Timestamp> {

@@ -1,7 +1,6 @@
 //! Rows and what they mean.
 
 use bytes::Bytes;
-use md5::{Digest as _, Md5};
 use postrider_core::{
     Error, ErrorKind, Message, MessageId, MessageParts, Result, Topic, clock::Timestamp, log::AttemptError,
     message::Text,
@@ -12,11 +11,7 @@ use uuid::Uuid;
 
 /// The lane of a key: part of the format, and the same as `lane_of` in SQL.
 pub(crate) fn lane_of(key: Option<&str>, id: MessageId) -> i16 {
-    let digest = match key {
-        Some(key) => Md5::digest(key.as_bytes()),
-        None => Md5::digest(id.as_uuid().as_bytes()),
-    };
-    i16::from(digest[0] & 63)
+    postrider_core::partition::slot_of(key, id).into()
 }
 
 /// A delay as the statements take it, in seconds; more than a century counts as one.

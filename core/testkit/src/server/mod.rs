@@ -2,16 +2,21 @@
 //! with the test however it ends. They are waited for by the thread: they are no part of what is tested.
 #![allow(clippy::disallowed_methods)]
 
+mod kafka;
 mod postgres;
+mod rabbitmq;
 
+pub use kafka::Kafka;
 pub use postgres::Postgres;
+pub use rabbitmq::RabbitMq;
 
 use std::{
     fs,
     io::{self, Read as _},
     net::TcpListener,
-    path::Path,
-    process::{Command, Stdio},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
@@ -19,6 +24,69 @@ use std::{
 pub(crate) fn free_port() -> u16 {
     let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a loopback port");
     listener.local_addr().expect("its number").port()
+}
+
+/// A name that no other test uses.
+pub(crate) fn fresh_name() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("test_{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// A directory for a server's data.
+pub(crate) fn fresh_dir(what: &str) -> PathBuf {
+    let dir = std::env::temp_dir().join(format!("postrider-{what}-{}-{}", std::process::id(), free_port()));
+    fs::create_dir(&dir).expect("a directory for the server");
+    dir
+}
+
+/// A shell that ends a server, and removes its data, when this is dropped, or its process ends in whatever way.
+#[derive(Debug)]
+pub(crate) struct Keeper(Child);
+
+impl Keeper {
+    /// For the server with its data in `dir`, whose process id is the first line of the file `pid` there, and which ends on
+    /// `signal`.
+    pub(crate) fn of(dir: &Path, pid: &str, signal: &str) -> Self {
+        let script = r#"
+            trap '' INT TERM HUP
+            read -r _
+            pid=$(head -n 1 "$0/$1" 2>/dev/null) && {
+                kill -CONT "$pid"; kill -"$2" "$pid"
+                for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+                kill -KILL "$pid"
+            } 2>/dev/null
+            [ ! -x "$0/ending" ] || "$0/ending" >/dev/null 2>&1
+            rm -rf "$0"
+        "#;
+        let mut keeper = Command::new("sh");
+        keeper.arg("-c").arg(script).arg(dir).args([pid, signal]);
+        keeper.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        Self(keeper.spawn().expect("a shell"))
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        // The end of its standard input is what it waits for.
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+/// Kills processes (SIGKILL), all at one instant.
+pub(crate) fn kill(processes: &[u32]) {
+    // First none may do anything.
+    signal("-STOP", processes);
+    signal("-KILL", processes);
+    let dead = wait_until(Duration::from_secs(10), || processes.iter().all(|pid| !is_running(*pid)));
+    assert!(dead, "the server does not die");
+}
+
+pub(crate) fn is_running(pid: u32) -> bool {
+    // A dead one whose parent has not asked for it yet is no longer running.
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')')
+        .is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
 pub(crate) fn is_root() -> bool {

@@ -1,14 +1,11 @@
-use super::{family, free_port, is_root, run, signal, tail, wait_until};
+use super::{Keeper, family, fresh_dir, fresh_name, free_port, is_root, is_running, kill, run, signal, tail, wait_until};
 use std::{
     fs,
     net::TcpStream,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    sync::{
-        OnceLock,
-        atomic::{AtomicU32, Ordering},
-    },
+    process::{Command, Stdio},
+    sync::OnceLock,
     time::Duration,
 };
 
@@ -36,8 +33,7 @@ struct Own {
     user: Option<&'static str>,
     port: u16,
     settings: Vec<String>,
-    /// A shell that ends the server, and removes its data, when its standard input ends.
-    keeper: Child,
+    _keeper: Keeper,
 }
 
 const VARIABLE: &str = "POSTRIDER_TEST_POSTGRES_URL";
@@ -67,8 +63,7 @@ impl Postgres {
     pub fn start_with(settings: &[&str]) -> Self {
         let bin = binaries();
         let user = is_root().then(unprivileged_user);
-        let dir = std::env::temp_dir().join(format!("postrider-postgres-{}-{}", std::process::id(), free_port()));
-        fs::create_dir(&dir).expect("a directory for the server");
+        let dir = fresh_dir("postgres");
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).expect("its permissions");
         let (data, log) = (dir.join("data"), dir.join("server.log"));
         fs::create_dir(&data).expect("a directory for the data");
@@ -88,7 +83,7 @@ impl Postgres {
         ]);
         run(initdb.arg(&data)).expect("initdb");
         let mut own = Own {
-            keeper: keeper(&dir),
+            _keeper: Keeper::of(&dir, "data/postmaster.pid", "QUIT"),
             dir,
             bin,
             user,
@@ -113,8 +108,7 @@ impl Postgres {
     /// A name for a schema that no other test uses.
     #[must_use]
     pub fn fresh_name(&self) -> String {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        format!("test_{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+        fresh_name()
     }
 
     /// The folder of its programs, `psql` among them.
@@ -133,16 +127,7 @@ impl Postgres {
     /// Kills it and all its processes at once (SIGKILL), as a power failure would.
     pub fn kill(&mut self) {
         let own = self.own();
-        let processes = own.processes();
-        // First none may do anything, so that all die at one instant.
-        signal("-STOP", &processes);
-        signal("-KILL", &processes);
-        assert!(
-            wait_until(Duration::from_secs(10), || processes
-                .iter()
-                .all(|pid| !is_running(*pid))),
-            "the server does not die"
-        );
+        kill(&own.processes());
     }
 
     /// Stops all its processes (SIGSTOP) until [`resume`](Postgres::resume).
@@ -214,38 +199,6 @@ impl Own {
     fn processes(&self) -> Vec<u32> {
         family(self.pid())
     }
-}
-
-impl Drop for Own {
-    fn drop(&mut self) {
-        // The end of its standard input is what the keeper waits for.
-        drop(self.keeper.stdin.take());
-        let _ = self.keeper.wait();
-    }
-}
-
-fn keeper(dir: &Path) -> Child {
-    let script = r#"
-        trap '' INT TERM HUP
-        read -r _
-        pid=$(head -n 1 "$0/data/postmaster.pid" 2>/dev/null) && {
-            kill -CONT "$pid"; kill -QUIT "$pid"
-            for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
-            kill -KILL "$pid"
-        } 2>/dev/null
-        rm -rf "$0"
-    "#;
-    let mut keeper = Command::new("sh");
-    keeper.arg("-c").arg(script).arg(dir);
-    keeper.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-    keeper.spawn().expect("a shell")
-}
-
-fn is_running(pid: u32) -> bool {
-    // A dead one whose parent has not asked for it yet is no longer running.
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')')
-        .is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
 fn as_user(user: Option<&str>, program: &Path) -> Command {

@@ -19,6 +19,12 @@ pub trait TransportFixture: Send + Sync {
 
     /// Lets at least `duration` pass for the transport.
     async fn advance(&self, duration: Duration);
+
+    /// How long nothing must come for a test to believe that nothing comes: as long as a member needs to get its part, of a
+    /// member that has died too.
+    fn quiet(&self) -> Duration {
+        Duration::from_millis(150)
+    }
 }
 
 /// A transport of one test alone that takes the time from a [`ManualClock`].
@@ -56,13 +62,11 @@ impl TransportFixture for ClockedTransport {
     }
 }
 
-/// How long nothing must come for a test to believe that nothing comes.
-const QUIET: Duration = Duration::from_millis(150);
-
 /// A member of a group, with the shorthands a test wants.
 pub(super) struct Member {
     intake: Intake,
     pub(super) settling: Settling,
+    quiet: Duration,
 }
 
 impl Member {
@@ -82,14 +86,18 @@ impl Member {
         }
         let subscriber = transport.subscriber(&subscription).expect("a subscriber");
         let (intake, settling) = subscriber.subscribe(&subscription).await.expect("a feed").split();
-        Self { intake, settling }
+        Self {
+            intake,
+            settling,
+            quiet: fixture.quiet(),
+        }
     }
 
     /// What comes, up to `max`, until it has been quiet for a while.
     pub(super) async fn take(&mut self, max: usize) -> Vec<Delivery> {
         let mut taken = Vec::new();
         while taken.len() < max {
-            match tokio::time::timeout(QUIET, self.intake.next(max - taken.len())).await {
+            match tokio::time::timeout(self.quiet, self.intake.next(max - taken.len())).await {
                 Ok(Ok(Taken::Batch(batch))) => taken.extend(batch),
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => panic!("receiving failed: {error:?}"),
@@ -97,6 +105,15 @@ impl Member {
             }
         }
         taken
+    }
+
+    /// What is there just now, up to `max`.
+    pub(super) async fn some(&mut self, max: usize) -> Vec<Delivery> {
+        match tokio::time::timeout(Duration::from_millis(50), self.intake.next(max)).await {
+            Ok(Ok(Taken::Batch(batch))) => batch,
+            Ok(Err(error)) => panic!("receiving failed: {error:?}"),
+            _ => Vec::new(),
+        }
     }
 
     pub(super) async fn next(&mut self) -> postrider_core::Result<Taken> {

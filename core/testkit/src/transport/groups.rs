@@ -42,7 +42,7 @@ pub async fn competing_consumers_share(fixture: &dyn TransportFixture) {
     let (mut from_a, mut from_b) = (Vec::new(), Vec::new());
     for _ in 0..400 {
         for (member, got) in [(&mut a, &mut from_a), (&mut b, &mut from_b)] {
-            let taken = member.take(5).await;
+            let taken = member.some(5).await;
             got.extend(names(&taken));
             member.settle(taken.into_iter().map(Delivery::ack).collect()).await;
         }

@@ -20,9 +20,9 @@ pub async fn order_per_key(fixture: &dyn TransportFixture) {
     }
     let mut seen = HashMap::<String, Vec<String>>::new();
     let mut count = 0;
-    for _ in 0..200 {
+    for _ in 0..500 {
         for member in [&mut a, &mut b] {
-            let taken = member.take(7).await;
+            let taken = member.some(7).await;
             count += taken.len();
             note(&mut seen, &taken);
             member.settle(taken.into_iter().map(Delivery::ack).collect()).await;
@@ -40,10 +40,10 @@ pub async fn order_per_key_through_a_member_that_dies(fixture: &dyn TransportFix
         return super::undeclared_is_refused(fixture).await;
     }
     let mut seen = HashMap::<String, Vec<String>>::new();
+    let mut survivor = Member::join(fixture, "g").await;
     for key in ["x", "y"] {
         publish_all(fixture, &numbered(key, 0..30)).await;
     }
-    let mut survivor = Member::join(fixture, "g").await;
     for _ in 0..3 {
         let mut dying = Member::join(fixture, "g").await;
         let mut taken = dying.take(10).await;

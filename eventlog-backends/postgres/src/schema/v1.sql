@@ -193,9 +193,9 @@ BEGIN
     wrong := CASE
         WHEN topic IS NULL OR octet_length(topic) NOT BETWEEN 1 AND 200 OR topic !~ '^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$'
             THEN 'the topic has to be 1 to 200 bytes of A-Z a-z 0-9 . _ - without an empty segment'
-        WHEN type IS NULL OR octet_length(type) NOT BETWEEN 1 AND 1024 THEN 'the type has to have 1 to 1024 bytes'
-        WHEN octet_length(source) NOT BETWEEN 1 AND 1024 THEN 'the source has to have 1 to 1024 bytes'
-        WHEN content_type IS NULL OR octet_length(content_type) NOT BETWEEN 1 AND 1024 THEN 'the content type has to have 1 to 1024 bytes'
+        WHEN type IS NULL OR octet_length(type) NOT BETWEEN 1 AND 255 THEN 'the type has to have 1 to 255 bytes'
+        WHEN octet_length(source) NOT BETWEEN 1 AND 255 THEN 'the source has to have 1 to 255 bytes'
+        WHEN content_type IS NULL OR octet_length(content_type) NOT BETWEEN 1 AND 255 THEN 'the content type has to have 1 to 255 bytes'
         WHEN octet_length(key) NOT BETWEEN 1 AND 512 THEN 'the key has to have 1 to 512 bytes: leave it out for an unordered event'
         WHEN payload IS NULL THEN 'the payload is null: an empty one is fine'
         WHEN jsonb_typeof(pairs) NOT IN ('array', 'object') THEN 'the headers have to be an object, or an array of pairs'
@@ -207,9 +207,14 @@ BEGIN
         SELECT 1 FROM jsonb_array_elements(pairs) p WHERE CASE
             WHEN jsonb_typeof(p) <> 'array' THEN true
             ELSE jsonb_array_length(p) <> 2 OR jsonb_typeof(p->0) <> 'string' OR jsonb_typeof(p->1) <> 'string'
-                OR octet_length(p->>0) NOT BETWEEN 1 AND 1024 END
+                OR octet_length(p->>0) NOT BETWEEN 1 AND 255 END
     ) THEN
-        wrong := 'a header has to be a name of 1 to 1024 bytes and a value, both strings';
+        wrong := 'a header has to be a name of 1 to 255 bytes and a value, both strings';
+    END IF;
+    IF wrong IS NULL AND EXISTS (
+        SELECT 1 FROM jsonb_array_elements(pairs) p WHERE p->>0 ~* '^(ce_|ce-|cloudevents|postrider-|content-type$)'
+    ) THEN
+        wrong := 'the name of a header is one that CloudEvents or Postrider use on the wire: choose another';
     END IF;
     IF wrong IS NOT NULL THEN
         RAISE EXCEPTION '%', wrong USING ERRCODE = 'invalid_parameter_value';

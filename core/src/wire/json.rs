@@ -1,0 +1,105 @@
+//! Structured mode: one JSON text.
+
+use super::{ATTRIBUTES, Reading, sequence_text, with_id};
+use crate::Message;
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::Bytes;
+use chrono::SecondsFormat;
+use serde_json::{Map, Value, value::RawValue};
+
+pub(super) fn write(message: &Message) -> Bytes {
+    let mut text = Object::default();
+    text.string("specversion", "1.0");
+    with_id(message, |id| text.string("id", id));
+    text.string("type", message.kind());
+    text.string("source", message.source().unwrap_or_default());
+    if let Some(time) = message.time() {
+        text.string("time", &time.to_rfc3339_opts(SecondsFormat::AutoSi, true));
+    }
+    if let Some(key) = message.key() {
+        text.string("partitionkey", key);
+    }
+    if let Some(position) = message.sequence() {
+        text.string("sequence", &sequence_text(position));
+    }
+    for (name, value) in message.headers() {
+        if ATTRIBUTES.contains(&name.as_str()) {
+            text.string(name, value);
+        }
+    }
+    text.string("datacontenttype", message.content_type());
+    let raw = is_json(message.content_type())
+        .then(|| serde_json::from_slice::<&RawValue>(message.payload()).ok())
+        .flatten();
+    match raw {
+        // Byte for byte.
+        Some(raw) => text.raw("data", raw.get()),
+        None => text.string("data_base64", &STANDARD.encode(message.payload())),
+    }
+    text.end()
+}
+
+/// An object that is being written; the values are texts.
+#[derive(Default)]
+struct Object(String);
+
+impl Object {
+    fn raw(&mut self, name: &str, json: &str) {
+        self.0.push(if self.0.is_empty() { '{' } else { ',' });
+        self.0.push_str(&Value::from(name).to_string());
+        self.0.push(':');
+        self.0.push_str(json);
+    }
+    fn string(&mut self, name: &str, value: &str) {
+        self.raw(name, &Value::from(value).to_string());
+    }
+    fn end(mut self) -> Bytes {
+        self.0.push('}');
+        self.0.into()
+    }
+}
+
+/// Whether a content type is one of JSON.
+fn is_json(content_type: &str) -> bool {
+    let kind = content_type.split(';').next().unwrap_or_default().trim();
+    kind.eq_ignore_ascii_case("application/json")
+        || kind.eq_ignore_ascii_case("text/json")
+        || kind.len() > 5 && kind.is_char_boundary(kind.len() - 5) && kind[kind.len() - 5..].eq_ignore_ascii_case("+json")
+}
+
+/// Takes a message apart. `None` if it is no CloudEvent in JSON: then it is what it is.
+pub(super) fn read(payload: &Bytes, reading: &mut Reading<'_>) -> Option<(Option<String>, Bytes)> {
+    // The data are wanted byte for byte, the rest is not.
+    #[derive(serde::Deserialize)]
+    struct Data<'a> {
+        #[serde(borrow)]
+        data: Option<&'a RawValue>,
+    }
+    let data: Data<'_> = serde_json::from_slice(payload).ok()?;
+    let mut members: Map<String, Value> = serde_json::from_slice(payload).ok()?;
+    members.get("specversion")?;
+    members.remove("data");
+    let text = |value: Option<Value>| value.and_then(|value| value.as_str().map(str::to_owned));
+    let content_type = text(members.remove("datacontenttype"));
+    let base64 = text(members.remove("data_base64"));
+    let body = match (data.data, base64) {
+        (_, Some(base64)) => STANDARD.decode(base64).ok()?.into(),
+        (Some(raw), None) => match &content_type {
+            // A text of another type is what is between the quotes.
+            Some(other) if !is_json(other) => match serde_json::from_str::<String>(raw.get()) {
+                Ok(text) => text.into(),
+                Err(_) => payload.slice_ref(raw.get().as_bytes()),
+            },
+            _ => payload.slice_ref(raw.get().as_bytes()),
+        },
+        (None, None) => Bytes::new(),
+    };
+    for (name, value) in members {
+        match value {
+            Value::Null => {}
+            Value::String(text) => reading.attribute(&name, &text),
+            other => reading.attribute(&name, &other.to_string()),
+        }
+    }
+    Some((content_type.or_else(|| Some("application/json".to_owned())), body))
+}

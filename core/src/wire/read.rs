@@ -1,0 +1,222 @@
+//! What arrives.
+
+use super::{Names, ORIGINAL_ID, STRUCTURED, id_of, json};
+use crate::{Message, MessageId, MessageParts, Topic, clock::Timestamp, message::Text};
+use bytes::Bytes;
+use std::{borrow::Cow, sync::Arc};
+
+/// Reads what arrives, and shares what messages have in common: a feed has few types and sources.
+#[derive(Debug, Default)]
+pub struct Reader {
+    kind: Option<Text>,
+    source: Option<Text>,
+    content_type: Option<Text>,
+}
+
+/// What a broker says of a message apart from its headers. All but topic and payload are what it is taken for when the
+/// headers do not say.
+#[derive(Debug, Clone)]
+#[allow(clippy::exhaustive_structs)]
+pub struct Arrived<'a> {
+    /// Where it was sent to.
+    pub topic: &'a Topic,
+    /// The bytes.
+    pub payload: Bytes,
+    /// The content type.
+    pub content_type: Option<&'a str>,
+    /// The broker's own key.
+    pub key: Option<&'a [u8]>,
+    /// The id and the type in fields of the broker's own.
+    pub id: Option<&'a str>,
+    /// See `id`.
+    pub kind: Option<&'a str>,
+    /// When the broker got it.
+    pub time: Option<Timestamp>,
+    /// Where it lies in the broker: a text that is the same each time it is delivered, and no other message's.
+    pub place: Option<String>,
+}
+
+impl<'a> Arrived<'a> {
+    /// Bytes that were sent to a topic, and nothing else.
+    #[must_use]
+    pub fn new(topic: &'a Topic, payload: impl Into<Bytes>) -> Self {
+        Self {
+            topic,
+            payload: payload.into(),
+            content_type: None,
+            key: None,
+            id: None,
+            kind: None,
+            time: None,
+            place: None,
+        }
+    }
+}
+
+/// A message that is being read, header by header.
+#[derive(Debug)]
+pub struct Reading<'r> {
+    reader: &'r mut Reader,
+    names: &'r Names,
+    id: Option<String>,
+    kind: Option<Text>,
+    source: Option<Text>,
+    content_type: Option<Text>,
+    key: Option<Box<str>>,
+    time: Option<Timestamp>,
+    sequence: Option<u64>,
+    headers: Vec<(String, String)>,
+}
+
+impl Reader {
+    /// Begins with a message.
+    pub fn begin<'r>(&'r mut self, names: &'r Names) -> Reading<'r> {
+        Reading {
+            reader: self,
+            names,
+            id: None,
+            kind: None,
+            source: None,
+            content_type: None,
+            key: None,
+            time: None,
+            sequence: None,
+            headers: Vec::new(),
+        }
+    }
+}
+
+fn shared(last: &mut Option<Text>, text: &str) -> Text {
+    match last {
+        Some(last) if last.as_str() == text => last.clone(),
+        _ => last.insert(Text::from(Arc::<str>::from(&*clean(text)))).clone(),
+    }
+}
+
+/// No log stores NUL in a text.
+fn clean(text: &str) -> Cow<'_, str> {
+    if text.contains('\0') {
+        Cow::Owned(text.replace('\0', "\u{fffd}"))
+    } else {
+        Cow::Borrowed(text)
+    }
+}
+
+impl Reading<'_> {
+    /// Takes a header. What is not UTF-8 in it is replaced.
+    pub fn header(&mut self, name: &str, value: &[u8]) {
+        let value = String::from_utf8_lossy(value);
+        if let Some(attribute) = self.names.attribute(name) {
+            self.attribute(attribute, &value);
+        } else if name.eq_ignore_ascii_case("content-type") {
+            self.content_type = Some(shared(&mut self.reader.content_type, &value));
+        } else {
+            self.keep(name, &value);
+        }
+    }
+
+    fn keep(&mut self, name: &str, value: &str) {
+        // A header without a name cannot be stored, nor can ours be forged.
+        if !name.is_empty() && name != ORIGINAL_ID {
+            self.headers.push((clean(name).into_owned(), clean(value).into_owned()));
+        }
+    }
+
+    /// Takes an attribute; the first of a name counts.
+    pub(super) fn attribute(&mut self, name: &str, value: &str) {
+        match name {
+            "specversion" => {}
+            "id" if self.id.is_none() && !value.is_empty() => self.id = Some(value.to_owned()),
+            "type" if self.kind.is_none() && !value.is_empty() => {
+                self.kind = Some(shared(&mut self.reader.kind, value));
+            }
+            "source" if self.source.is_none() && !value.is_empty() => {
+                self.source = Some(shared(&mut self.reader.source, value));
+            }
+            "partitionkey" if self.key.is_none() && !value.is_empty() => self.key = Some(clean(value).into()),
+            "datacontenttype" if self.content_type.is_none() => {
+                self.content_type = Some(shared(&mut self.reader.content_type, value));
+            }
+            "time" if self.time.is_none() && let Ok(time) = value.parse() => self.time = Some(time),
+            "sequence" if self.sequence.is_none() && let Ok(position) = value.parse() => {
+                self.sequence = Some(position);
+            }
+            "id" | "type" | "source" | "partitionkey" | "datacontenttype" => {}
+            other => self.keep(other, value),
+        }
+    }
+
+    /// Whether an id has come: what it would be taken for otherwise need not be found out.
+    #[must_use]
+    pub fn has_id(&self) -> bool {
+        self.id.is_some()
+    }
+
+    /// Whether a time has come.
+    #[must_use]
+    pub fn has_time(&self) -> bool {
+        self.time.is_some()
+    }
+
+    /// The message.
+    #[must_use]
+    pub fn finish(mut self, arrived: Arrived<'_>) -> Message {
+        let mut payload = arrived.payload;
+        let content_type = self.content_type.take();
+        let is_structured = |content_type: &str| {
+            let start = content_type.get(..STRUCTURED.len());
+            start.is_some_and(|start| start.eq_ignore_ascii_case(STRUCTURED))
+        };
+        let outer = content_type.as_deref().or(arrived.content_type);
+        let mut content_type = match outer {
+            Some(text) => Some(shared(&mut self.reader.content_type, text)),
+            None => None,
+        };
+        if content_type.as_deref().is_some_and(is_structured)
+            && let Some((inner, body)) = json::read(&payload, &mut self)
+        {
+            payload = body;
+            content_type = inner.map(|text| shared(&mut self.reader.content_type, &text));
+        }
+        let source = self.source;
+        let given_id = self.id.as_deref().or(arrived.id);
+        let from = source.as_deref().unwrap_or_default();
+        let id = match (given_id, arrived.place) {
+            (Some(text), _) => {
+                let id = id_of(from, text);
+                let mut ours = uuid::Uuid::encode_buffer();
+                if text != id.as_uuid().hyphenated().encode_lower(&mut ours) {
+                    self.headers.push((ORIGINAL_ID.to_owned(), clean(text).into_owned()));
+                }
+                id
+            }
+            (None, Some(place)) => MessageId::foreign("", &place),
+            (None, None) => MessageId::new(),
+        };
+        let of_broker = || {
+            let key = std::str::from_utf8(arrived.key?).ok()?;
+            (!key.is_empty()).then(|| clean(key).into())
+        };
+        let kind = match (self.kind, arrived.kind.filter(|kind| !kind.is_empty())) {
+            (Some(kind), _) => kind,
+            (None, Some(kind)) => shared(&mut self.reader.kind, kind),
+            (None, None) => shared(&mut self.reader.kind, arrived.topic.as_str()),
+        };
+        let message = Message::from(MessageParts {
+            id,
+            kind,
+            source,
+            topic: arrived.topic.clone(),
+            key: self.key.or_else(of_broker),
+            headers: self.headers,
+            content_type: content_type.unwrap_or(Text::from_static("application/octet-stream")),
+            time: self.time.or(arrived.time),
+            payload,
+        });
+        match self.sequence {
+            Some(position) => message.with_sequence(position),
+            None => message,
+        }
+    }
+}
+

@@ -1,0 +1,229 @@
+use super::{Keeper, fresh_dir, fresh_name, free_port, is_running, kill, run, signal, tail, wait_until};
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::TcpStream,
+    path::PathBuf,
+    process::{Command, Stdio},
+    sync::OnceLock,
+    time::Duration,
+};
+
+/// An Apache Kafka broker of a test's own: one node, broker and controller in one process. It is stopped, and its data
+/// removed, when this is dropped, and when the test's process ends in whatever way.
+///
+/// Its jars are looked for in `POSTRIDER_TEST_KAFKA_LIB` and where `./test` puts them.
+#[derive(Debug)]
+pub struct Kafka {
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    Own(Box<Own>),
+    /// A running one, named by the environment.
+    Given(String),
+}
+
+#[derive(Debug)]
+struct Own {
+    dir: PathBuf,
+    lib: PathBuf,
+    port: u16,
+    pid: u32,
+    java_options: Vec<String>,
+    _keeper: Keeper,
+}
+
+const VARIABLE: &str = "POSTRIDER_TEST_KAFKA_BROKERS";
+
+/// Starts fast and needs little; slow once it is warm.
+const QUICK: [&str; 4] = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto", "-Xmx512m"];
+
+impl Kafka {
+    /// The broker that all tests of this process share: the one in `POSTRIDER_TEST_KAFKA_BROKERS`, else one of its own.
+    #[must_use]
+    pub fn shared() -> &'static Self {
+        static SHARED: OnceLock<Kafka> = OnceLock::new();
+        SHARED.get_or_init(|| match std::env::var(VARIABLE) {
+            Ok(brokers) if !brokers.is_empty() => Self {
+                place: Place::Given(brokers),
+            },
+            _ => Self::start(),
+        })
+    }
+
+    /// Starts a broker for a test that kills or pauses it.
+    #[must_use]
+    pub fn start() -> Self {
+        Self::start_with(&QUICK)
+    }
+
+    /// Starts a broker as a benchmark wants it: it takes longer to start.
+    #[must_use]
+    pub fn start_fast() -> Self {
+        Self::start_with(&["-Xmx2g"])
+    }
+
+    fn start_with(java_options: &[&str]) -> Self {
+        let dir = fresh_dir("kafka");
+        let (port, controller) = (free_port(), free_port());
+        let lib = lib();
+        let properties = PROPERTIES
+            .replace("{port}", &port.to_string())
+            .replace("{controller}", &controller.to_string())
+            .replace("{logs}", &dir.join("logs").display().to_string());
+        fs::write(dir.join("server.properties"), properties).expect("its configuration");
+        fs::write(dir.join("log4j2.yaml"), LOGGING).expect("its configuration");
+        fs::write(dir.join("server.log"), "").expect("a log file");
+        let mut own = Own {
+            _keeper: Keeper::of(&dir, "pid", "TERM"),
+            dir,
+            lib,
+            port,
+            pid: 0,
+            java_options: java_options.iter().map(|option| (*option).to_owned()).collect(),
+        };
+        let mut format = own.java(&QUICK);
+        format.args(["kafka.tools.StorageTool", "format", "--standalone", "-t", "cG9zdHJpZGVyLXRlc3RzIQ", "-c"]);
+        run(format.arg(own.dir.join("server.properties"))).expect("Kafka's storage is formatted");
+        own.run();
+        Self {
+            place: Place::Own(Box::new(own)),
+        }
+    }
+
+    /// Its address: `host:port`.
+    #[must_use]
+    pub fn brokers(&self) -> String {
+        match &self.place {
+            Place::Own(own) => format!("127.0.0.1:{}", own.port),
+            Place::Given(brokers) => brokers.clone(),
+        }
+    }
+
+    /// A name for topics and groups that no other test uses.
+    #[must_use]
+    pub fn fresh_name(&self) -> String {
+        fresh_name()
+    }
+
+    fn own(&mut self) -> &mut Own {
+        match &mut self.place {
+            Place::Own(own) => own,
+            Place::Given(_) => panic!("a broker that {VARIABLE} names is not ours to kill: use Kafka::start()"),
+        }
+    }
+
+    /// Kills it (SIGKILL), as a power failure would.
+    pub fn kill(&mut self) {
+        kill(&[self.own().pid]);
+    }
+
+    /// Stops it (SIGSTOP) until [`resume`](Kafka::resume).
+    pub fn pause(&mut self) {
+        signal("-STOP", &[self.own().pid]);
+    }
+
+    /// Lets it go on.
+    pub fn resume(&mut self) {
+        signal("-CONT", &[self.own().pid]);
+    }
+
+    /// Starts it again, after [`kill`](Kafka::kill), on the same data and the same port.
+    pub fn restart(&mut self) {
+        self.own().run();
+    }
+}
+
+impl Own {
+    fn java(&self, options: &[&str]) -> Command {
+        let mut java = Command::new("java");
+        java.arg("-cp").arg(self.lib.join("*")).args(options);
+        java.arg(format!("-Dlog4j2.configurationFile={}", self.dir.join("log4j2.yaml").display()));
+        java.stdin(Stdio::null());
+        java
+    }
+
+    fn run(&mut self) {
+        let log = self.dir.join("server.log");
+        let file = || fs::File::options().append(true).open(&log).expect("the broker's log");
+        let options: Vec<&str> = self.java_options.iter().map(String::as_str).collect();
+        let mut server = self.java(&options);
+        server.arg("kafka.Kafka").arg(self.dir.join("server.properties"));
+        std::os::unix::process::CommandExt::process_group(&mut server, 0);
+        let mut started = server.stdout(file()).stderr(file()).spawn().expect("java starts");
+        self.pid = started.id();
+        fs::write(self.dir.join("pid"), self.pid.to_string()).expect("its process id");
+        std::thread::spawn(move || started.wait());
+        let (port, pid) = (self.port, self.pid);
+        let answers = wait_until(Duration::from_secs(90), || has_metadata(port) || !is_running(pid));
+        assert!(
+            answers && is_running(pid),
+            "the Kafka broker does not come up:\n{}",
+            tail(&log)
+        );
+    }
+}
+
+/// Whether it answers a request for metadata that names a broker: a port may be open long before, or still.
+fn has_metadata(port: u16) -> bool {
+    let Ok(mut socket) = TcpStream::connect(("127.0.0.1", port)) else { return false };
+    let _ = socket.set_read_timeout(Some(Duration::from_secs(2)));
+    // Length, metadata request (3) of version 1, correlation 7, client "t", no topics.
+    let request = [0, 0, 0, 15, 0, 3, 0, 1, 0, 0, 0, 7, 0, 1, b't', 0, 0, 0, 0];
+    let mut head = [0; 12];
+    socket.write_all(&request).is_ok()
+        && socket.read_exact(&mut head).is_ok()
+        && head[4..8] == [0, 0, 0, 7]
+        && head[8..12] != [0, 0, 0, 0]
+}
+
+fn lib() -> PathBuf {
+    if let Ok(lib) = std::env::var("POSTRIDER_TEST_KAFKA_LIB") {
+        return lib.into();
+    }
+    let lib = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/kafka/lib"));
+    assert!(
+        fs::read_dir(&lib).is_ok_and(|mut files| files.next().is_some()),
+        "Apache Kafka is not there (./test fetches it into target/kafka/lib); {VARIABLE} names a running one, POSTRIDER_TEST_KAFKA_LIB the folder of its jars"
+    );
+    lib
+}
+
+const PROPERTIES: &str = "\
+process.roles=broker,controller
+node.id=1
+controller.quorum.bootstrap.servers=127.0.0.1:{controller}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+controller.listener.names=CONTROLLER
+inter.broker.listener.name=PLAINTEXT
+log.dirs={logs}
+num.partitions=4
+auto.create.topics.enable=false
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=4
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+share.coordinator.state.topic.num.partitions=4
+group.initial.rebalance.delay.ms=0
+group.min.session.timeout.ms=1000
+group.consumer.heartbeat.interval.ms=500
+group.consumer.min.heartbeat.interval.ms=500
+group.consumer.assignment.interval.ms=0
+group.consumer.session.timeout.ms=6000
+group.consumer.min.session.timeout.ms=6000
+";
+
+const LOGGING: &str = "\
+Configuration:
+  Appenders:
+    Console: { name: STDOUT, PatternLayout: { pattern: \"%d %p %c{1} %m%n\" } }
+  Loggers:
+    Root: { level: WARN, AppenderRef: [ { ref: STDOUT } ] }
+";

@@ -1,0 +1,199 @@
+use super::{Keeper, family, fresh_dir, fresh_name, free_port, is_running, kill, run, signal, tail, wait_until};
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::TcpStream,
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
+    path::PathBuf,
+    process::{Command, Stdio},
+    sync::OnceLock,
+    time::Duration,
+};
+
+/// A RabbitMQ broker of a test's own. It is stopped, and its data removed, when this is dropped, and when the test's process
+/// ends in whatever way.
+///
+/// Its programs are looked for in `POSTRIDER_TEST_RABBITMQ_BIN` and in Debian's place for them.
+#[derive(Debug)]
+pub struct RabbitMq {
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    Own(Box<Own>),
+    /// A running one, named by the environment.
+    Given(String),
+}
+
+#[derive(Debug)]
+struct Own {
+    dir: PathBuf,
+    bin: PathBuf,
+    port: u16,
+    /// Of the node's own protocol, and of the daemon that knows its port.
+    dist: u16,
+    epmd: u16,
+    pid: u32,
+    _keeper: Keeper,
+}
+
+const VARIABLE: &str = "POSTRIDER_TEST_RABBITMQ_URL";
+
+impl RabbitMq {
+    /// The broker that all tests of this process share: the one in `POSTRIDER_TEST_RABBITMQ_URL`, else one of its own.
+    #[must_use]
+    pub fn shared() -> &'static Self {
+        static SHARED: OnceLock<RabbitMq> = OnceLock::new();
+        SHARED.get_or_init(|| match std::env::var(VARIABLE) {
+            Ok(url) if !url.is_empty() => Self {
+                place: Place::Given(url),
+            },
+            _ => Self::start(),
+        })
+    }
+
+    /// Starts a broker for a test that kills or pauses it.
+    #[must_use]
+    pub fn start() -> Self {
+        let dir = fresh_dir("rabbitmq");
+        let (dist, epmd) = (free_port(), free_port());
+        let config = "vm_memory_high_watermark.absolute = 2GB\ndisk_free_limit.absolute = 50MB\nloopback_users = none\n";
+        fs::write(dir.join("rabbitmq.conf"), config).expect("its configuration");
+        fs::write(dir.join("enabled_plugins"), "[].").expect("its plugins");
+        fs::write(dir.join("server.log"), "").expect("a log file");
+        // The port daemon outlives the node.
+        let ending = dir.join("ending");
+        fs::write(&ending, format!("#!/bin/sh\nepmd -port {epmd} -kill\n")).expect("a script");
+        fs::set_permissions(&ending, fs::Permissions::from_mode(0o755)).expect("its permissions");
+        let mut own = Own {
+            bin: programs(),
+            port: free_port(),
+            dist,
+            epmd,
+            pid: 0,
+            _keeper: Keeper::of(&dir, "pid", "TERM"),
+            dir,
+        };
+        own.run();
+        Self {
+            place: Place::Own(Box::new(own)),
+        }
+    }
+
+    /// The address of its virtual host `/`.
+    #[must_use]
+    pub fn url(&self) -> String {
+        match &self.place {
+            Place::Own(own) => format!("amqp://guest:guest@127.0.0.1:{}/%2f", own.port),
+            Place::Given(url) => url.clone(),
+        }
+    }
+
+    /// A name for exchanges, groups and topics that no other test uses.
+    #[must_use]
+    pub fn fresh_name(&self) -> String {
+        fresh_name()
+    }
+
+    fn own(&mut self) -> &mut Own {
+        match &mut self.place {
+            Place::Own(own) => own,
+            Place::Given(_) => panic!("a broker that {VARIABLE} names is not ours to kill: use RabbitMq::start()"),
+        }
+    }
+
+    /// Kills it and all its processes at once (SIGKILL), as a power failure would.
+    pub fn kill(&mut self) {
+        kill(&family(self.own().pid));
+    }
+
+    /// Stops all its processes (SIGSTOP) until [`resume`](RabbitMq::resume).
+    pub fn pause(&mut self) {
+        signal("-STOP", &family(self.own().pid));
+    }
+
+    /// Lets them go on.
+    pub fn resume(&mut self) {
+        signal("-CONT", &family(self.own().pid));
+    }
+
+    /// Starts it again, after [`kill`](RabbitMq::kill), on the same data and the same port.
+    pub fn restart(&mut self) {
+        self.own().run();
+    }
+
+    /// Runs `rabbitmqctl` on it, which takes a second or two, and gives what it printed.
+    pub fn ctl(&mut self, arguments: &[&str]) -> String {
+        let own = self.own();
+        let mut ctl = own.command("rabbitmqctl");
+        ctl.arg("-q").args(arguments);
+        run(&mut ctl).expect("rabbitmqctl")
+    }
+}
+
+impl Own {
+    /// One of its programs, in its surroundings.
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(self.bin.join(program));
+        let dir = |name: &str| self.dir.join(name);
+        command
+            .env("HOME", &self.dir)
+            .env("RABBITMQ_NODENAME", format!("postrider{}@localhost", self.port))
+            .env("RABBITMQ_NODE_IP_ADDRESS", "127.0.0.1")
+            .env("RABBITMQ_NODE_PORT", self.port.to_string())
+            .env("RABBITMQ_DIST_PORT", self.dist.to_string())
+            .env("ERL_EPMD_ADDRESS", "127.0.0.1")
+            .env("ERL_EPMD_PORT", self.epmd.to_string())
+            .env("RABBITMQ_MNESIA_BASE", dir("data"))
+            .env("RABBITMQ_LOG_BASE", dir("log"))
+            .env("RABBITMQ_LOGS", dir("broker.log"))
+            .env("RABBITMQ_CONFIG_FILE", dir("rabbitmq"))
+            .env("RABBITMQ_ENABLED_PLUGINS_FILE", dir("enabled_plugins"))
+            .env("RABBITMQ_CONF_ENV_FILE", dir("none"))
+            .env("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "-kernel inet_dist_use_interface {127,0,0,1}")
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&mut self) {
+        let log = self.dir.join("server.log");
+        let file = || fs::File::options().append(true).open(&log).expect("the broker's log");
+        let mut server = self.command("rabbitmq-server");
+        // A group of its own: a signal to the test's is not one to the broker.
+        server.stdout(file()).stderr(file()).process_group(0);
+        let mut started = server.spawn().expect("the broker starts");
+        self.pid = started.id();
+        fs::write(self.dir.join("pid"), self.pid.to_string()).expect("its process id");
+        // Whoever waits for it is told when it is gone, so that no dead process is left.
+        std::thread::spawn(move || started.wait());
+        let (port, pid) = (self.port, self.pid);
+        let answers = wait_until(Duration::from_secs(90), || speaks_amqp(port) || !is_running(pid));
+        assert!(
+            answers && is_running(pid),
+            "the RabbitMQ broker does not come up:\n{}\n{}",
+            tail(&log),
+            tail(&self.dir.join("broker.log"))
+        );
+    }
+}
+
+/// Whether it answers a greeting.
+fn speaks_amqp(port: u16) -> bool {
+    let Ok(mut socket) = TcpStream::connect(("127.0.0.1", port)) else { return false };
+    let _ = socket.set_read_timeout(Some(Duration::from_secs(2)));
+    let mut answer = [0; 1];
+    socket.write_all(b"AMQP\x00\x00\x09\x01").is_ok() && socket.read_exact(&mut answer).is_ok() && answer[0] == 1
+}
+
+fn programs() -> PathBuf {
+    if let Ok(bin) = std::env::var("POSTRIDER_TEST_RABBITMQ_BIN") {
+        return bin.into();
+    }
+    let debian = PathBuf::from("/usr/lib/rabbitmq/bin");
+    assert!(
+        debian.join("rabbitmq-server").exists(),
+        "RabbitMQ is not installed (apt-get install rabbitmq-server, or run ./test); {VARIABLE} names a running one, POSTRIDER_TEST_RABBITMQ_BIN the folder of its programs"
+    );
+    debian
+}

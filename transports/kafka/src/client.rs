@@ -1,0 +1,104 @@
+//! What producers and consumers have in common.
+
+use crate::config::KafkaOptions;
+use postrider_core::{Error, ErrorKind, Result};
+use rdkafka::{
+    ClientConfig, ClientContext,
+    config::RDKafkaLogLevel,
+    error::{KafkaError, RDKafkaErrorCode},
+};
+use std::sync::Arc;
+
+/// Where the brokers are, and how to talk to them.
+#[derive(Debug, Clone)]
+pub(crate) struct Cluster(Arc<KafkaOptions>);
+
+impl Cluster {
+    pub(crate) fn new(options: KafkaOptions) -> Self {
+        Self(Arc::new(options))
+    }
+
+    pub(crate) fn options(&self) -> &KafkaOptions {
+        &self.0
+    }
+
+    pub(crate) fn config(&self) -> ClientConfig {
+        let options = self.options();
+        let mut config = ClientConfig::new();
+        config
+            .set("bootstrap.servers", &options.brokers)
+            .set("client.id", &options.client_id)
+            .set("socket.nagle.disable", "true")
+            .set("reconnect.backoff.ms", "50")
+            .set("reconnect.backoff.max.ms", "2000")
+            // A topic that is missing is told of soon; one that was just made is waited for.
+            .set("topic.metadata.propagation.max.ms", "3000")
+            .set("topic.metadata.refresh.fast.interval.ms", "50");
+        let protocol = match (options.tls, &options.login) {
+            (false, None) => "plaintext",
+            (true, None) => "ssl",
+            (false, Some(_)) => "sasl_plaintext",
+            (true, Some(_)) => "sasl_ssl",
+        };
+        config.set("security.protocol", protocol);
+        if let Some(login) = &options.login {
+            config
+                .set("sasl.mechanism", &login.mechanism)
+                .set("sasl.username", &login.user)
+                .set("sasl.password", &login.password);
+        }
+        if let Some(file) = &options.ca_file {
+            config.set("ssl.ca.location", file);
+        }
+        config.set_log_level(RDKafkaLogLevel::Warning);
+        config
+    }
+}
+
+/// What the client says of itself goes to `tracing`.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Quiet;
+
+pub(crate) fn log(level: RDKafkaLogLevel, facility: &str, text: &str) {
+    match level {
+        RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical | RDKafkaLogLevel::Error => {
+            tracing::warn!(facility, "librdkafka: {text}");
+        }
+        // Whatever it cannot reach it says again and again.
+        _ => tracing::debug!(facility, "librdkafka: {text}"),
+    }
+}
+
+impl ClientContext for Quiet {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        log(level, facility, text);
+    }
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(%error, "librdkafka: {reason}");
+    }
+}
+
+/// Runs what blocks on a thread for it.
+pub(crate) async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|why| Error::new(ErrorKind::Unexpected, "a thread for Kafka has ended").because(why))
+}
+
+/// What went wrong while `doing` something.
+pub(crate) fn failed(doing: &'static str) -> impl Fn(KafkaError) -> Error + Clone {
+    move |why| {
+        let kind = match why.rdkafka_error_code() {
+            Some(
+                RDKafkaErrorCode::TopicAuthorizationFailed
+                | RDKafkaErrorCode::GroupAuthorizationFailed
+                | RDKafkaErrorCode::ClusterAuthorizationFailed
+                | RDKafkaErrorCode::InvalidConfig
+                | RDKafkaErrorCode::UnknownTopicOrPartition
+                | RDKafkaErrorCode::UnknownTopic,
+            ) => ErrorKind::Config,
+            _ if matches!(why, KafkaError::ClientConfig(..)) => ErrorKind::Config,
+            _ => ErrorKind::Unavailable,
+        };
+        Error::new(kind, "Kafka failed").with("doing", doing).because(why)
+    }
+}

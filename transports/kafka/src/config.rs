@@ -1,0 +1,247 @@
+use postrider_core::{Error, ErrorKind, Result, wire::Format};
+use std::{fmt, time::Duration};
+
+/// Options of the Kafka transport.
+#[derive(Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KafkaOptions {
+    /// Where brokers are: `host:port,host:port`.
+    pub brokers: String,
+    /// Whether topics are declared, the default, or only looked for.
+    pub declares: bool,
+    /// How many partitions a topic is declared with; 12 by default.
+    pub partitions: i32,
+    /// How many brokers keep each partition of a topic that is declared; the brokers' own default if left out.
+    pub replication: Option<i32>,
+    /// Messages that may be on their way unconfirmed; 10,000 by default.
+    pub window: usize,
+    /// How long the client waits for more to send with a message; 1 ms by default.
+    pub linger: Duration,
+    /// How long a message may be on its way, retries included; 10 s by default. Shorter than the relay's lease.
+    pub delivery_timeout: Duration,
+    /// The most time that connecting, declaring and closing may take, each; 10 s by default.
+    pub timeout: Duration,
+    /// How long a member may be silent before its partitions go to others; 10 s by default. With the new group protocol the
+    /// brokers say how long.
+    pub session_timeout: Duration,
+    /// Between offsets' commits; 1 s by default.
+    pub commit_interval: Duration,
+    /// How long a member may take to finish what it has of a partition that goes to another; 10 s by default.
+    pub handover_timeout: Duration,
+    /// Whether groups use the protocol of KIP-848, which Kafka has from 4.0 on; not by default.
+    pub new_group_protocol: bool,
+    /// How messages are laid out; [`Format::Binary`] by default. Both are read.
+    pub format: Format,
+    /// What the client is called in Kafka's own tools; `postrider` by default.
+    pub client_id: String,
+    /// Whether to use TLS. Needs the feature `kafka-tls`.
+    pub tls: bool,
+    /// Certificates (PEM) of authorities to trust, in place of the system's.
+    pub ca_file: Option<String>,
+    /// User and password, and how they are told: `PLAIN`, `SCRAM-SHA-256`, `SCRAM-SHA-512`.
+    pub login: Option<Login>,
+}
+
+/// Who to be.
+#[derive(Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Login {
+    /// `PLAIN`, `SCRAM-SHA-256` or `SCRAM-SHA-512`.
+    pub mechanism: String,
+    /// The user.
+    pub user: String,
+    /// The password. Never shown.
+    pub password: String,
+}
+
+impl Login {
+    /// A user, with a password that is told by `mechanism`.
+    #[must_use]
+    pub fn new(mechanism: impl Into<String>, user: impl Into<String>, password: impl Into<String>) -> Self {
+        Self {
+            mechanism: mechanism.into(),
+            user: user.into(),
+            password: password.into(),
+        }
+    }
+}
+
+impl fmt::Debug for Login {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = f.debug_struct("Login");
+        shown.field("mechanism", &self.mechanism).field("user", &self.user).finish_non_exhaustive()
+    }
+}
+
+impl Default for KafkaOptions {
+    fn default() -> Self {
+        Self {
+            brokers: "localhost:9092".to_owned(),
+            declares: true,
+            partitions: 12,
+            replication: None,
+            window: 10_000,
+            linger: Duration::from_millis(1),
+            delivery_timeout: Duration::from_secs(10),
+            timeout: Duration::from_secs(10),
+            session_timeout: Duration::from_secs(10),
+            commit_interval: Duration::from_secs(1),
+            handover_timeout: Duration::from_secs(10),
+            new_group_protocol: false,
+            format: Format::Binary,
+            client_id: "postrider".to_owned(),
+            tls: false,
+            ca_file: None,
+            login: None,
+        }
+    }
+}
+
+impl KafkaOptions {
+    /// The defaults, for these brokers.
+    #[must_use]
+    pub fn new(brokers: impl Into<String>) -> Self {
+        Self {
+            brokers: brokers.into(),
+            ..Self::default()
+        }
+    }
+    /// Declares nothing: a missing topic is an error.
+    #[must_use]
+    pub fn without_declaring(mut self) -> Self {
+        self.declares = false;
+        self
+    }
+    /// Sets how many partitions a topic is declared with.
+    #[must_use]
+    pub fn with_partitions(mut self, count: i32) -> Self {
+        self.partitions = count;
+        self
+    }
+    /// Sets how many brokers keep each partition of a topic that is declared.
+    #[must_use]
+    pub fn with_replication(mut self, brokers: i32) -> Self {
+        self.replication = Some(brokers);
+        self
+    }
+    /// Sets how many messages may be unconfirmed.
+    #[must_use]
+    pub fn with_window(mut self, messages: usize) -> Self {
+        self.window = messages;
+        self
+    }
+    /// Sets how long the client waits for more to send with a message.
+    #[must_use]
+    pub fn with_linger(mut self, linger: Duration) -> Self {
+        self.linger = linger;
+        self
+    }
+    /// Sets how long a message may be on its way.
+    #[must_use]
+    pub fn with_delivery_timeout(mut self, timeout: Duration) -> Self {
+        self.delivery_timeout = timeout;
+        self
+    }
+    /// Sets the most time that connecting, declaring and closing may take.
+    #[must_use]
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+    /// Sets how long a member may be silent.
+    #[must_use]
+    pub fn with_session_timeout(mut self, timeout: Duration) -> Self {
+        self.session_timeout = timeout;
+        self
+    }
+    /// Sets how long a member may take to finish what it has of a partition that goes to another.
+    #[must_use]
+    pub fn with_handover_timeout(mut self, timeout: Duration) -> Self {
+        self.handover_timeout = timeout;
+        self
+    }
+    /// Uses the group protocol of KIP-848.
+    #[must_use]
+    pub fn with_new_group_protocol(mut self) -> Self {
+        self.new_group_protocol = true;
+        self
+    }
+    /// Sets how messages are laid out.
+    #[must_use]
+    pub fn with_format(mut self, format: Format) -> Self {
+        self.format = format;
+        self
+    }
+    /// Uses TLS, and trusts the authorities in this file, or the system's.
+    #[must_use]
+    pub fn with_tls(mut self, ca_file: Option<String>) -> Self {
+        self.tls = true;
+        self.ca_file = ca_file;
+        self
+    }
+    /// Sets who to be.
+    #[must_use]
+    pub fn with_login(mut self, login: Login) -> Self {
+        self.login = Some(login);
+        self
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        let wrong = |option: &'static str, why: &str| {
+            Err(Error::new(ErrorKind::Config, "an option of the Kafka transport is wrong")
+                .with("option", option)
+                .with("why", why))
+        };
+        if self.brokers.trim().is_empty() {
+            return wrong("brokers", "empty: host:port,host:port");
+        }
+        if self.partitions < 1 {
+            return wrong("partitions", "at least 1");
+        }
+        if self.replication.is_some_and(|brokers| brokers < 1) {
+            return wrong("replication", "at least 1");
+        }
+        if !(1..=90_000).contains(&self.window) {
+            return wrong("window", "between 1 and 90,000");
+        }
+        if self.delivery_timeout < self.linger + Duration::from_millis(10) {
+            return wrong("delivery_timeout", "longer than linger");
+        }
+        if self.timeout.is_zero() {
+            return wrong("timeout", "more than nothing");
+        }
+        if self.handover_timeout > Duration::from_secs(240) {
+            return wrong("handover_timeout", "at most 4 minutes, since Kafka waits for 5");
+        }
+        let needs_tls = self.tls || self.login.as_ref().is_some_and(|login| login.mechanism.starts_with("SCRAM"));
+        if needs_tls && !cfg!(feature = "tls") {
+            return wrong("tls, login", "TLS and SCRAM are not compiled in: build with the feature `kafka-tls`");
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for KafkaOptions {
+    /// Everything but the password.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KafkaOptions")
+            .field("brokers", &self.brokers)
+            .field("declares", &self.declares)
+            .field("partitions", &self.partitions)
+            .field("replication", &self.replication)
+            .field("window", &self.window)
+            .field("linger", &self.linger)
+            .field("delivery_timeout", &self.delivery_timeout)
+            .field("timeout", &self.timeout)
+            .field("session_timeout", &self.session_timeout)
+            .field("commit_interval", &self.commit_interval)
+            .field("handover_timeout", &self.handover_timeout)
+            .field("new_group_protocol", &self.new_group_protocol)
+            .field("format", &self.format)
+            .field("client_id", &self.client_id)
+            .field("tls", &self.tls)
+            .field("ca_file", &self.ca_file)
+            .field("login", &self.login)
+            .finish()
+    }
+}

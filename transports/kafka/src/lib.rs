@@ -1,0 +1,65 @@
+//! Postrider's transport over Apache Kafka, through [rdkafka](https://docs.rs/rdkafka) (librdkafka).
+//!
+//! # How messages lie there
+//! A topic is a Kafka topic of the same name, declared with [`KafkaOptions::partitions`] unless it is there. The key of a
+//! message is the record's key, and Java's partitioner (murmur2) spreads keys over partitions, so that producers in other
+//! languages agree. Records without a key go anywhere. Attributes are headers as CloudEvents' binding for Kafka says: `ce_type`
+//! and so on, and `content-type`; see [`wire`](postrider_core::wire). Dead letters of a group without an event log go to the
+//! topic `<group>.dead`, each with the header `postrider-topic`.
+//!
+//! # What is promised
+//! A message is published when every replica in sync has it (`acks=all`, idempotent). A topic that is missing, that may not be
+//! written, or that has too few replicas is an unavailable destination.
+//!
+//! A group's members share the partitions, and each keeps the order of its keys. What is committed is the last offset before
+//! which everything is settled, so a crash repeats what was settled out of order behind it, and loses nothing. When a partition
+//! goes to another member, what this one has of it is finished first, for as long as [`KafkaOptions::handover_timeout`].
+//! Adding partitions to a topic moves keys between partitions: drain it first.
+//!
+//! Kafka neither counts deliveries nor delays them: retries belong to the group's inbox, in the event log.
+//!
+//! # TLS
+//! TLS and SCRAM come with the feature `tls` (`kafka-tls` of the facade), which needs OpenSSL to build.
+
+mod client;
+mod config;
+mod publisher;
+mod subscriber;
+mod topology;
+mod wire;
+
+pub use config::{KafkaOptions, Login};
+
+use postrider_core::{Capabilities, Order, Result, Transport};
+use publisher::KafkaPublisher;
+use subscriber::KafkaSubscriber;
+
+/// What the transport is called: its feature and its kind in a configuration.
+pub const NAME: &str = "kafka";
+
+/// A transport over these brokers, `host:port,host:port`, with default options.
+///
+/// # Errors
+/// As [`transport_with`].
+pub fn transport(brokers: impl Into<String>) -> Result<Transport> {
+    transport_with(KafkaOptions::new(brokers))
+}
+
+/// A transport with these options. It connects when it is first used, and again whenever a connection is lost.
+///
+/// # Errors
+/// [`ErrorKind::Config`](postrider_core::ErrorKind::Config) for an option that makes no sense.
+pub fn transport_with(options: KafkaOptions) -> Result<Transport> {
+    options.check()?;
+    let cluster = client::Cluster::new(options);
+    let publisher = KafkaPublisher::new(cluster.clone());
+    let capabilities = Capabilities::default()
+        .with_order(Order::Partitioned)
+        .with_dead_letter()
+        // What brokers take unless they are told otherwise, less what a batch adds.
+        .with_max_message_bytes(1_000_000);
+    let subscriber = KafkaSubscriber::new(cluster, publisher.clone());
+    Ok(Transport::new(NAME, capabilities)
+        .with_publisher(publisher)
+        .with_subscriber(subscriber))
+}

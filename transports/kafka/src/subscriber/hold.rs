@@ -1,0 +1,180 @@
+use super::member::Consumer;
+use postrider_core::{Assignment, Disposition, Error, ErrorKind, Message, Result, Topic, partition::Prefix};
+use rdkafka::consumer::{Consumer as _, base_consumer::PartitionQueue};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+pub(super) type Queue = PartitionQueue<super::member::Rebalances>;
+
+/// A partition that this member has: its queue, and what is out of it.
+pub(super) struct Hold {
+    pub(super) assignment: Assignment,
+    pub(super) topic: Topic,
+    pub(super) partition: i32,
+    pub(super) queue: Arc<Queue>,
+    /// Whoever drops the last handle waits for the client: that is the thread's to do.
+    consumer: Weak<Consumer>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    out: Prefix<Message>,
+    /// Settled in the assignment before this one, behind what was not: not to be handed out again.
+    settled_before: BTreeSet<i64>,
+    /// Where to begin again: the first that was released.
+    released_from: Option<i64>,
+    is_leaving: bool,
+    is_gone: bool,
+}
+
+impl fmt::Debug for Hold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hold")
+            .field("assignment", &self.assignment)
+            .field("topic", &self.topic)
+            .field("partition", &self.partition)
+            .finish_non_exhaustive()
+    }
+}
+
+fn position(offset: i64) -> u64 {
+    offset.unsigned_abs()
+}
+
+fn offset(position: u64) -> i64 {
+    i64::try_from(position).unwrap_or(i64::MAX)
+}
+
+impl Hold {
+    pub(super) fn new(
+        assignment: Assignment,
+        topic: Topic,
+        partition: i32,
+        queue: Arc<Queue>,
+        consumer: &Arc<Consumer>,
+        settled_before: BTreeSet<i64>,
+    ) -> Self {
+        let state = State {
+            settled_before,
+            ..State::default()
+        };
+        Self {
+            assignment,
+            topic,
+            partition,
+            queue,
+            consumer: Arc::downgrade(consumer),
+            state: Mutex::new(state),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that a message is handed out. `false` if it must not be, any more or once more.
+    pub(super) fn hand_out(&self, at: i64, message: &Message) -> bool {
+        let mut state = self.state();
+        if state.is_leaving {
+            return false;
+        }
+        let is_settled = !state.settled_before.is_empty() && state.settled_before.remove(&at);
+        state.out.push(position(at), message.clone());
+        if is_settled {
+            state.out.settle(position(at));
+            self.store(&mut state);
+        }
+        !is_settled
+    }
+
+    /// Hands out nothing more. `false` if it did not before.
+    pub(super) fn leave(&self) -> bool {
+        !std::mem::replace(&mut self.state().is_leaving, true)
+    }
+
+    /// What is settled from now on is in vain.
+    pub(super) fn lose(&self) {
+        let mut state = self.state();
+        state.is_leaving = true;
+        state.is_gone = true;
+    }
+
+    pub(super) fn is_leaving(&self) -> bool {
+        self.state().is_leaving
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.state().out.outstanding() == 0
+    }
+
+    /// Where to begin again, and what of that is settled.
+    pub(super) fn begins_again(&self) -> Option<(i64, BTreeSet<i64>)> {
+        let mut state = self.state();
+        let from = state.released_from?;
+        let mut settled = std::mem::take(&mut state.settled_before);
+        settled.extend(state.out.settled().map(offset));
+        Some((from, settled.split_off(&from)))
+    }
+
+    pub(super) fn message(&self, at: u64) -> Option<Message> {
+        self.state().out.get(at).cloned()
+    }
+
+    /// Says what became of deliveries. One outcome each, and whether the hold has to begin anew.
+    pub(super) fn settle(&self, batch: &[(u64, Disposition)]) -> (Vec<Result<()>>, bool) {
+        let mut state = self.state();
+        let mut restarts = false;
+        let is_gone = state.is_gone;
+        let mut outcomes: Vec<Result<()>> = batch
+            .iter()
+            .map(|(at, disposition)| {
+                let known = match disposition {
+                    _ if is_gone => None,
+                    Disposition::Ack => state.out.settle(*at),
+                    _ => {
+                        let released = state.out.release(*at);
+                        if released.is_some() {
+                            let from = state.released_from.map_or(offset(*at), |from| from.min(offset(*at)));
+                            state.released_from = Some(from);
+                            restarts = true;
+                        }
+                        released
+                    }
+                };
+                known.map(drop).ok_or_else(|| not_outstanding(*at))
+            })
+            .collect();
+        if restarts {
+            state.is_leaving = true;
+        }
+        if !self.store(&mut state) {
+            let lost = batch.iter().zip(&mut outcomes);
+            for ((at, _), outcome) in lost.filter(|((_, disposition), _)| *disposition == Disposition::Ack) {
+                *outcome = Err(not_outstanding(*at));
+            }
+        }
+        (outcomes, restarts)
+    }
+
+    /// Notes in the client up to where everything is settled, to be committed. `false` if the partition is another's.
+    fn store(&self, state: &mut State) -> bool {
+        let Some(last) = state.out.advance() else { return true };
+        let Some(consumer) = self.consumer.upgrade() else { return false };
+        match consumer.store_offset(self.topic.as_str(), self.partition, offset(last)) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::debug!(%error, topic = %self.topic, self.partition, "the offset is not noted");
+                false
+            }
+        }
+    }
+}
+
+pub(super) fn not_outstanding(at: u64) -> Error {
+    let text = "the delivery is not outstanding: its partition has gone to somebody else";
+    Error::new(ErrorKind::LeaseLost, text).with("offset", at)
+}

@@ -1,0 +1,130 @@
+//! Topics: their declaration.
+
+use crate::client::{Cluster, Quiet, failed, off_thread};
+use postrider_core::{Error, ErrorKind, GroupName, Result};
+use rdkafka::{
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    config::FromClientConfigAndContext as _,
+    error::RDKafkaErrorCode,
+};
+use rustc_hash::FxHashSet;
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+/// The topic of a group's dead letters.
+pub(crate) fn dead_topic(group: &GroupName) -> String {
+    format!("{group}.dead")
+}
+
+/// Declares topics, or looks whether they are there; each once.
+pub(crate) struct Topology {
+    cluster: Cluster,
+    known: Mutex<FxHashSet<String>>,
+    admin: tokio::sync::OnceCell<Arc<AdminClient<Quiet>>>,
+}
+
+impl fmt::Debug for Topology {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Topology").field("known", &self.known).finish_non_exhaustive()
+    }
+}
+
+impl Topology {
+    pub(crate) fn new(cluster: Cluster) -> Self {
+        Self {
+            cluster,
+            known: Mutex::default(),
+            admin: tokio::sync::OnceCell::new(),
+        }
+    }
+
+    fn unknown<'t>(&self, topics: impl Iterator<Item = &'t str>) -> Vec<String> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut unknown: Vec<String> = Vec::new();
+        let mut last = "";
+        for topic in topics {
+            if topic != last && !known.contains(topic) && !unknown.iter().any(|other| other == topic) {
+                unknown.push(topic.to_owned());
+            }
+            last = topic;
+        }
+        unknown
+    }
+
+    /// What was declared may have been deleted since.
+    pub(crate) fn forget(&self, topic: &str) {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(topic);
+    }
+
+    /// Sees to it that these topics are there.
+    ///
+    /// # Errors
+    /// With the kind `Config` for what stays wrong until somebody mends it.
+    pub(crate) async fn ensure<'t>(&self, topics: impl Iterator<Item = &'t str>) -> Result<()> {
+        let unknown = self.unknown(topics);
+        if unknown.is_empty() {
+            return Ok(());
+        }
+        let admin = self.admin.get_or_try_init(|| async {
+            let config = self.cluster.config();
+            let made = off_thread(move || AdminClient::from_config_and_context(&config, Quiet)).await?;
+            made.map(Arc::new).map_err(failed("connecting"))
+        });
+        let admin = admin.await?.clone();
+        let options = self.cluster.options();
+        if options.declares {
+            let replication = TopicReplication::Fixed(options.replication.unwrap_or(-1));
+            let new: Vec<_> = unknown.iter().map(|name| NewTopic::new(name, options.partitions, replication)).collect();
+            let limits = AdminOptions::new()
+                .request_timeout(Some(options.timeout))
+                .operation_timeout(Some(options.timeout));
+            let made = admin.create_topics(&new, &limits).await.map_err(failed("declaring topics"))?;
+            for outcome in made {
+                match outcome {
+                    Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+                    // It may be there all the same.
+                    Err((name, RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::ClusterAuthorizationFailed)) => {
+                        self.look_for(admin.clone(), name).await?;
+                    }
+                    Err((name, why)) => {
+                        let kind = match why {
+                            RDKafkaErrorCode::InvalidReplicationFactor
+                            | RDKafkaErrorCode::InvalidPartitions
+                            | RDKafkaErrorCode::PolicyViolation
+                            | RDKafkaErrorCode::InvalidTopic => ErrorKind::Config,
+                            _ => ErrorKind::Unavailable,
+                        };
+                        return Err(Error::new(kind, "a topic cannot be declared on Kafka")
+                            .with("topic", name)
+                            .because(why));
+                    }
+                }
+            }
+        } else {
+            for name in &unknown {
+                self.look_for(admin.clone(), name.clone()).await?;
+            }
+        }
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).extend(unknown);
+        Ok(())
+    }
+
+    async fn look_for(&self, admin: Arc<AdminClient<Quiet>>, name: String) -> Result<()> {
+        let (timeout, asked) = (self.cluster.options().timeout, name.clone());
+        let found = off_thread(move || {
+            let metadata = admin.inner().fetch_metadata(Some(&asked), timeout)?;
+            let topic = metadata.topics().iter().find(|topic| topic.name() == asked);
+            Ok(topic.is_some_and(|topic| topic.error().is_none() && !topic.partitions().is_empty()))
+        });
+        match found.await?.map_err(failed("looking for a topic"))? {
+            true => Ok(()),
+            false => Err(Error::new(
+                ErrorKind::Config,
+                "the topic is missing on Kafka, and is not to be declared, or may not be",
+            )
+            .with("topic", name)),
+        }
+    }
+}

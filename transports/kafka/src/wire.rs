@@ -1,0 +1,60 @@
+//! Messages and what Kafka makes of them.
+
+use postrider_core::{
+    Message, Topic,
+    clock::Timestamp,
+    wire::{Arrived, Format, Names, Reader},
+};
+use rdkafka::{
+    Message as _,
+    message::{BorrowedMessage, Header, Headers as _, OwnedHeaders},
+};
+
+/// As CloudEvents' binding for Kafka says, with what other bindings write.
+pub(crate) const NAMES: Names = postrider_core::wire_names!("ce_", also "ce-", "cloudEvents:", "cloudEvents_");
+
+/// Of dead letters: where they were sent to.
+const TOPIC: &str = "postrider-topic";
+
+/// The headers of a record; the rest of it is the message's key and this payload.
+pub(crate) fn write(message: &Message, format: Format, sent_to: Option<&Topic>) -> (OwnedHeaders, bytes::Bytes) {
+    // Eight of ours at most.
+    let mut headers = Some(OwnedHeaders::new_with_capacity(9 + message.headers().len()));
+    let mut add = |name: &str, value: &str| {
+        let header = Header {
+            key: name,
+            value: Some(value),
+        };
+        headers = headers.take().map(|headers| headers.insert(header));
+    };
+    let body = NAMES.write(message, format, &mut add);
+    add("content-type", &body.content_type);
+    if let Some(topic) = sent_to {
+        add(TOPIC, topic.as_str());
+    }
+    (headers.unwrap_or_default(), body.payload)
+}
+
+/// The message in a record that came from `topic`.
+pub(crate) fn read(reader: &mut Reader, record: &BorrowedMessage<'_>, topic: &Topic) -> Message {
+    let mut reading = reader.begin(&NAMES);
+    let mut sent_to = None;
+    for header in record.headers().into_iter().flat_map(|headers| headers.iter()) {
+        let value = header.value.unwrap_or_default();
+        if header.key == TOPIC {
+            sent_to = std::str::from_utf8(value).ok().and_then(|name| Topic::parse(name.to_owned()).ok());
+        } else {
+            reading.header(header.key, value);
+        }
+    }
+    let payload = bytes::Bytes::copy_from_slice(record.payload().unwrap_or_default());
+    let mut arrived = Arrived::new(sent_to.as_ref().unwrap_or(topic), payload);
+    arrived.key = record.key();
+    if !reading.has_id() {
+        arrived.place = Some(format!("kafka:{topic}/{}/{}", record.partition(), record.offset()));
+    }
+    if !reading.has_time() {
+        arrived.time = record.timestamp().to_millis().and_then(Timestamp::from_timestamp_millis);
+    }
+    reading.finish(arrived)
+}

@@ -1,0 +1,79 @@
+//! Postrider's transport over RabbitMQ 3.10 and later, through [lapin](https://docs.rs/lapin).
+//!
+//! # How messages lie there
+//! Everything goes to one durable topic exchange, under the routing key `<topic>.@<slot>`: the slot, 0 to 63, is that of the
+//! message's key. A group has queues of its own, all of them quorum queues:
+//!
+//! | queue | of | what for |
+//! |---|---|---|
+//! | `<group>` | an unordered group | everything; its members compete |
+//! | `<group>:0` … `<group>:7` | an ordered group | a range of slots each, with one consumer at a time |
+//! | `<group>:retry:<ms>:<queue>` | both | messages that wait for a retry, dead-lettered back by the broker |
+//! | `<group>:dead` | both | dead letters, for groups without an event log |
+//! | `<group>:members`, `<group>:<n>:lease` | an ordered group | who is there, and who has which partition; never any messages |
+//!
+//! A plain client publishes to the exchange with the routing key `<topic>`; its messages arrive at an unordered group, and at
+//! the first partition of an ordered one. What it needs to write of the rest is in [`wire`](postrider_core::wire): attributes
+//! are headers `cloudEvents_type` and so on, the content type is AMQP's own.
+//!
+//! A group keeps its queues and bindings when its members go, which is what makes messages wait for it. Of a topic that it no
+//! longer wants, or when it changes between ordered and unordered, unbind or delete the old ones by hand.
+//!
+//! # What is promised
+//! A message is published when the broker has confirmed it *and* it has reached a queue (`mandatory`): quorum queues confirm
+//! what a majority has on disk. A message that reaches no queue, and one that a full queue refuses, is an unavailable
+//! destination; a blocked connection (the broker is low on memory or disk) is an unavailable broker, and told as soon as the
+//! broker tells it.
+//!
+//! An ordered group shares its partitions fairly: a member that joins gets its part within about a second, those of a member
+//! that died are taken when the broker notices: at once for a killed process, within two heartbeats for a paused one. The
+//! broker's single active consumer fences: a member that has lost a partition gets nothing more of it.
+//!
+//! # The choices behind it
+//! The recipe for order and the traps it avoids are those found by trying: handing over with `basic.cancel`, or with a nack,
+//! puts messages behind those that follow them.
+
+mod config;
+mod connection;
+mod publisher;
+mod subscriber;
+mod topology;
+mod wire;
+
+pub use config::RabbitMqOptions;
+
+use postrider_core::{Capabilities, Order, Result, Transport};
+use publisher::RabbitMqPublisher;
+use subscriber::RabbitMqSubscriber;
+
+/// What the transport is called: its feature and its kind in a configuration.
+pub const NAME: &str = "rabbitmq";
+
+/// A transport over the broker at this address, with default options.
+///
+/// # Errors
+/// As [`transport_with`].
+pub fn transport(url: impl Into<String>) -> Result<Transport> {
+    transport_with(RabbitMqOptions::new(url))
+}
+
+/// A transport with these options. It connects when it is first used, and again whenever the connection is lost.
+///
+/// # Errors
+/// [`ErrorKind::Config`](postrider_core::ErrorKind::Config) for an address or an option that makes no sense.
+pub fn transport_with(options: RabbitMqOptions) -> Result<Transport> {
+    options.check()?;
+    let broker = connection::Broker::new(options)?;
+    let publisher = RabbitMqPublisher::new(broker.clone());
+    let capabilities = Capabilities::default()
+        .with_order(Order::Partitioned)
+        .with_delayed_retry()
+        .with_dead_letter()
+        .with_delivery_count()
+        // What RabbitMQ 4 takes unless it is told otherwise.
+        .with_max_message_bytes(16 * 1024 * 1024);
+    let subscriber = RabbitMqSubscriber::new(broker, publisher.clone());
+    Ok(Transport::new(NAME, capabilities)
+        .with_publisher(publisher)
+        .with_subscriber(subscriber))
+}

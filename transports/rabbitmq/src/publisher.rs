@@ -1,0 +1,410 @@
+//! Publishing: one task, one connection, one channel, many unconfirmed messages.
+//!
+//! Messages are handed over one behind the other without waiting for the socket (the first poll of the client's future
+//! hands them over), and confirms are taken as they come. A message that reached no queue is *returned* before it is
+//! confirmed, but the client attaches what was returned to whichever confirm it resolves next, which may be another
+//! message's. So a confirm is believed only after everything that was resolved together with it has been looked at, and
+//! what was returned is found by its message id.
+
+use crate::{
+    connection::{Broker, failed},
+    topology::{Declaring, routing_key},
+    wire::{self, Copied},
+};
+use async_trait::async_trait;
+use futures_util::{FutureExt as _, Stream, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use lapin::{
+    Channel, Confirmation, Connection, Event,
+    options::{BasicPublishOptions, ConfirmSelectOptions},
+};
+use postrider_core::{Error, Message, PublishError, Publisher, Reachability, wire::Format};
+use rustc_hash::FxHashMap;
+use std::{
+    collections::VecDeque,
+    pin::Pin,
+    sync::{Arc, OnceLock},
+    task::{Context, Poll, Waker},
+};
+use tokio::sync::{mpsc, oneshot};
+
+type Outcome = Result<(), PublishError>;
+
+/// Calls that may wait for the task.
+const CALLS: usize = 1024;
+
+/// The sending side. Clones share one connection, which is made when it is first used.
+#[derive(Debug, Clone)]
+pub(crate) struct RabbitMqPublisher {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    broker: Broker,
+    jobs: OnceLock<mpsc::Sender<Job>>,
+}
+
+/// A call.
+struct Job {
+    work: Work,
+    reply: oneshot::Sender<Vec<Outcome>>,
+}
+
+enum Work {
+    /// To the exchange.
+    Messages(Vec<Message>),
+    /// To a queue, as something else than the message.
+    Copy(Box<(Message, String, Copied)>),
+    /// Nothing: whether there is a connection.
+    Check,
+}
+
+impl Work {
+    fn len(&self) -> usize {
+        match self {
+            Self::Messages(messages) => messages.len(),
+            Self::Copy(_) | Self::Check => 1,
+        }
+    }
+}
+
+impl RabbitMqPublisher {
+    pub(crate) fn new(broker: Broker) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                broker,
+                jobs: OnceLock::new(),
+            }),
+        }
+    }
+
+    async fn run(&self, work: Work) -> Vec<Outcome> {
+        let count = work.len();
+        let jobs = self.shared.jobs.get_or_init(|| {
+            let (sender, receiver) = mpsc::channel(CALLS);
+            tokio::spawn(drive(self.shared.broker.clone(), receiver));
+            sender
+        });
+        let (reply, outcomes) = oneshot::channel();
+        let sent = jobs.send(Job { work, reply }).await;
+        match (sent, outcomes.await) {
+            (Ok(()), Ok(outcomes)) => outcomes,
+            // The runtime it was started on has ended.
+            _ => vec![Err(PublishError::connection("the publishing task has ended")); count],
+        }
+    }
+
+    /// Publishes a copy to a queue. `Ok` once it is stored there.
+    pub(crate) async fn copy(&self, message: Message, queue: String, copied: Copied) -> Outcome {
+        let outcomes = self.run(Work::Copy(Box::new((message, queue, copied)))).await;
+        outcomes.into_iter().next().unwrap_or(Ok(()))
+    }
+}
+
+#[async_trait]
+impl Publisher for RabbitMqPublisher {
+    async fn publish(&self, batch: &[Message]) -> Vec<Outcome> {
+        if batch.is_empty() {
+            return Vec::new();
+        }
+        self.run(Work::Messages(batch.to_vec())).await
+    }
+
+    async fn check(&self) -> Reachability {
+        match self.run(Work::Check).await.into_iter().next() {
+            Some(Err(error)) => Reachability::Down(error),
+            _ => Reachability::Up,
+        }
+    }
+}
+
+fn unavailable(error: Error) -> PublishError {
+    PublishError::connection(error)
+}
+
+/// The task: one connection after another, each made for a call that needs it.
+async fn drive(broker: Broker, mut jobs: mpsc::Receiver<Job>) {
+    while let Some(job) = jobs.recv().await {
+        match Link::open(&broker).await {
+            Ok(link) => link.serve(job, &mut jobs).await,
+            Err(error) => {
+                let error = unavailable(error);
+                // Those who called meanwhile need not wait for a try of their own.
+                let waiting = std::iter::from_fn(|| jobs.try_recv().ok());
+                for job in std::iter::once(job).chain(waiting) {
+                    let _ = job.reply.send(vec![Err(error.clone()); job.work.len()]);
+                }
+            }
+        }
+    }
+}
+
+/// Which message of which call.
+type Place = (u64, usize);
+type Confirming = BoxFuture<'static, (Place, lapin::Result<Confirmation>)>;
+
+/// A call that is not answered yet.
+struct Call {
+    work: Work,
+    reply: oneshot::Sender<Vec<Outcome>>,
+    outcomes: Vec<Option<Outcome>>,
+    left: usize,
+    /// How many have been handed over.
+    sent: usize,
+}
+
+struct Link {
+    connection: Connection,
+    channel: Channel,
+    events: Pin<Box<dyn Stream<Item = Event> + Send>>,
+    exchange: String,
+    format: Format,
+    window: usize,
+    /// Why the broker takes nothing just now.
+    blocked: Option<String>,
+    calls: FxHashMap<u64, Call>,
+    last_call: u64,
+    /// Calls that are not wholly handed over, in order.
+    waiting: VecDeque<u64>,
+    in_flight: FuturesUnordered<Confirming>,
+    /// Resolved, and not yet believed.
+    resolved: Vec<(Place, lapin::Result<Confirmation>)>,
+    /// The ids of what was returned, with the broker's reason.
+    returned: FxHashMap<String, String>,
+}
+
+impl Link {
+    async fn open(broker: &Broker) -> postrider_core::Result<Self> {
+        let connection = broker.connect("publisher").await?;
+        let events = Box::pin(connection.events_listener());
+        let channel = broker
+            .in_time("declaring the exchange", async {
+                let declaring = Declaring::on(&connection, broker).await?;
+                declaring.exchange().await?;
+                declaring.end().await?;
+                let channel = connection.create_channel().await.map_err(failed("opening a channel"))?;
+                let select = channel.confirm_select(ConfirmSelectOptions::default()).await;
+                select.map_err(failed("asking for confirms"))?;
+                Ok(channel)
+            })
+            .await?;
+        let options = broker.options();
+        Ok(Self {
+            connection,
+            channel,
+            events,
+            exchange: options.exchange.clone(),
+            format: options.format,
+            window: options.window,
+            blocked: None,
+            calls: FxHashMap::default(),
+            last_call: 0,
+            waiting: VecDeque::new(),
+            in_flight: FuturesUnordered::new(),
+            resolved: Vec::new(),
+            returned: FxHashMap::default(),
+        })
+    }
+
+    /// Works until the connection is lost, or nobody is left to work for.
+    async fn serve(mut self, first: Job, jobs: &mut mpsc::Receiver<Job>) {
+        self.begin(first);
+        loop {
+            self.hand_over();
+            tokio::select! {
+                biased;
+                event = self.events.next() => match event {
+                    Some(Event::ConnectionBlocked(reason)) => {
+                        tracing::warn!(reason, "RabbitMQ takes no messages");
+                        self.fail_all(&PublishError::connection(format!("RabbitMQ takes no messages: {reason}")));
+                        self.blocked = Some(reason);
+                    }
+                    Some(Event::ConnectionUnblocked) => {
+                        tracing::info!("RabbitMQ takes messages again");
+                        self.blocked = None;
+                    }
+                    Some(Event::Error(error)) if !self.connection.status().connected() => return self.fail_all(&lost(&error)),
+                    Some(_) => {}
+                    None => return self.fail_all(&PublishError::connection("the connection to RabbitMQ has ended")),
+                },
+                Some(resolved) = self.in_flight.next(), if !self.in_flight.is_empty() => {
+                    self.resolved.push(resolved);
+                    self.judge();
+                }
+                // What cannot be handed over waits in the channel, and so do those who call.
+                job = jobs.recv(), if self.waiting.is_empty() => match job {
+                    Some(job) => self.begin(job),
+                    None => {
+                        let _ = self.connection.close(200, "OK".into()).await;
+                        return;
+                    }
+                },
+            }
+            if !self.channel.status().connected() {
+                return self.fail_all(&PublishError::connection("the channel to RabbitMQ has been closed"));
+            }
+        }
+    }
+
+    fn begin(&mut self, job: Job) {
+        if let Some(reason) = &self.blocked {
+            let error = PublishError::connection(format!("RabbitMQ takes no messages: {reason}"));
+            let _ = job.reply.send(vec![Err(error); job.work.len()]);
+            return;
+        }
+        if let Work::Check = job.work {
+            let _ = job.reply.send(vec![Ok(())]);
+            return;
+        }
+        let count = job.work.len();
+        self.last_call += 1;
+        self.waiting.push_back(self.last_call);
+        let call = Call {
+            work: job.work,
+            reply: job.reply,
+            outcomes: (0..count).map(|_| None).collect(),
+            left: count,
+            sent: 0,
+        };
+        self.calls.insert(self.last_call, call);
+    }
+
+    /// Hands over as much as the window lets.
+    fn hand_over(&mut self) {
+        while self.in_flight.len() < self.window {
+            let Some(&number) = self.waiting.front() else { return };
+            let Some(call) = self.calls.get_mut(&number) else {
+                self.waiting.pop_front();
+                continue;
+            };
+            // Who has gone does not want the rest to be sent.
+            if call.reply.is_closed() || call.sent == call.outcomes.len() {
+                if call.reply.is_closed() {
+                    self.calls.remove(&number);
+                }
+                self.waiting.pop_front();
+                continue;
+            }
+            let place = (number, call.sent);
+            call.sent += 1;
+            let (exchange, key, (properties, payload)) = match &call.work {
+                Work::Messages(messages) => {
+                    let message = &messages[place.1];
+                    (&*self.exchange, routing_key(message), wire::write(message, self.format, None))
+                }
+                Work::Copy(copy) => {
+                    let (message, queue, copied) = &**copy;
+                    ("", queue.clone(), wire::write(message, self.format, Some(copied)))
+                }
+                Work::Check => continue,
+            };
+            let (channel, exchange) = (self.channel.clone(), exchange.into());
+            let mandatory = BasicPublishOptions {
+                mandatory: true,
+                immediate: false,
+            };
+            let mut confirming: Confirming = Box::pin(async move {
+                let sent = channel.basic_publish(exchange, key.into(), mandatory, &payload, properties);
+                let confirm = async { sent.await?.await };
+                (place, confirm.await)
+            });
+            // Here it is handed over, in order.
+            match confirming.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(resolved) => self.resolved.push(resolved),
+                Poll::Pending => self.in_flight.push(confirming),
+            }
+        }
+        if !self.resolved.is_empty() {
+            self.judge();
+        }
+    }
+
+    /// Believes what has been resolved, once everything resolved with it has been seen.
+    fn judge(&mut self) {
+        while !self.resolved.is_empty() {
+            self.take_resolved();
+            let together = self.resolved.len();
+            // The client resolves what one answer of the broker confirms under one lock. Whoever has had the lock after
+            // the first was resolved finds all of them resolved: this takes the lock, and waits for nothing.
+            let _ = self.channel.wait_for_confirms().now_or_never();
+            self.take_resolved();
+            for (_, result) in &mut self.resolved {
+                let returned = match result {
+                    Ok(Confirmation::Ack(returned) | Confirmation::Nack(returned)) => returned.take(),
+                    _ => None,
+                };
+                if let Some(returned) = returned {
+                    let id = returned.delivery.properties.message_id().clone();
+                    let why = format!("{} {}", returned.reply_code, returned.reply_text);
+                    self.returned.insert(id.map(String::from).unwrap_or_default(), why);
+                }
+            }
+            let believed: Vec<_> = self.resolved.drain(..together).collect();
+            for (place, result) in believed {
+                self.confirmed(place, result);
+            }
+        }
+        // Whatever was returned has been confirmed by now, unless something else is still on its way.
+        if self.in_flight.is_empty() {
+            self.returned.clear();
+        }
+    }
+
+    fn take_resolved(&mut self) {
+        while let Some(Some(resolved)) = self.in_flight.next().now_or_never() {
+            self.resolved.push(resolved);
+        }
+    }
+
+    fn confirmed(&mut self, place: Place, result: lapin::Result<Confirmation>) {
+        let Some(call) = self.calls.get(&place.0) else { return };
+        let id = match &call.work {
+            Work::Messages(messages) => messages[place.1].id().to_string(),
+            Work::Copy(copy) => copy.2.id.clone(),
+            Work::Check => return,
+        };
+        let outcome = match result {
+            Err(error) => Err(lost(&error)),
+            Ok(Confirmation::Nack(_)) => Err(PublishError::destination(
+                "RabbitMQ refused to store it: a queue is full, or has no majority",
+            )),
+            Ok(_) => match self.returned.remove(&id) {
+                Some(why) => Err(PublishError::unroutable(format!(
+                    "no queue is bound for it on exchange `{}`: {why}",
+                    self.exchange
+                ))),
+                None => Ok(()),
+            },
+        };
+        self.answer(place, outcome);
+    }
+
+    fn answer(&mut self, (number, at): Place, outcome: Outcome) {
+        let Some(call) = self.calls.get_mut(&number) else { return };
+        if call.outcomes[at].is_none() {
+            call.outcomes[at] = Some(outcome);
+            call.left -= 1;
+        }
+        if call.left == 0
+            && let Some(call) = self.calls.remove(&number)
+        {
+            let unknown = || Err(PublishError::connection("the outcome is not known"));
+            let outcomes = call.outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(unknown));
+            let _ = call.reply.send(outcomes.collect());
+        }
+    }
+
+    /// Answers every call with what is known of it, and this error for the rest.
+    fn fail_all(&mut self, error: &PublishError) {
+        self.waiting.clear();
+        for (_, call) in self.calls.drain() {
+            let failed = || Err(error.clone());
+            let outcomes = call.outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(failed));
+            let _ = call.reply.send(outcomes.collect());
+        }
+    }
+}
+
+fn lost(error: &lapin::Error) -> PublishError {
+    PublishError::connection(failed("publishing")(error.clone()))
+}

@@ -1,0 +1,311 @@
+//! A member of a group: its connection, and which queues it has.
+//!
+//! Of an ordered group each partition has a lease, an exclusive queue, which the broker frees when its connection ends. How
+//! many members there are says the number of consumers of the members' queue. A partition is handed over by finishing what
+//! is out of it, asking the broker something behind the last acknowledgement, closing its channel, and only then deleting
+//! the lease.
+
+use super::{Change, Shared, hold::Hold};
+use crate::{
+    connection::{failed, is_reply},
+    topology::{Declaring, lease_queue, members_queue, partition_queue},
+};
+use futures_util::{Stream, StreamExt as _};
+use lapin::{
+    Channel, Connection, Consumer, Event,
+    options::{BasicConsumeOptions, QueueDeclareOptions, QueueDeleteOptions},
+    types::FieldTable,
+};
+use postrider_core::{Assignment, Error, Result, partition::fair_share};
+use std::{
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+use tokio::sync::Notify;
+
+/// Between tries to connect.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+pub(super) struct Member {
+    connection: Connection,
+    /// In a lock that is never taken, for it may be sent but not shared.
+    events: Mutex<Pin<Box<dyn Stream<Item = Event> + Send>>>,
+    /// Of an ordered group: what it asks on, and its mark among the members.
+    sharing: Option<Sharing>,
+}
+
+struct Sharing {
+    control: Channel,
+    /// Its channel is its own: a refusal closes it.
+    leasing: Option<Channel>,
+    _mark: Consumer,
+    /// Where the search for free partitions begins, so that members do not all try the same first.
+    first: usize,
+}
+
+fn next_assignment() -> Assignment {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    Assignment(LAST.fetch_add(1, Ordering::Relaxed) + 1)
+}
+
+/// Has members of one feed one after another, until the feed is closed or everyone has let go of it.
+pub(super) async fn run(shared: Weak<Shared>, first: Member, stir: Arc<Notify>) {
+    let mut member = Some(first);
+    let mut pause = SHORTEST_PAUSE;
+    loop {
+        if let Some(mut member) = member.take() {
+            pause = SHORTEST_PAUSE;
+            if member.serve(&shared, &stir).await {
+                return;
+            }
+            let Some(shared) = shared.upgrade() else { return };
+            tracing::warn!(group = %shared.subscription.group, "the connection to RabbitMQ is lost: it is tried again");
+            shared.lose_all();
+        }
+        {
+            let Some(shared) = shared.upgrade() else { return };
+            if shared.is_closing() {
+                return;
+            }
+            match Member::join(&shared).await {
+                Ok(joined) => {
+                    member = Some(joined);
+                    continue;
+                }
+                Err(error) => shared.tell(Change::Failed(error)),
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
+            () = stir.notified() => {}
+        }
+    }
+}
+
+impl Shared {
+    fn lose_all(&self) {
+        let holds = std::mem::take(&mut *self.holds());
+        for (assignment, hold) in holds {
+            hold.lose();
+            self.tell(Change::Lost(assignment));
+        }
+    }
+}
+
+impl Member {
+    pub(super) async fn join(shared: &Shared) -> Result<Self> {
+        let group = &shared.subscription.group;
+        let connection = shared.broker.connect(&format!("group {group}")).await?;
+        let events = Mutex::new(Box::pin(connection.events_listener()) as Pin<Box<_>>);
+        let mut member = Self {
+            connection,
+            events,
+            sharing: None,
+        };
+        let joining = async {
+            let declaring = Declaring::on(&member.connection, &shared.broker).await?;
+            declaring.exchange().await?;
+            declaring.group(&shared.subscription).await?;
+            declaring.end().await?;
+            if shared.subscription.ordered {
+                let control = member.connection.create_channel().await.map_err(failed("opening a channel"))?;
+                let options = BasicConsumeOptions::default();
+                let mark = control
+                    .basic_consume(members_queue(group).into(), "".into(), options, FieldTable::default())
+                    .await;
+                member.sharing = Some(Sharing {
+                    control,
+                    leasing: None,
+                    _mark: mark.map_err(failed("joining the members of the group"))?,
+                    first: usize::try_from(next_assignment().0).unwrap_or(0) + std::process::id() as usize,
+                });
+                member.balance(shared).await
+            } else {
+                member.open(shared, group.to_string(), None).await
+            }
+        };
+        shared.broker.in_time("joining the group", joining).await?;
+        Ok(member)
+    }
+
+    async fn open(&self, shared: &Shared, queue: String, partition: Option<usize>) -> Result<()> {
+        let opened = Hold::open(&self.connection, shared, next_assignment(), queue, partition).await;
+        let (hold, consumer) = opened.map_err(failed("consuming a queue"))?;
+        let hold = Arc::new(hold);
+        shared.holds().insert(hold.assignment, hold.clone());
+        shared.tell(Change::Opened(hold, consumer));
+        Ok(())
+    }
+
+    /// Works until the connection is lost, which is `false`, or the feed ends.
+    async fn serve(&mut self, shared: &Weak<Shared>, stir: &Notify) -> bool {
+        loop {
+            let interval = {
+                let Some(shared) = shared.upgrade() else { return true };
+                if shared.is_closing() {
+                    self.leave(&shared).await;
+                    return true;
+                }
+                let looked = shared.broker.in_time("sharing the partitions", async {
+                    self.mend(&shared).await?;
+                    self.balance(&shared).await
+                });
+                if let Err(error) = looked.await {
+                    if !self.connection.status().connected() {
+                        return false;
+                    }
+                    tracing::warn!(group = %shared.subscription.group, error = error.to_chain(), "the partitions cannot be shared: the member begins anew");
+                    return false;
+                }
+                shared.broker.options().balance_interval
+            };
+            let has_partitions = self.sharing.is_some();
+            let events = self.events.get_mut().unwrap_or_else(PoisonError::into_inner);
+            tokio::select! {
+                event = events.next() => match event {
+                    None => return false,
+                    // Of a channel too: a partition that somebody else has is one.
+                    Some(Event::Error(_)) if !self.connection.status().connected() => return false,
+                    Some(_) => {}
+                },
+                () = stir.notified() => {}
+                () = tokio::time::sleep(interval), if has_partitions => {}
+                () = tokio::time::sleep(Duration::from_secs(1)), if !has_partitions => {}
+            }
+        }
+    }
+
+    /// Hands over, or begins anew, what has nothing out any more.
+    async fn mend(&mut self, shared: &Shared) -> Result<()> {
+        let leaving: Vec<Arc<Hold>> = {
+            let holds = shared.holds();
+            holds.values().filter(|hold| hold.is_leaving() || !hold.is_connected()).cloned().collect()
+        };
+        for hold in leaving {
+            if !hold.is_connected() {
+                // The queue was deleted, or the broker has ended the channel.
+                hold.lose();
+                shared.holds().remove(&hold.assignment);
+                shared.tell(Change::Lost(hold.assignment));
+            } else if hold.is_idle() {
+                hold.end().await.map_err(failed("handing over a queue"))?;
+                shared.holds().remove(&hold.assignment);
+            } else {
+                continue;
+            }
+            match hold.partition {
+                None => self.open(shared, hold.queue.clone(), None).await?,
+                Some(partition) if self.keeps(shared).await? => {
+                    self.open(shared, hold.queue.clone(), Some(partition)).await?;
+                }
+                Some(partition) => self.free(shared, partition).await?,
+            }
+        }
+        Ok(())
+    }
+
+    /// How many partitions are this member's part.
+    async fn share(&self, shared: &Shared) -> Result<usize> {
+        let Some(sharing) = &self.sharing else { return Ok(0) };
+        let passive = QueueDeclareOptions {
+            passive: true,
+            ..Default::default()
+        };
+        let name = members_queue(&shared.subscription.group);
+        let members = sharing.control.queue_declare(name.as_str().into(), passive, FieldTable::default()).await;
+        let members = members.map_err(failed("counting the members of the group"))?.consumer_count();
+        Ok(fair_share(shared.broker.options().partitions, usize::try_from(members).unwrap_or(1)))
+    }
+
+    /// Whether there is room for a partition that it has, but does not consume just now.
+    async fn keeps(&self, shared: &Shared) -> Result<bool> {
+        let share = self.share(shared).await?;
+        Ok(shared.holds().len() < share)
+    }
+
+    /// Gives up what is more than its part, and takes what is free of it.
+    async fn balance(&mut self, shared: &Shared) -> Result<()> {
+        if self.sharing.is_none() {
+            return Ok(());
+        }
+        let share = self.share(shared).await?;
+        let (staying, held): (Vec<Arc<Hold>>, Vec<usize>) = {
+            let holds = shared.holds();
+            let staying = holds.values().filter(|hold| !hold.is_leaving()).cloned().collect();
+            (staying, holds.values().filter_map(|hold| hold.partition).collect())
+        };
+        for hold in staying.iter().skip(share) {
+            if hold.leave() {
+                shared.tell(Change::Revoked(hold.assignment));
+                shared.stir.notify_one();
+            }
+        }
+        let partitions = shared.broker.options().partitions;
+        let mut room = share.saturating_sub(held.len());
+        let first = self.sharing.as_ref().map_or(0, |sharing| sharing.first);
+        for partition in (0..partitions).map(|n| (first + n) % partitions) {
+            if room == 0 {
+                return Ok(());
+            }
+            if held.contains(&partition) || !self.lease(shared, partition).await? {
+                continue;
+            }
+            room -= 1;
+            let queue = partition_queue(&shared.subscription.group, partition);
+            self.open(shared, queue, Some(partition)).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes a partition, unless somebody else has it.
+    async fn lease(&mut self, shared: &Shared, partition: usize) -> Result<bool> {
+        let connection = &self.connection;
+        let Some(sharing) = &mut self.sharing else { return Ok(false) };
+        let channel = match sharing.leasing.take() {
+            Some(channel) => channel,
+            None => connection.create_channel().await.map_err(failed("opening a channel"))?,
+        };
+        let options = QueueDeclareOptions {
+            exclusive: true,
+            ..Default::default()
+        };
+        let name = lease_queue(&shared.subscription.group, partition);
+        match channel.queue_declare(name.into(), options, FieldTable::default()).await {
+            Ok(_) => {
+                sharing.leasing = Some(channel);
+                Ok(true)
+            }
+            // The refusal has closed the channel.
+            Err(why) if is_reply(&why, 405) => Ok(false),
+            Err(why) => Err(failed("taking a partition")(why)),
+        }
+    }
+
+    async fn free(&self, shared: &Shared, partition: usize) -> Result<()> {
+        let Some(sharing) = &self.sharing else { return Ok(()) };
+        let name = lease_queue(&shared.subscription.group, partition);
+        let deleted = sharing.control.queue_delete(name.into(), QueueDeleteOptions::default()).await;
+        deleted.map(drop).map_err(failed("handing over a partition"))
+    }
+
+    /// Ends in order: what was acknowledged has arrived, everything else goes back to its place.
+    async fn leave(&mut self, shared: &Shared) {
+        let holds: Vec<Arc<Hold>> = std::mem::take(&mut *shared.holds()).into_values().collect();
+        let leaving = async {
+            for hold in &holds {
+                hold.leave();
+                hold.end().await.map_err(failed("handing over a queue"))?;
+            }
+            self.connection.close(200, "OK".into()).await.map_err(failed("closing the connection"))
+        };
+        if let Err(error) = shared.broker.in_time("leaving the group", leaving).await {
+            let error: Error = error;
+            tracing::warn!(group = %shared.subscription.group, error = error.to_chain(), "the group was not left in order");
+        }
+    }
+}

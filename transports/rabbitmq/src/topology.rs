@@ -1,0 +1,280 @@
+//! Exchange, queues and bindings: their names, and their declaration.
+
+use crate::{
+    config::RabbitMqOptions,
+    connection::{Broker, failed, is_reply},
+};
+use lapin::{
+    Channel, Connection, ExchangeKind,
+    options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable},
+};
+use postrider_core::{Error, ErrorKind, GroupName, Message, Result, Subscription, Topic, partition};
+use std::time::Duration;
+
+/// What stands between topic and slot in a routing key: no topic has it.
+const SLOT: &str = ".@";
+
+pub(crate) fn routing_key(message: &Message) -> String {
+    let slot = partition::slot_of(message.key(), message.id());
+    format!("{}{SLOT}{slot}", message.topic())
+}
+
+/// The topic in a routing key, of ours or a plain one.
+pub(crate) fn topic_of(routing_key: &str) -> &str {
+    routing_key.split_once(SLOT).map_or(routing_key, |(topic, _)| topic)
+}
+
+pub(crate) fn partition_queue(group: &GroupName, partition: usize) -> String {
+    format!("{group}:{partition}")
+}
+
+pub(crate) fn lease_queue(group: &GroupName, partition: usize) -> String {
+    format!("{group}:{partition}:lease")
+}
+
+pub(crate) fn members_queue(group: &GroupName) -> String {
+    format!("{group}:members")
+}
+
+pub(crate) fn dead_queue(group: &GroupName) -> String {
+    format!("{group}:dead")
+}
+
+/// Delays are rounded up by at most an eighth, so that there are few queues of them.
+pub(crate) fn rounded(delay: Duration) -> u64 {
+    let millis = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX).clamp(1, 1 << 40);
+    let step = (millis.next_power_of_two() / 16).max(1);
+    millis.div_ceil(step) * step
+}
+
+fn text(value: &str) -> AMQPValue {
+    AMQPValue::LongString(value.into())
+}
+
+fn table(entries: &[(&str, AMQPValue)]) -> FieldTable {
+    let mut table = FieldTable::default();
+    for (name, value) in entries {
+        table.insert((*name).into(), value.clone());
+    }
+    table
+}
+
+/// Hand-overs and crashes count as deliveries, and a message that reaches the limit is dropped: nobody shall.
+const DELIVERY_LIMIT: i64 = 1_000_000;
+
+fn quorum(more: &[(&str, AMQPValue)]) -> FieldTable {
+    let mut arguments = table(&[
+        ("x-queue-type", text("quorum")),
+        ("x-delivery-limit", AMQPValue::LongLongInt(DELIVERY_LIMIT)),
+    ]);
+    for (name, value) in more {
+        arguments.insert((*name).into(), value.clone());
+    }
+    arguments
+}
+
+/// Declares things, or looks whether they are there. On a channel of its own, which a refusal closes.
+pub(crate) struct Declaring<'a> {
+    channel: Channel,
+    options: &'a RabbitMqOptions,
+}
+
+impl<'a> Declaring<'a> {
+    pub(crate) async fn on(connection: &Connection, broker: &'a Broker) -> Result<Self> {
+        let channel = connection.create_channel().await.map_err(failed("opening a channel"))?;
+        Ok(Self {
+            channel,
+            options: broker.options(),
+        })
+    }
+
+    pub(crate) async fn end(self) -> Result<()> {
+        self.channel.close(200, "OK".into()).await.map_err(failed("closing a channel"))
+    }
+
+    pub(crate) async fn exchange(&self) -> Result<()> {
+        let name = &self.options.exchange;
+        let options = ExchangeDeclareOptions {
+            durable: true,
+            passive: !self.options.declares,
+            ..Default::default()
+        };
+        let declared = self
+            .channel
+            .exchange_declare(name.as_str().into(), ExchangeKind::Topic, options, FieldTable::default());
+        declared.await.map_err(|why| refused(why, "exchange", name))
+    }
+
+    async fn queue(&self, name: &str, arguments: FieldTable) -> Result<()> {
+        let options = QueueDeclareOptions {
+            durable: true,
+            passive: !self.options.declares,
+            ..Default::default()
+        };
+        let declared = self.channel.queue_declare(name.into(), options, arguments).await;
+        declared.map(drop).map_err(|why| refused(why, "queue", name))
+    }
+
+    /// Without an answer, which comes with the next declaration.
+    async fn bind(&self, queue: &str, routing_key: &str) -> Result<()> {
+        if !self.options.declares {
+            return Ok(());
+        }
+        let options = QueueBindOptions { nowait: true };
+        let exchange = self.options.exchange.as_str();
+        let bound = self
+            .channel
+            .queue_bind(queue.into(), exchange.into(), routing_key.into(), options, FieldTable::default());
+        bound.await.map_err(|why| refused(why, "binding of queue", queue))
+    }
+
+    /// The queues of a group, and what they are to get.
+    pub(crate) async fn group(&self, subscription: &Subscription) -> Result<()> {
+        let group = &subscription.group;
+        if !subscription.ordered {
+            self.queue(group.as_str(), quorum(&[])).await?;
+            for topic in &subscription.topics {
+                self.bind(group.as_str(), &format!("{topic}.*")).await?;
+                self.bind(group.as_str(), topic.as_str()).await?;
+            }
+            return self.exchange().await;
+        }
+        let partitions = self.options.partitions;
+        let members = [
+            ("x-queue-type", text("classic")),
+            // It gets no messages. What it says is how many partitions there are, and nobody else may say otherwise.
+            ("x-max-length", AMQPValue::LongLongInt(i64::try_from(partitions).unwrap_or(i64::MAX))),
+        ];
+        let members = self.queue(&members_queue(group), table(&members)).await;
+        members.map_err(|error| {
+            if error.kind() == ErrorKind::Config && self.options.declares {
+                Error::new(
+                    ErrorKind::Config,
+                    "the group was declared with another number of partitions, which is fixed: use that, or another group",
+                )
+                .with("group", group)
+                .with("partitions", partitions)
+                .because(error)
+            } else {
+                error
+            }
+        })?;
+        for partition in 0..partitions {
+            let name = partition_queue(group, partition);
+            let single = [("x-single-active-consumer", AMQPValue::Boolean(true))];
+            self.queue(&name, quorum(&single)).await?;
+            for topic in &subscription.topics {
+                for slot in slots(partition, partitions) {
+                    self.bind(&name, &format!("{topic}{SLOT}{slot}")).await?;
+                }
+                if partition == 0 {
+                    self.bind(&name, topic.as_str()).await?;
+                }
+            }
+        }
+        self.exchange().await
+    }
+
+    /// The queue of the group's dead letters.
+    pub(crate) async fn dead_letters(&self, group: &GroupName) -> Result<String> {
+        let name = dead_queue(group);
+        self.queue(&name, quorum(&[])).await?;
+        Ok(name)
+    }
+
+    /// A queue whose messages go to `queue` after `millis`.
+    pub(crate) async fn retries(&self, group: &GroupName, queue: &str, millis: u64) -> Result<String> {
+        let part = queue.strip_prefix(group.as_str()).unwrap_or_default();
+        let name = format!("{group}:retry:{millis}{part}");
+        let number = |value: u64| AMQPValue::LongLongInt(i64::try_from(value).unwrap_or(i64::MAX));
+        let arguments = [
+            ("x-message-ttl", number(millis)),
+            // It goes when it has not been used for a while; a message in it is used to wait so long.
+            ("x-expires", number(millis.saturating_mul(2).saturating_add(3_600_000).min(1 << 42))),
+            ("x-dead-letter-exchange", text("")),
+            ("x-dead-letter-routing-key", text(queue)),
+            ("x-dead-letter-strategy", text("at-least-once")),
+            ("x-overflow", text("reject-publish")),
+        ];
+        // Declared even where nothing else is: its name depends on the delay.
+        let options = QueueDeclareOptions {
+            durable: true,
+            ..Default::default()
+        };
+        let declared = self.channel.queue_declare(name.as_str().into(), options, quorum(&arguments)).await;
+        declared.map_err(|why| refused(why, "queue", &name))?;
+        Ok(name)
+    }
+}
+
+/// The slots of a partition: each slot has one, and neighbours share it.
+fn slots(partition: usize, partitions: usize) -> impl Iterator<Item = usize> {
+    (0..usize::from(partition::SLOTS)).filter(move |slot| slot * partitions / usize::from(partition::SLOTS) == partition)
+}
+
+fn refused(why: lapin::Error, what: &'static str, name: &str) -> Error {
+    let (kind, text) = if is_reply(&why, 404) {
+        (ErrorKind::Config, "it is missing on RabbitMQ, and is not to be declared")
+    } else if is_reply(&why, 406) {
+        (ErrorKind::Config, "it is there on RabbitMQ, but declared otherwise: delete it, or use another name")
+    } else if is_reply(&why, 403) {
+        (ErrorKind::Config, "RabbitMQ does not permit it to this user")
+    } else {
+        (ErrorKind::Unavailable, "RabbitMQ failed")
+    };
+    Error::new(kind, text).with(what, name).because(why)
+}
+
+/// Topics by their names, as a feed meets them.
+#[derive(Debug, Default)]
+pub(crate) struct Topics(Vec<Topic>);
+
+impl Topics {
+    pub(crate) fn new(topics: &[Topic]) -> Self {
+        Self(topics.to_vec())
+    }
+    pub(crate) fn find(&mut self, name: &str) -> Option<Topic> {
+        if let Some(topic) = self.0.iter().find(|topic| topic.as_str() == name) {
+            return Some(topic.clone());
+        }
+        let topic = Topic::parse(name.to_owned()).ok()?;
+        self.0.push(topic.clone());
+        Some(topic)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_slot_has_one_partition() {
+        for partitions in [1, 3, 8, 64] {
+            let mut all: Vec<usize> = (0..partitions).flat_map(|p| slots(p, partitions)).collect();
+            all.sort_unstable();
+            assert_eq!(all, (0..64).collect::<Vec<_>>());
+            assert!((0..partitions).all(|p| slots(p, partitions).count() > 0));
+        }
+    }
+
+    #[test]
+    fn delays_are_rounded_up_a_little() {
+        for millis in [1, 2, 15, 16, 17, 1000, 1001, 60_000, 86_400_000] {
+            let got = rounded(Duration::from_millis(millis));
+            assert!(got >= millis && got <= millis + millis / 8 + 1, "{millis}: {got}");
+            assert_eq!(rounded(Duration::from_millis(got)), got);
+        }
+        let of_a_minute: std::collections::BTreeSet<u64> =
+            (1..60_000).map(|millis| rounded(Duration::from_millis(millis))).collect();
+        assert!(of_a_minute.len() < 150, "{}", of_a_minute.len());
+    }
+
+    #[test]
+    fn topics_come_back_out_of_routing_keys() {
+        let message = Message::new(Topic::new("orders.placed"), "e.v1", "").with_key("order-1");
+        assert_eq!(routing_key(&message), "orders.placed.@46");
+        assert_eq!(topic_of(&routing_key(&message)), "orders.placed");
+        assert_eq!(topic_of("orders.5"), "orders.5");
+    }
+}
