@@ -128,14 +128,29 @@ mod tests {
         for position in [3, 4, 7, 9, 10] {
             prefix.push(position, position * 10);
         }
-        assert_eq!((prefix.settle(4), prefix.settle(4), prefix.settle(5)), (Some(40), None, None));
+        assert_eq!(
+            (prefix.settle(4), prefix.settle(4), prefix.settle(5)),
+            (Some(40), None, None)
+        );
         assert_eq!(prefix.advance(), None);
         assert_eq!(prefix.settle(3), Some(30));
-        assert_eq!((prefix.advance(), prefix.advance(), prefix.outstanding()), (Some(4), None, 3));
-        assert_eq!((prefix.settle(10), prefix.get(7), prefix.get(10)), (Some(100), Some(&70), None));
+        assert_eq!(
+            (prefix.advance(), prefix.advance(), prefix.outstanding()),
+            (Some(4), None, 3)
+        );
+        assert_eq!(
+            (prefix.settle(10), prefix.get(7), prefix.get(10)),
+            (Some(100), Some(&70), None)
+        );
         assert_eq!(prefix.settled().collect::<Vec<_>>(), [10]);
-        assert_eq!((prefix.release(9), prefix.settle(9), prefix.settle(7)), (Some(90), None, Some(70)));
-        assert_eq!((prefix.advance(), prefix.advance(), prefix.outstanding()), (Some(7), None, 0));
+        assert_eq!(
+            (prefix.release(9), prefix.settle(9), prefix.settle(7)),
+            (Some(90), None, Some(70))
+        );
+        assert_eq!(
+            (prefix.advance(), prefix.advance(), prefix.outstanding()),
+            (Some(7), None, 0)
+        );
     }
 
     #[test]

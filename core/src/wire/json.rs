@@ -64,7 +64,9 @@ fn is_json(content_type: &str) -> bool {
     let kind = content_type.split(';').next().unwrap_or_default().trim();
     kind.eq_ignore_ascii_case("application/json")
         || kind.eq_ignore_ascii_case("text/json")
-        || kind.len() > 5 && kind.is_char_boundary(kind.len() - 5) && kind[kind.len() - 5..].eq_ignore_ascii_case("+json")
+        || kind.len() > 5
+            && kind.is_char_boundary(kind.len() - 5)
+            && kind[kind.len() - 5..].eq_ignore_ascii_case("+json")
 }
 
 /// Takes a message apart. `None` if it is no CloudEvent in JSON: then it is what it is.

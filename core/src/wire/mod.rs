@@ -49,7 +49,10 @@ const ATTRIBUTES: [&str; 4] = ["subject", "dataschema", "correlationid", "causat
 
 /// Whether a header may not be called this, since it would be taken for something else on the wire.
 pub(crate) fn is_reserved(name: &str) -> bool {
-    let begins = |with: &str| name.get(..with.len()).is_some_and(|start| start.eq_ignore_ascii_case(with));
+    let begins = |with: &str| {
+        name.get(..with.len())
+            .is_some_and(|start| start.eq_ignore_ascii_case(with))
+    };
     ["ce_", "ce-", "cloudevents", "postrider-"].into_iter().any(begins) || name.eq_ignore_ascii_case("content-type")
 }
 

@@ -137,8 +137,16 @@ impl Reading<'_> {
             "datacontenttype" if self.content_type.is_none() => {
                 self.content_type = Some(shared(&mut self.reader.content_type, value));
             }
-            "time" if self.time.is_none() && let Ok(time) = value.parse() => self.time = Some(time),
-            "sequence" if self.sequence.is_none() && let Ok(position) = value.parse() => {
+            "time"
+                if self.time.is_none()
+                    && let Ok(time) = value.parse() =>
+            {
+                self.time = Some(time)
+            }
+            "sequence"
+                if self.sequence.is_none()
+                    && let Ok(position) = value.parse() =>
+            {
                 self.sequence = Some(position);
             }
             "id" | "type" | "source" | "partitionkey" | "datacontenttype" => {}
@@ -219,4 +227,3 @@ impl Reading<'_> {
         }
     }
 }
-

@@ -20,7 +20,9 @@ fn message() -> Message {
 
 fn write(message: &Message, format: Format) -> (Vec<(String, String)>, Body) {
     let mut headers = Vec::new();
-    let body = NAMES.write(message, format, |name, value| headers.push((name.to_owned(), value.to_owned())));
+    let body = NAMES.write(message, format, |name, value| {
+        headers.push((name.to_owned(), value.to_owned()))
+    });
     (headers, body)
 }
 
@@ -54,7 +56,10 @@ fn binary_mode_is_the_format_that_was_agreed_on() {
         ("ce_correlationid", "c-1"),
         ("traceparent", "00-x-y-01"),
     ];
-    let expected: Vec<(String, String)> = expected.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
+    let expected: Vec<(String, String)> = expected
+        .iter()
+        .map(|(n, v)| ((*n).to_owned(), (*v).to_owned()))
+        .collect();
     assert_eq!(headers, expected);
     assert_eq!(&*body.content_type, "application/json");
     assert_eq!(body.payload, message().payload());
@@ -69,7 +74,11 @@ fn structured_mode_is_the_format_that_was_agreed_on() {
     assert_eq!(std::str::from_utf8(&body.payload).unwrap(), expected);
     let binary = message().with_content_type("application/x-thing");
     let (_, body) = write(&binary, Format::Structured);
-    assert!(std::str::from_utf8(&body.payload).unwrap().ends_with(r#""data_base64":"eyJpZCI6IDEsICJ0ZXh0Ijoiw7wifQ=="}"#));
+    assert!(
+        std::str::from_utf8(&body.payload)
+            .unwrap()
+            .ends_with(r#""data_base64":"eyJpZCI6IDEsICJ0ZXh0Ijoiw7wifQ=="}"#)
+    );
 }
 
 #[test]
@@ -90,16 +99,23 @@ fn what_is_written_is_read() {
                 headers
             };
             assert_eq!(sorted(&got), sorted(&sent));
-            got = sent.headers().iter().fold(without_headers(&got), |m, (n, v)| m.with_header(n, v));
+            got = sent
+                .headers()
+                .iter()
+                .fold(without_headers(&got), |m, (n, v)| m.with_header(n, v));
             assert_eq!(got, sent, "{format:?}");
         }
     }
 }
 
 fn without_headers(message: &Message) -> Message {
-    let mut bare = Message::new(message.topic().clone(), message.kind().to_owned(), message.payload().clone())
-        .with_id(message.id())
-        .with_content_type(message.content_type().to_owned());
+    let mut bare = Message::new(
+        message.topic().clone(),
+        message.kind().to_owned(),
+        message.payload().clone(),
+    )
+    .with_id(message.id())
+    .with_content_type(message.content_type().to_owned());
     if let Some(source) = message.source() {
         bare = bare.with_source(source.to_owned());
     }
@@ -122,7 +138,10 @@ fn messages_of_others_are_taken_as_they_are() {
     assert_eq!((bare.kind(), bare.source(), bare.key()), ("orders", None, None));
     assert_eq!(bare.id(), read(&[], None, "y".into(), Some("kafka:orders/3/17")).id());
     assert_ne!(bare.id(), read(&[], None, "x".into(), Some("kafka:orders/3/18")).id());
-    assert_ne!(read(&[], None, "x".into(), None).id(), read(&[], None, "x".into(), None).id());
+    assert_ne!(
+        read(&[], None, "x".into(), None).id(),
+        read(&[], None, "x".into(), None).id()
+    );
     // A CloudEvent whose id is no UUID, with attributes of its own, in other names.
     let header = |name: &str, value: &str| (name.to_owned(), value.to_owned());
     let headers = [
@@ -138,8 +157,14 @@ fn messages_of_others_are_taken_as_they_are() {
     assert_eq!((event.kind(), event.source()), ("crm.changed", Some("/crm")));
     assert_eq!(event.id(), MessageId::foreign("/crm", "A-1"));
     assert_eq!(event.content_type(), "text/plain");
-    assert_eq!((event.header("dept"), event.header("n")), (Some("sales"), Some("a\u{fffd}b")));
-    assert_eq!((event.sequence(), event.header("sequence")), (None, Some("not a number")));
+    assert_eq!(
+        (event.header("dept"), event.header("n")),
+        (Some("sales"), Some("a\u{fffd}b"))
+    );
+    assert_eq!(
+        (event.sequence(), event.header("sequence")),
+        (None, Some("not a number"))
+    );
     // And it goes out under the id it came with.
     let (again, _) = write(&event, Format::Binary);
     assert!(again.contains(&header("ce_id", "A-1")), "{again:?}");
@@ -149,19 +174,49 @@ fn messages_of_others_are_taken_as_they_are() {
 #[test]
 fn structured_events_of_others_are_read() {
     for (text, content_type, payload) in [
-        (r#"{"specversion":"1.0","id":"1","type":"t","source":"s","data":{"a": 1}}"#, "application/json", r#"{"a": 1}"#),
-        (r#"{"specversion":"1.0","id":"1","type":"t","source":"s","datacontenttype":"text/plain","data":"hi \"you\""}"#, "text/plain", r#"hi "you""#),
-        (r#"{"specversion":"1.0","id":"1","type":"t","source":"s","datacontenttype":"a/b","data_base64":"aGk="}"#, "a/b", "hi"),
-        (r#"{"specversion":"1.0","id":"1","type":"t","source":"s","n":1}"#, "application/json", ""),
+        (
+            r#"{"specversion":"1.0","id":"1","type":"t","source":"s","data":{"a": 1}}"#,
+            "application/json",
+            r#"{"a": 1}"#,
+        ),
+        (
+            r#"{"specversion":"1.0","id":"1","type":"t","source":"s","datacontenttype":"text/plain","data":"hi \"you\""}"#,
+            "text/plain",
+            r#"hi "you""#,
+        ),
+        (
+            r#"{"specversion":"1.0","id":"1","type":"t","source":"s","datacontenttype":"a/b","data_base64":"aGk="}"#,
+            "a/b",
+            "hi",
+        ),
+        (
+            r#"{"specversion":"1.0","id":"1","type":"t","source":"s","n":1}"#,
+            "application/json",
+            "",
+        ),
     ] {
-        let event = read(&[], Some("application/cloudevents+json; charset=UTF-8"), text.into(), None);
+        let event = read(
+            &[],
+            Some("application/cloudevents+json; charset=UTF-8"),
+            text.into(),
+            None,
+        );
         assert_eq!((event.kind(), event.content_type()), ("t", content_type), "{text}");
         assert_eq!(event.payload(), payload);
         assert_eq!(event.id(), MessageId::foreign("s", "1"));
     }
-    for not in ["", "{", "[]", r#"{"id":1}"#, r#"{"specversion":"1.0","data_base64":"%"}"#] {
+    for not in [
+        "",
+        "{",
+        "[]",
+        r#"{"id":1}"#,
+        r#"{"specversion":"1.0","data_base64":"%"}"#,
+    ] {
         let kept = read(&[], Some(STRUCTURED), not.to_owned().into(), None);
-        assert_eq!((kept.payload(), kept.content_type()), (&Bytes::from(not.to_owned()), STRUCTURED));
+        assert_eq!(
+            (kept.payload(), kept.content_type()),
+            (&Bytes::from(not.to_owned()), STRUCTURED)
+        );
     }
 }
 

@@ -69,7 +69,10 @@ impl Login {
 impl fmt::Debug for Login {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = f.debug_struct("Login");
-        shown.field("mechanism", &self.mechanism).field("user", &self.user).finish_non_exhaustive()
+        shown
+            .field("mechanism", &self.mechanism)
+            .field("user", &self.user)
+            .finish_non_exhaustive()
     }
 }
 
@@ -188,9 +191,11 @@ impl KafkaOptions {
 
     pub(crate) fn check(&self) -> Result<()> {
         let wrong = |option: &'static str, why: &str| {
-            Err(Error::new(ErrorKind::Config, "an option of the Kafka transport is wrong")
-                .with("option", option)
-                .with("why", why))
+            Err(
+                Error::new(ErrorKind::Config, "an option of the Kafka transport is wrong")
+                    .with("option", option)
+                    .with("why", why),
+            )
         };
         if self.brokers.trim().is_empty() {
             return wrong("brokers", "empty: host:port,host:port");
@@ -213,9 +218,16 @@ impl KafkaOptions {
         if self.handover_timeout > Duration::from_secs(240) {
             return wrong("handover_timeout", "at most 4 minutes, since Kafka waits for 5");
         }
-        let needs_tls = self.tls || self.login.as_ref().is_some_and(|login| login.mechanism.starts_with("SCRAM"));
+        let needs_tls = self.tls
+            || self
+                .login
+                .as_ref()
+                .is_some_and(|login| login.mechanism.starts_with("SCRAM"));
         if needs_tls && !cfg!(feature = "tls") {
-            return wrong("tls, login", "TLS and SCRAM are not compiled in: build with the feature `kafka-tls`");
+            return wrong(
+                "tls, login",
+                "TLS and SCRAM are not compiled in: build with the feature `kafka-tls`",
+            );
         }
         Ok(())
     }

@@ -39,7 +39,9 @@ struct Shared {
 
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared").field("cluster", &self.cluster).finish_non_exhaustive()
+        f.debug_struct("Shared")
+            .field("cluster", &self.cluster)
+            .finish_non_exhaustive()
     }
 }
 
@@ -139,7 +141,12 @@ impl KafkaPublisher {
 
     /// The client can do nothing more: the next call has a new one.
     fn renew(&self) {
-        let old = self.shared.producer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let old = self
+            .shared
+            .producer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(old) = old {
             tracing::warn!("Kafka's producer has failed for good: a new one takes its place");
             std::thread::spawn(move || drop(old));
@@ -199,7 +206,10 @@ impl KafkaPublisher {
             }
         }
         let unknown = || Err(PublishError::connection("the outcome is not known"));
-        outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(unknown)).collect()
+        outcomes
+            .into_iter()
+            .map(|outcome| outcome.unwrap_or_else(unknown))
+            .collect()
     }
 
     async fn send_part(&self, producer: &Arc<Producer>, part: &[Message], copy_to: Option<&str>) -> Vec<Outcome> {
@@ -215,10 +225,7 @@ impl KafkaPublisher {
         let format = self.shared.cluster.options().format;
         for (at, message) in part.iter().enumerate() {
             let (headers, payload) = wire::write(message, format, copy_to.map(|_| message.topic()));
-            let slot = Box::new(Slot {
-                call: call.clone(),
-                at,
-            });
+            let slot = Box::new(Slot { call: call.clone(), at });
             let mut record = BaseRecord::with_opaque_to(copy_to.unwrap_or(message.topic().as_str()), slot)
                 .payload(&payload[..])
                 .headers(headers);
@@ -265,15 +272,19 @@ fn refusal(error: KafkaError, topic: &Topic, timeout: Duration) -> PublishError 
         Some(Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition | Code::InvalidTopic) => {
             PublishError::unroutable(format!("topic `{topic}` is missing on Kafka: {error}"))
         }
-        Some(Code::NotEnoughReplicas | Code::NotEnoughReplicasAfterAppend | Code::InsufficientInSyncReplicas) => {
+        Some(Code::NotEnoughReplicas | Code::NotEnoughReplicasAfterAppend) => {
             PublishError::destination(format!("topic `{topic}` has too few replicas: {error}"))
         }
         Some(Code::TopicAuthorizationFailed) => {
             PublishError::destination(format!("topic `{topic}` may not be written to: {error}"))
         }
-        Some(Code::MessageSizeTooLarge | Code::InvalidMessage | Code::InvalidMessageSize | Code::InvalidRecord | Code::InvalidTimestamp) => {
-            PublishError::invalid(error)
-        }
+        Some(
+            Code::MessageSizeTooLarge
+            | Code::InvalidMessage
+            | Code::InvalidMessageSize
+            | Code::InvalidRecord
+            | Code::InvalidTimestamp,
+        ) => PublishError::invalid(error),
         Some(Code::PolicyViolation) => PublishError::rejected(error),
         Some(Code::MessageTimedOut) => PublishError::connection(format!("Kafka did not confirm within {timeout:?}")),
         _ => PublishError::connection(error),

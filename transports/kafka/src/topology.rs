@@ -27,7 +27,9 @@ pub(crate) struct Topology {
 
 impl fmt::Debug for Topology {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Topology").field("known", &self.known).finish_non_exhaustive()
+        f.debug_struct("Topology")
+            .field("known", &self.known)
+            .finish_non_exhaustive()
     }
 }
 
@@ -75,17 +77,24 @@ impl Topology {
         let admin = admin.await?.clone();
         let options = self.cluster.options();
         if options.declares {
-            let replication = TopicReplication::Fixed(options.replication.unwrap_or(-1));
-            let new: Vec<_> = unknown.iter().map(|name| NewTopic::new(name, options.partitions, replication)).collect();
+            let replication = || TopicReplication::Fixed(options.replication.unwrap_or(-1));
+            let new = |name| NewTopic::new(name, options.partitions, replication());
+            let new: Vec<_> = unknown.iter().map(|name| new(name)).collect();
             let limits = AdminOptions::new()
                 .request_timeout(Some(options.timeout))
                 .operation_timeout(Some(options.timeout));
-            let made = admin.create_topics(&new, &limits).await.map_err(failed("declaring topics"))?;
+            let made = admin
+                .create_topics(&new, &limits)
+                .await
+                .map_err(failed("declaring topics"))?;
             for outcome in made {
                 match outcome {
                     Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
                     // It may be there all the same.
-                    Err((name, RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::ClusterAuthorizationFailed)) => {
+                    Err((
+                        name,
+                        RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::ClusterAuthorizationFailed,
+                    )) => {
                         self.look_for(admin.clone(), name).await?;
                     }
                     Err((name, why)) => {
@@ -107,7 +116,10 @@ impl Topology {
                 self.look_for(admin.clone(), name.clone()).await?;
             }
         }
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).extend(unknown);
+        self.known
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .extend(unknown);
         Ok(())
     }
 

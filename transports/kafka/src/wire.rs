@@ -42,7 +42,9 @@ pub(crate) fn read(reader: &mut Reader, record: &BorrowedMessage<'_>, topic: &To
     for header in record.headers().into_iter().flat_map(|headers| headers.iter()) {
         let value = header.value.unwrap_or_default();
         if header.key == TOPIC {
-            sent_to = std::str::from_utf8(value).ok().and_then(|name| Topic::parse(name.to_owned()).ok());
+            sent_to = std::str::from_utf8(value)
+                .ok()
+                .and_then(|name| Topic::parse(name.to_owned()).ok());
         } else {
             reading.header(header.key, value);
         }
@@ -54,7 +56,10 @@ pub(crate) fn read(reader: &mut Reader, record: &BorrowedMessage<'_>, topic: &To
         arrived.place = Some(format!("kafka:{topic}/{}/{}", record.partition(), record.offset()));
     }
     if !reading.has_time() {
-        arrived.time = record.timestamp().to_millis().and_then(Timestamp::from_timestamp_millis);
+        arrived.time = record
+            .timestamp()
+            .to_millis()
+            .and_then(Timestamp::from_timestamp_millis);
     }
     reading.finish(arrived)
 }

@@ -121,12 +121,17 @@ impl RabbitMqOptions {
 
     pub(crate) fn check(&self) -> Result<()> {
         let wrong = |option: &'static str, why: String| {
-            Err(Error::new(ErrorKind::Config, "an option of the RabbitMQ transport is wrong")
-                .with("option", option)
-                .with("why", why))
+            Err(
+                Error::new(ErrorKind::Config, "an option of the RabbitMQ transport is wrong")
+                    .with("option", option)
+                    .with("why", why),
+            )
         };
         if self.exchange.is_empty() || self.exchange.len() > 200 || self.exchange.starts_with("amq.") {
-            return wrong("exchange", "a name of 1 to 200 bytes that does not begin with `amq.`".to_owned());
+            return wrong(
+                "exchange",
+                "a name of 1 to 200 bytes that does not begin with `amq.`".to_owned(),
+            );
         }
         if !(1..=64).contains(&self.partitions) {
             return wrong("partitions", format!("{} is not between 1 and 64", self.partitions));

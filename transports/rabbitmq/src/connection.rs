@@ -38,9 +38,12 @@ impl std::fmt::Debug for HiddenTls {
 impl Broker {
     pub(crate) fn new(options: RabbitMqOptions) -> Result<Self> {
         let mut uri: AMQPUri = options.url.parse().map_err(|why: String| {
-            Error::new(ErrorKind::Config, "the address of RabbitMQ cannot be read: amqp://user:password@host:5672/vhost")
-                .with("url", without_password(&options.url))
-                .because(why.replace(&options.url, "…"))
+            Error::new(
+                ErrorKind::Config,
+                "the address of RabbitMQ cannot be read: amqp://user:password@host:5672/vhost",
+            )
+            .with("url", without_password(&options.url))
+            .because(why.replace(&options.url, "…"))
         })?;
         uri.query.heartbeat = Some(u16::try_from(options.heartbeat.as_secs()).unwrap_or(u16::MAX));
         uri.query.connection_timeout = Some(u64::try_from(options.timeout.as_millis()).unwrap_or(u64::MAX));
@@ -74,7 +77,9 @@ impl Broker {
     pub(crate) async fn connect(&self, what: &str) -> Result<Connection> {
         let failed = |why: lapin::Error| {
             let text = match why.kind() {
-                lapin::ErrorKind::ProtocolError(_) => "RabbitMQ refuses the connection: user, password, or virtual host",
+                lapin::ErrorKind::ProtocolError(_) => {
+                    "RabbitMQ refuses the connection: user, password, or virtual host"
+                }
                 _ => "RabbitMQ cannot be reached",
             };
             Error::new(ErrorKind::Unavailable, text)
@@ -87,11 +92,11 @@ impl Broker {
             identity: None,
             cert_chain: self.0.tls.0.clone(),
         };
-        let runtime = lapin::runtime::default_runtime().map_err(|why| {
-            Error::new(ErrorKind::Unexpected, "RabbitMQ's client needs a tokio runtime").because(why)
-        })?;
+        let runtime = lapin::runtime::default_runtime()
+            .map_err(|why| Error::new(ErrorKind::Unexpected, "RabbitMQ's client needs a tokio runtime").because(why))?;
         let connect = Connection::connect_uri_with_config(self.0.uri.0.clone(), properties, tls, runtime);
-        self.in_time("connecting", async { connect.await.map_err(failed) }).await
+        self.in_time("connecting", async { connect.await.map_err(failed) })
+            .await
     }
 
     /// Runs `work` for at most the time that anything may take.
@@ -114,7 +119,11 @@ pub(crate) async fn within<T>(
 
 /// What went wrong while `doing` something.
 pub(crate) fn failed(doing: &'static str) -> impl Fn(lapin::Error) -> Error + Clone {
-    move |why| Error::new(ErrorKind::Unavailable, "RabbitMQ failed").with("doing", doing).because(why)
+    move |why| {
+        Error::new(ErrorKind::Unavailable, "RabbitMQ failed")
+            .with("doing", doing)
+            .because(why)
+    }
 }
 
 /// Whether the broker said with this code that it will not do it: 404 not found, 405 locked, 406 declared otherwise.

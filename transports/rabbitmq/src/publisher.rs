@@ -290,7 +290,11 @@ impl Link {
             let (exchange, key, (properties, payload)) = match &call.work {
                 Work::Messages(messages) => {
                     let message = &messages[place.1];
-                    (&*self.exchange, routing_key(message), wire::write(message, self.format, None))
+                    (
+                        &*self.exchange,
+                        routing_key(message),
+                        wire::write(message, self.format, None),
+                    )
                 }
                 Work::Copy(copy) => {
                     let (message, queue, copied) = &**copy;
@@ -380,7 +384,9 @@ impl Link {
     }
 
     fn answer(&mut self, (number, at): Place, outcome: Outcome) {
-        let Some(call) = self.calls.get_mut(&number) else { return };
+        let Some(call) = self.calls.get_mut(&number) else {
+            return;
+        };
         if call.outcomes[at].is_none() {
             call.outcomes[at] = Some(outcome);
             call.left -= 1;

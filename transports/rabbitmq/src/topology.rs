@@ -90,7 +90,10 @@ impl<'a> Declaring<'a> {
     }
 
     pub(crate) async fn end(self) -> Result<()> {
-        self.channel.close(200, "OK".into()).await.map_err(failed("closing a channel"))
+        self.channel
+            .close(200, "OK".into())
+            .await
+            .map_err(failed("closing a channel"))
     }
 
     pub(crate) async fn exchange(&self) -> Result<()> {
@@ -100,9 +103,12 @@ impl<'a> Declaring<'a> {
             passive: !self.options.declares,
             ..Default::default()
         };
-        let declared = self
-            .channel
-            .exchange_declare(name.as_str().into(), ExchangeKind::Topic, options, FieldTable::default());
+        let declared = self.channel.exchange_declare(
+            name.as_str().into(),
+            ExchangeKind::Topic,
+            options,
+            FieldTable::default(),
+        );
         declared.await.map_err(|why| refused(why, "exchange", name))
     }
 
@@ -123,9 +129,13 @@ impl<'a> Declaring<'a> {
         }
         let options = QueueBindOptions { nowait: true };
         let exchange = self.options.exchange.as_str();
-        let bound = self
-            .channel
-            .queue_bind(queue.into(), exchange.into(), routing_key.into(), options, FieldTable::default());
+        let bound = self.channel.queue_bind(
+            queue.into(),
+            exchange.into(),
+            routing_key.into(),
+            options,
+            FieldTable::default(),
+        );
         bound.await.map_err(|why| refused(why, "binding of queue", queue))
     }
 
@@ -144,7 +154,10 @@ impl<'a> Declaring<'a> {
         let members = [
             ("x-queue-type", text("classic")),
             // It gets no messages. What it says is how many partitions there are, and nobody else may say otherwise.
-            ("x-max-length", AMQPValue::LongLongInt(i64::try_from(partitions).unwrap_or(i64::MAX))),
+            (
+                "x-max-length",
+                AMQPValue::LongLongInt(i64::try_from(partitions).unwrap_or(i64::MAX)),
+            ),
         ];
         let members = self.queue(&members_queue(group), table(&members)).await;
         members.map_err(|error| {
@@ -191,7 +204,10 @@ impl<'a> Declaring<'a> {
         let arguments = [
             ("x-message-ttl", number(millis)),
             // It goes when it has not been used for a while; a message in it is used to wait so long.
-            ("x-expires", number(millis.saturating_mul(2).saturating_add(3_600_000).min(1 << 42))),
+            (
+                "x-expires",
+                number(millis.saturating_mul(2).saturating_add(3_600_000).min(1 << 42)),
+            ),
             ("x-dead-letter-exchange", text("")),
             ("x-dead-letter-routing-key", text(queue)),
             ("x-dead-letter-strategy", text("at-least-once")),
@@ -202,7 +218,10 @@ impl<'a> Declaring<'a> {
             durable: true,
             ..Default::default()
         };
-        let declared = self.channel.queue_declare(name.as_str().into(), options, quorum(&arguments)).await;
+        let declared = self
+            .channel
+            .queue_declare(name.as_str().into(), options, quorum(&arguments))
+            .await;
         declared.map_err(|why| refused(why, "queue", &name))?;
         Ok(name)
     }
@@ -210,14 +229,21 @@ impl<'a> Declaring<'a> {
 
 /// The slots of a partition: each slot has one, and neighbours share it.
 fn slots(partition: usize, partitions: usize) -> impl Iterator<Item = usize> {
-    (0..usize::from(partition::SLOTS)).filter(move |slot| slot * partitions / usize::from(partition::SLOTS) == partition)
+    (0..usize::from(partition::SLOTS))
+        .filter(move |slot| slot * partitions / usize::from(partition::SLOTS) == partition)
 }
 
 fn refused(why: lapin::Error, what: &'static str, name: &str) -> Error {
     let (kind, text) = if is_reply(&why, 404) {
-        (ErrorKind::Config, "it is missing on RabbitMQ, and is not to be declared")
+        (
+            ErrorKind::Config,
+            "it is missing on RabbitMQ, and is not to be declared",
+        )
     } else if is_reply(&why, 406) {
-        (ErrorKind::Config, "it is there on RabbitMQ, but declared otherwise: delete it, or use another name")
+        (
+            ErrorKind::Config,
+            "it is there on RabbitMQ, but declared otherwise: delete it, or use another name",
+        )
     } else if is_reply(&why, 403) {
         (ErrorKind::Config, "RabbitMQ does not permit it to this user")
     } else {
@@ -265,8 +291,9 @@ mod tests {
             assert!(got >= millis && got <= millis + millis / 8 + 1, "{millis}: {got}");
             assert_eq!(rounded(Duration::from_millis(got)), got);
         }
-        let of_a_minute: std::collections::BTreeSet<u64> =
-            (1..60_000).map(|millis| rounded(Duration::from_millis(millis))).collect();
+        let of_a_minute: std::collections::BTreeSet<u64> = (1..60_000)
+            .map(|millis| rounded(Duration::from_millis(millis)))
+            .collect();
         assert!(of_a_minute.len() < 150, "{}", of_a_minute.len());
     }
 

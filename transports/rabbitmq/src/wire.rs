@@ -90,7 +90,10 @@ pub(crate) fn read(
             _ => match value {
                 AMQPValue::LongString(value) => reading.header(name, value.as_bytes()),
                 AMQPValue::FieldArray(values) => {
-                    values.as_slice().iter().for_each(|value| reading.header(name, text(value).as_bytes()));
+                    values
+                        .as_slice()
+                        .iter()
+                        .for_each(|value| reading.header(name, text(value).as_bytes()));
                 }
                 other => reading.header(name, text(other).as_bytes()),
             },

@@ -1,4 +1,4 @@
-use super::{Keeper, fresh_dir, fresh_name, free_port, is_running, kill, run, signal, tail, wait_until};
+use super::{Keeper, free_port, fresh_dir, fresh_name, is_running, kill, run, signal, tail, wait_until};
 use std::{
     fs,
     io::{Read as _, Write as _},
@@ -38,7 +38,12 @@ struct Own {
 const VARIABLE: &str = "POSTRIDER_TEST_KAFKA_BROKERS";
 
 /// Starts fast and needs little; slow once it is warm.
-const QUICK: [&str; 4] = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto", "-Xmx512m"];
+const QUICK: [&str; 4] = [
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+    "-Xshare:auto",
+    "-Xmx512m",
+];
 
 impl Kafka {
     /// The broker that all tests of this process share: the one in `POSTRIDER_TEST_KAFKA_BROKERS`, else one of its own.
@@ -85,7 +90,14 @@ impl Kafka {
             java_options: java_options.iter().map(|option| (*option).to_owned()).collect(),
         };
         let mut format = own.java(&QUICK);
-        format.args(["kafka.tools.StorageTool", "format", "--standalone", "-t", "cG9zdHJpZGVyLXRlc3RzIQ", "-c"]);
+        format.args([
+            "kafka.tools.StorageTool",
+            "format",
+            "--standalone",
+            "-t",
+            "cG9zdHJpZGVyLXRlc3RzIQ",
+            "-c",
+        ]);
         run(format.arg(own.dir.join("server.properties"))).expect("Kafka's storage is formatted");
         own.run();
         Self {
@@ -140,7 +152,10 @@ impl Own {
     fn java(&self, options: &[&str]) -> Command {
         let mut java = Command::new("java");
         java.arg("-cp").arg(self.lib.join("*")).args(options);
-        java.arg(format!("-Dlog4j2.configurationFile={}", self.dir.join("log4j2.yaml").display()));
+        java.arg(format!(
+            "-Dlog4j2.configurationFile={}",
+            self.dir.join("log4j2.yaml").display()
+        ));
         java.stdin(Stdio::null());
         java
     }
@@ -168,7 +183,9 @@ impl Own {
 
 /// Whether it answers a request for metadata that names a broker: a port may be open long before, or still.
 fn has_metadata(port: u16) -> bool {
-    let Ok(mut socket) = TcpStream::connect(("127.0.0.1", port)) else { return false };
+    let Ok(mut socket) = TcpStream::connect(("127.0.0.1", port)) else {
+        return false;
+    };
     let _ = socket.set_read_timeout(Some(Duration::from_secs(2)));
     // Length, metadata request (3) of version 1, correlation 7, client "t", no topics.
     let request = [0, 0, 0, 15, 0, 3, 0, 1, 0, 0, 0, 7, 0, 1, b't', 0, 0, 0, 0];

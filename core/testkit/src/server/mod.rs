@@ -78,7 +78,9 @@ pub(crate) fn kill(processes: &[u32]) {
     // First none may do anything.
     signal("-STOP", processes);
     signal("-KILL", processes);
-    let dead = wait_until(Duration::from_secs(10), || processes.iter().all(|pid| !is_running(*pid)));
+    let dead = wait_until(Duration::from_secs(10), || {
+        processes.iter().all(|pid| !is_running(*pid))
+    });
     assert!(dead, "the server does not die");
 }
 

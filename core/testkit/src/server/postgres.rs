@@ -1,4 +1,6 @@
-use super::{Keeper, family, fresh_dir, fresh_name, free_port, is_root, is_running, kill, run, signal, tail, wait_until};
+use super::{
+    Keeper, family, free_port, fresh_dir, fresh_name, is_root, is_running, kill, run, signal, tail, wait_until,
+};
 use std::{
     fs,
     net::TcpStream,

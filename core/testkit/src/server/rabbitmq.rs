@@ -1,4 +1,4 @@
-use super::{Keeper, family, fresh_dir, fresh_name, free_port, is_running, kill, run, signal, tail, wait_until};
+use super::{Keeper, family, free_port, fresh_dir, fresh_name, is_running, kill, run, signal, tail, wait_until};
 use std::{
     fs,
     io::{Read as _, Write as _},
@@ -58,7 +58,8 @@ impl RabbitMq {
     pub fn start() -> Self {
         let dir = fresh_dir("rabbitmq");
         let (dist, epmd) = (free_port(), free_port());
-        let config = "vm_memory_high_watermark.absolute = 2GB\ndisk_free_limit.absolute = 50MB\nloopback_users = none\n";
+        let config =
+            "vm_memory_high_watermark.absolute = 2GB\ndisk_free_limit.absolute = 50MB\nloopback_users = none\n";
         fs::write(dir.join("rabbitmq.conf"), config).expect("its configuration");
         fs::write(dir.join("enabled_plugins"), "[].").expect("its plugins");
         fs::write(dir.join("server.log"), "").expect("a log file");
@@ -151,7 +152,10 @@ impl Own {
             .env("RABBITMQ_CONFIG_FILE", dir("rabbitmq"))
             .env("RABBITMQ_ENABLED_PLUGINS_FILE", dir("enabled_plugins"))
             .env("RABBITMQ_CONF_ENV_FILE", dir("none"))
-            .env("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "-kernel inet_dist_use_interface {127,0,0,1}")
+            .env(
+                "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
+                "-kernel inet_dist_use_interface {127,0,0,1}",
+            )
             .stdin(Stdio::null());
         command
     }
@@ -180,7 +184,9 @@ impl Own {
 
 /// Whether it answers a greeting.
 fn speaks_amqp(port: u16) -> bool {
-    let Ok(mut socket) = TcpStream::connect(("127.0.0.1", port)) else { return false };
+    let Ok(mut socket) = TcpStream::connect(("127.0.0.1", port)) else {
+        return false;
+    };
     let _ = socket.set_read_timeout(Some(Duration::from_secs(2)));
     let mut answer = [0; 1];
     socket.write_all(b"AMQP\x00\x00\x09\x01").is_ok() && socket.read_exact(&mut answer).is_ok() && answer[0] == 1

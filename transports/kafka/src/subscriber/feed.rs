@@ -126,9 +126,7 @@ impl KafkaSettler {
         let topic = dead_topic(&self.0.subscription.group);
         let stored = self.0.publisher.send(&[message], Some(&topic)).await;
         match stored.into_iter().next() {
-            Some(Err(why)) => {
-                Err(Error::new(ErrorKind::Unavailable, "the dead letter was not stored").because(why))
-            }
+            Some(Err(why)) => Err(Error::new(ErrorKind::Unavailable, "the dead letter was not stored").because(why)),
             _ => Ok(()),
         }
     }
@@ -181,7 +179,10 @@ impl Settler for KafkaSettler {
             }
         }
         let unknown = || Err(Error::new(ErrorKind::Unexpected, "a delivery was not settled"));
-        outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(unknown)).collect()
+        outcomes
+            .into_iter()
+            .map(|outcome| outcome.unwrap_or_else(unknown))
+            .collect()
     }
 
     async fn close(&self, deadline: Duration) -> Result<()> {

@@ -163,7 +163,9 @@ impl Hold {
     /// Notes in the client up to where everything is settled, to be committed. `false` if the partition is another's.
     fn store(&self, state: &mut State) -> bool {
         let Some(last) = state.out.advance() else { return true };
-        let Some(consumer) = self.consumer.upgrade() else { return false };
+        let Some(consumer) = self.consumer.upgrade() else {
+            return false;
+        };
         match consumer.store_offset(self.topic.as_str(), self.partition, offset(last)) {
             Ok(()) => true,
             Err(error) => {

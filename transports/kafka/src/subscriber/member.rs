@@ -58,7 +58,10 @@ impl ConsumerContext for Rebalances {
             };
             return;
         }
-        let partitions = list.elements().iter().map(|element| (element.topic().to_owned(), element.partition()));
+        let elements = list.elements();
+        let partitions = elements
+            .iter()
+            .map(|element| (element.topic().to_owned(), element.partition()));
         let is_assigned = what == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS;
         let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
         wanted.push_back((is_assigned, partitions.collect()));
@@ -90,7 +93,10 @@ pub(super) fn start(shared: &Arc<Shared>, ended: watch::Sender<bool>) -> Result<
         config
             .set("partition.assignment.strategy", "cooperative-sticky")
             .set("session.timeout.ms", millis(options.session_timeout))
-            .set("heartbeat.interval.ms", millis(Duration::from_millis(500).min(options.session_timeout / 3)));
+            .set(
+                "heartbeat.interval.ms",
+                millis(Duration::from_millis(500).min(options.session_timeout / 3)),
+            );
     }
     let consumer = Consumer::from_config_and_context(&config, Rebalances::default()).map_err(failed("connecting"))?;
     let topics: Vec<&str> = shared.subscription.topics.iter().map(Topic::as_str).collect();
@@ -143,14 +149,21 @@ impl Member {
                     use rdkafka::Message as _;
                     let (topic, partition, at) = (record.topic().to_owned(), record.partition(), record.offset());
                     drop(record);
-                    let _ = self.consumer.seek(&topic, partition, Offset::Offset(at), Duration::from_secs(5));
+                    let _ = self
+                        .consumer
+                        .seek(&topic, partition, Offset::Offset(at), Duration::from_secs(5));
                 }
             }
             let Some(shared) = self.shared.upgrade() else { break };
             self.finish_revoking(&shared);
             if self.revoking.is_none() {
                 let wanted = {
-                    let mut wanted = self.consumer.context().wanted.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut wanted = self
+                        .consumer
+                        .context()
+                        .wanted
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner);
                     wanted.pop_front()
                 };
                 match wanted {
@@ -199,7 +212,14 @@ impl Member {
     }
 
     fn hold(&self, topic: Topic, partition: i32, queue: Arc<Queue>, settled: BTreeSet<i64>) -> Arc<Hold> {
-        Arc::new(Hold::new(next_assignment(), topic, partition, queue, &self.consumer, settled))
+        Arc::new(Hold::new(
+            next_assignment(),
+            topic,
+            partition,
+            queue,
+            &self.consumer,
+            settled,
+        ))
     }
 
     fn revoke(&mut self, shared: &Arc<Shared>, partitions: Vec<(String, i32)>) {
@@ -212,7 +232,11 @@ impl Member {
                 shared.tell(Ok(Incoming::Revoked(hold.assignment)));
             }
         }
-        let wait = if is_lost { Duration::ZERO } else { shared.cluster.options().handover_timeout };
+        let wait = if is_lost {
+            Duration::ZERO
+        } else {
+            shared.cluster.options().handover_timeout
+        };
         self.revoking = Some(Revoking {
             partitions,
             until: Instant::now() + wait,
@@ -259,14 +283,19 @@ impl Member {
         let idle: Vec<Arc<Hold>> = {
             let holds = shared.holds();
             let of_others = |hold: &Hold| {
-                let is = |(topic, partition): &(String, i32)| topic == hold.topic.as_str() && *partition == hold.partition;
+                let is =
+                    |(topic, partition): &(String, i32)| topic == hold.topic.as_str() && *partition == hold.partition;
                 revoked.iter().any(is)
             };
-            let ready = holds.values().filter(|hold| hold.is_leaving() && hold.is_idle() && !of_others(hold));
+            let ready = holds
+                .values()
+                .filter(|hold| hold.is_leaving() && hold.is_idle() && !of_others(hold));
             ready.cloned().collect()
         };
         for hold in idle {
-            let Some((from, settled)) = hold.begins_again() else { continue };
+            let Some((from, settled)) = hold.begins_again() else {
+                continue;
+            };
             hold.lose();
             let sought = self.consumer.seek(
                 hold.topic.as_str(),
@@ -291,14 +320,26 @@ impl Member {
             shared.changed.fetch_add(1, Ordering::Release);
         }
         self.commit();
-        self.consumer.unsubscribe();
+        // Here and not where the last handle is dropped, which may be long after.
+        match self.consumer.close_queue() {
+            Ok(()) => {
+                while !self.consumer.closed() {
+                    let _ = self.consumer.poll(Duration::from_millis(20));
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the group was not left in order: its others wait for this member's session to end")
+            }
+        }
     }
 }
 
 fn holds_of(shared: &Shared, partitions: &[(String, i32)]) -> Vec<Arc<Hold>> {
     let holds = shared.holds();
     let is_of = |hold: &&Arc<Hold>| {
-        partitions.iter().any(|(topic, partition)| topic == hold.topic.as_str() && *partition == hold.partition)
+        partitions
+            .iter()
+            .any(|(topic, partition)| topic == hold.topic.as_str() && *partition == hold.partition)
     };
     holds.values().filter(is_of).cloned().collect()
 }

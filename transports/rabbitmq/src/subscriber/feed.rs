@@ -95,7 +95,10 @@ impl RabbitMqDeliveries {
         let topics = &mut self.topics;
         let Some((message, count)) = wire::read(&mut self.reader, delivery, |name| topics.find(name)) else {
             // It stays where it is, and what is behind it in the queue comes all the same.
-            tracing::error!(queue = hold.queue, "a message whose routing key is no topic is left unsettled");
+            tracing::error!(
+                queue = hold.queue,
+                "a message whose routing key is no topic is left unsettled"
+            );
             return;
         };
         let count = count.max(1 + u32::from(redelivered));
@@ -162,7 +165,11 @@ impl RabbitMqSettler {
     async fn store(&self, hold: &Hold, number: u64, disposition: Disposition) -> Result<()> {
         let shared = &self.0;
         let group = &shared.subscription.group;
-        let kind = if disposition == Disposition::DeadLetter { "dead" } else { "retry" };
+        let kind = if disposition == Disposition::DeadLetter {
+            "dead"
+        } else {
+            "retry"
+        };
         let Some((message, copied)) = hold.copy(number, kind, group.as_str()) else {
             return Err(not_outstanding(number));
         };
@@ -227,7 +234,10 @@ impl Settler for RabbitMqSettler {
                     }
                 }
                 _ => {
-                    outcomes[n] = Some(Err(Error::new(ErrorKind::Unsupported, "RabbitMQ does not know this outcome")));
+                    outcomes[n] = Some(Err(Error::new(
+                        ErrorKind::Unsupported,
+                        "RabbitMQ does not know this outcome",
+                    )));
                     Disposition::Release
                 }
             };
@@ -252,7 +262,10 @@ impl Settler for RabbitMqSettler {
             }
         }
         let unknown = || Err(Error::new(ErrorKind::Unexpected, "a delivery was not settled"));
-        outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(unknown)).collect()
+        outcomes
+            .into_iter()
+            .map(|outcome| outcome.unwrap_or_else(unknown))
+            .collect()
     }
 
     async fn close(&self, deadline: Duration) -> Result<()> {

@@ -165,7 +165,10 @@ impl Hold {
         if let Some(why) = failure {
             // Which of them arrived is not known.
             let failed = || Error::new(why.kind(), why.to_chain());
-            outcomes.iter_mut().filter(|outcome| outcome.is_ok()).for_each(|outcome| *outcome = Err(failed()));
+            outcomes
+                .iter_mut()
+                .filter(|outcome| outcome.is_ok())
+                .for_each(|outcome| *outcome = Err(failed()));
         }
         (outcomes, restarts)
     }

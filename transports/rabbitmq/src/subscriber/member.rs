@@ -113,7 +113,11 @@ impl Member {
             declaring.group(&shared.subscription).await?;
             declaring.end().await?;
             if shared.subscription.ordered {
-                let control = member.connection.create_channel().await.map_err(failed("opening a channel"))?;
+                let control = member
+                    .connection
+                    .create_channel()
+                    .await
+                    .map_err(failed("opening a channel"))?;
                 let options = BasicConsumeOptions::default();
                 let mark = control
                     .basic_consume(members_queue(group).into(), "".into(), options, FieldTable::default())
@@ -184,7 +188,11 @@ impl Member {
     async fn mend(&mut self, shared: &Shared) -> Result<()> {
         let leaving: Vec<Arc<Hold>> = {
             let holds = shared.holds();
-            holds.values().filter(|hold| hold.is_leaving() || !hold.is_connected()).cloned().collect()
+            holds
+                .values()
+                .filter(|hold| hold.is_leaving() || !hold.is_connected())
+                .cloned()
+                .collect()
         };
         for hold in leaving {
             if !hold.is_connected() {
@@ -217,9 +225,17 @@ impl Member {
             ..Default::default()
         };
         let name = members_queue(&shared.subscription.group);
-        let members = sharing.control.queue_declare(name.as_str().into(), passive, FieldTable::default()).await;
-        let members = members.map_err(failed("counting the members of the group"))?.consumer_count();
-        Ok(fair_share(shared.broker.options().partitions, usize::try_from(members).unwrap_or(1)))
+        let members = sharing
+            .control
+            .queue_declare(name.as_str().into(), passive, FieldTable::default())
+            .await;
+        let members = members
+            .map_err(failed("counting the members of the group"))?
+            .consumer_count();
+        Ok(fair_share(
+            shared.broker.options().partitions,
+            usize::try_from(members).unwrap_or(1),
+        ))
     }
 
     /// Whether there is room for a partition that it has, but does not consume just now.
@@ -265,7 +281,9 @@ impl Member {
     /// Takes a partition, unless somebody else has it.
     async fn lease(&mut self, shared: &Shared, partition: usize) -> Result<bool> {
         let connection = &self.connection;
-        let Some(sharing) = &mut self.sharing else { return Ok(false) };
+        let Some(sharing) = &mut self.sharing else {
+            return Ok(false);
+        };
         let channel = match sharing.leasing.take() {
             Some(channel) => channel,
             None => connection.create_channel().await.map_err(failed("opening a channel"))?,
@@ -289,7 +307,10 @@ impl Member {
     async fn free(&self, shared: &Shared, partition: usize) -> Result<()> {
         let Some(sharing) = &self.sharing else { return Ok(()) };
         let name = lease_queue(&shared.subscription.group, partition);
-        let deleted = sharing.control.queue_delete(name.into(), QueueDeleteOptions::default()).await;
+        let deleted = sharing
+            .control
+            .queue_delete(name.into(), QueueDeleteOptions::default())
+            .await;
         deleted.map(drop).map_err(failed("handing over a partition"))
     }
 
@@ -301,7 +322,10 @@ impl Member {
                 hold.leave();
                 hold.end().await.map_err(failed("handing over a queue"))?;
             }
-            self.connection.close(200, "OK".into()).await.map_err(failed("closing the connection"))
+            self.connection
+                .close(200, "OK".into())
+                .await
+                .map_err(failed("closing the connection"))
         };
         if let Err(error) = shared.broker.in_time("leaving the group", leaving).await {
             let error: Error = error;
