@@ -162,7 +162,12 @@ impl PostgresLog {
     pub(crate) async fn own_connection(&self, role: Role) -> Result<PgConnection> {
         let failed = doing("opening a connection for the relay");
         let lock_timeout = format!("{}ms", self.0.options.lock_timeout.as_millis());
-        let mut connect = self.0.connect.clone().application_name("postrider relay").options([
+        let of_role: &[(&str, &str)] = match role {
+            Role::Claim => &[("lock_timeout", &lock_timeout)],
+            Role::Settle => &[("synchronous_commit", "off"), ("lock_timeout", &lock_timeout)],
+            Role::Heart => &[("lock_timeout", "1s"), ("statement_timeout", "2s")],
+        };
+        let always = [
             ("enable_seqscan", "off"),
             ("enable_bitmapscan", "off"),
             ("enable_hashjoin", "off"),
@@ -174,13 +179,15 @@ impl PostgresLog {
             ("plan_cache_mode", "force_generic_plan"),
             // One that is stopped in the middle holds up those who take over.
             ("idle_in_transaction_session_timeout", "10s"),
-        ]);
-        connect = match role {
-            Role::Claim => connect.options([("lock_timeout", &lock_timeout)]),
-            Role::Settle => connect.options([("synchronous_commit", "off"), ("lock_timeout", &lock_timeout)]),
-            Role::Heart => connect.options([("lock_timeout", "1s"), ("statement_timeout", "2s")]),
-        };
-        PgConnection::connect_with(&connect).await.map_err(failed)
+        ];
+        // Said once it is there: poolers take no options with the greeting.
+        let settings = always.iter().chain(of_role);
+        let say: String = settings.map(|(name, value)| format!("SET {name} = '{value}';")).collect();
+        let connect = self.0.connect.clone().application_name("postrider relay");
+        let mut connection = PgConnection::connect_with(&connect).await.map_err(&failed)?;
+        let said = sqlx::raw_sql(sqlx::AssertSqlSafe(say)).execute(&mut connection).await;
+        said.map_err(failed)?;
+        Ok(connection)
     }
 
     /// Whether the schema is one this program can work with: asked once.

@@ -53,8 +53,11 @@ fn slots_are_emptied_as_a_whole_day_after_day() {
                 .await,
             900
         );
-        fixture.jump(HOUR * 4).await;
-        fixture.log.purge(&purge(HOUR * 3)).await.unwrap();
+        // The slot that is being written to is not emptied: which it is depends on the time of day.
+        for jump in [HOUR * 4, HOUR / 2] {
+            fixture.jump(jump).await;
+            fixture.log.purge(&purge(HOUR * 3)).await.unwrap();
+        }
         assert_eq!(fixture.number("SELECT count(*) FROM {done}").await, 0);
     });
 }
