@@ -182,7 +182,9 @@ impl PostgresLog {
         ];
         // Said once it is there: poolers take no options with the greeting.
         let settings = always.iter().chain(of_role);
-        let say: String = settings.map(|(name, value)| format!("SET {name} = '{value}';")).collect();
+        let say: String = settings
+            .map(|(name, value)| format!("SET {name} = '{value}';"))
+            .collect();
         let connect = self.0.connect.clone().application_name("postrider relay");
         let mut connection = PgConnection::connect_with(&connect).await.map_err(&failed)?;
         let said = sqlx::raw_sql(sqlx::AssertSqlSafe(say)).execute(&mut connection).await;

@@ -1,5 +1,6 @@
 //! The conformance suite, on a real broker.
 #![cfg(unix)]
+#![allow(clippy::unwrap_used)]
 
 use async_trait::async_trait;
 use postrider_core::{GroupName, Topic, Transport};

@@ -33,12 +33,13 @@ const LATER: Duration = Duration::from_millis(50);
 /// What the group's coordinator wants.
 #[derive(Debug, Default)]
 pub(super) struct Rebalances {
-    wanted: Mutex<VecDeque<(IsAssigned, Vec<(String, i32)>)>>,
+    wanted: Mutex<VecDeque<Wanted>>,
     /// The client is closing: whatever it wants is done at once.
     closing: AtomicBool,
 }
 
-type IsAssigned = bool;
+/// Partitions that are assigned, or else revoked.
+type Wanted = (bool, Vec<(String, i32)>);
 
 impl ClientContext for Rebalances {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {

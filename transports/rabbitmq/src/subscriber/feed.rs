@@ -137,10 +137,11 @@ impl Deliveries for RabbitMqDeliveries {
             }
             // Whatever wakes this is taken in the same poll, or left where it is.
             tokio::select! {
-                change = self.changes.recv() => match change.and_then(|change| self.change(change)) {
-                    Some(told) => return told,
-                    None => {}
-                },
+                change = self.changes.recv() => {
+                    if let Some(told) = change.and_then(|change| self.change(change)) {
+                        return told;
+                    }
+                }
                 Some(coming) = self.coming.next(), if !self.coming.is_empty() => {
                     self.take(&mut batch, coming);
                     while batch.len() < max
