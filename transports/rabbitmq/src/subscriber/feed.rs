@@ -258,7 +258,7 @@ impl Settler for RabbitMqSettler {
             if restarts {
                 self.0.tell(Change::Revoked(hold.assignment));
             }
-            if hold.is_leaving() {
+            if hold.is_leaving() || hold.has_acked() {
                 self.0.stir.notify_one();
             }
         }

@@ -5,10 +5,12 @@ use lapin::{
     options::{BasicAckOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions},
     types::FieldTable,
 };
-use postrider_core::{Assignment, Disposition, Error, ErrorKind, Message, Result, partition::Prefix};
+use postrider_core::{Assignment, Disposition, Error, ErrorKind, Message, MessageId, Result, partition::Prefix};
+use rustc_hash::FxHashSet;
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
     task::{Context, Waker},
+    time::Duration,
 };
 
 /// A queue that this member consumes: a channel, and what is out of it.
@@ -25,9 +27,25 @@ pub(super) struct Hold {
     state: Mutex<State>,
 }
 
+/// So many acknowledgements are said at once; fewer a moment later.
+const TOGETHER: usize = 100;
+/// Each acknowledgement is a command for the queue. A quorum queue's client holds back what is more than 32 that are not
+/// applied yet, and forgets that when the channel is closed. So what lies behind something unsettled, and has to be
+/// acknowledged one by one, is left until it need not be, or there is much of it, and then done so many at a time.
+const ONE_BY_ONE: usize = 16;
+const MUCH: usize = 64;
+/// How long a queue may take to apply them.
+const APPLIED_IN: Duration = Duration::from_millis(5);
+
 #[derive(Debug, Default)]
 struct State {
     out: Prefix<Out>,
+    /// Settled up to here without a gap.
+    settled_to: u64,
+    /// Done with, and not said yet.
+    acked: Vec<(u64, MessageId)>,
+    /// Done with before this channel was opened, though the queue does not know.
+    settled_before: FxHashSet<MessageId>,
     /// Nothing more is handed out.
     is_leaving: bool,
     is_gone: bool,
@@ -51,6 +69,7 @@ impl Hold {
         assignment: Assignment,
         queue: String,
         partition: Option<usize>,
+        settled_before: FxHashSet<MessageId>,
     ) -> lapin::Result<(Self, Consumer)> {
         let channel = connection.create_channel().await?;
         channel.basic_qos(shared.prefetch(), BasicQosOptions::default()).await?;
@@ -64,7 +83,10 @@ impl Hold {
             partition,
             channel,
             _consumer: consumer.clone(),
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                settled_before,
+                ..State::default()
+            }),
         };
         Ok((hold, consumer))
     }
@@ -73,15 +95,22 @@ impl Hold {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes that a message is handed out. `false` if it must not be any more.
+    /// Notes that a message is handed out. `false` if it must not be, any more or once more.
     pub(super) fn hand_out(&self, tag: u64, message: &Message, deliveries: u32) -> bool {
         let mut state = self.state();
         if state.is_leaving {
             return false;
         }
-        let message = message.clone();
-        state.out.push(tag, Out { message, deliveries });
-        true
+        let is_settled = !state.settled_before.is_empty() && state.settled_before.remove(&message.id());
+        let out = Out {
+            message: message.clone(),
+            deliveries,
+        };
+        state.out.push(tag, out);
+        if is_settled && let Some(out) = state.out.settle(tag) {
+            state.acked.push((tag, out.message.id()));
+        }
+        !is_settled
     }
 
     /// Hands out nothing more. `false` if it did not before.
@@ -120,15 +149,13 @@ impl Hold {
         Some((message.clone(), copied))
     }
 
-    /// Says what became of deliveries: those of `Ack` are acknowledged, those of `Release` go back. Gives one outcome each,
-    /// and whether the hold has to begin anew, since of an ordered group nothing can be given back but everything.
+    /// Notes what became of deliveries: those of `Ack` are acknowledged soon, those of `Release` go back. Gives one outcome
+    /// each, and whether the hold has to begin anew, since of an ordered group nothing can be given back but everything.
     pub(super) async fn settle(&self, batch: &[(u64, Disposition)]) -> (Vec<Result<()>>, bool) {
         let (mut outcomes, mut said, mut restarts) = (Vec::with_capacity(batch.len()), Vec::new(), false);
         {
-            // Under the lock, so that nobody acknowledges behind what is acknowledged here.
             let mut state = self.state();
             let is_gone = state.is_gone || !self.is_connected();
-            let mut acked = Vec::with_capacity(batch.len());
             for (tag, disposition) in batch {
                 let is_ack = *disposition == Disposition::Ack;
                 let known = match is_ack {
@@ -136,34 +163,22 @@ impl Hold {
                     false if self.partition.is_some() => state.out.release(*tag),
                     _ => state.out.settle(*tag),
                 };
-                outcomes.push(known.map(drop).ok_or_else(|| not_outstanding(*tag)));
-                let is_known = outcomes.last().is_some_and(Result::is_ok);
-                match (is_known, is_ack) {
-                    (true, true) => acked.push(*tag),
-                    (true, false) if self.partition.is_some() => restarts = true,
-                    (true, false) => said.push(self.say_nack(*tag)),
-                    (false, _) => {}
+                match (&known, is_ack) {
+                    (Some(out), true) => state.acked.push((*tag, out.message.id())),
+                    (Some(_), false) if self.partition.is_some() => restarts = true,
+                    (Some(_), false) => said.push(self.say_nack(*tag)),
+                    (None, _) => {}
                 }
-            }
-            let settled_to = state.out.advance().unwrap_or(0);
-            // One answer for all up to the last of these that has nothing unsettled before it.
-            let together = acked.iter().copied().filter(|tag| *tag <= settled_to).max();
-            if let Some(last) = together {
-                said.push(self.say_ack(last, true));
-            }
-            for tag in acked.into_iter().filter(|tag| *tag > settled_to) {
-                said.push(self.say_ack(tag, false));
+                outcomes.push(known.map(drop).ok_or_else(|| not_outstanding(*tag)));
             }
             state.is_leaving |= restarts;
-        }
-        let mut failure = None;
-        for said in said {
-            if let Err(why) = said.await {
-                failure = Some(connection::failed("settling messages")(why));
+            if state.acked.len() >= TOGETHER {
+                self.say_acked(&mut state, MUCH, &mut said);
             }
         }
-        if let Some(why) = failure {
+        if let Err(why) = all_said(said).await {
             // Which of them arrived is not known.
+            let why = connection::failed("settling messages")(why);
             let failed = || Error::new(why.kind(), why.to_chain());
             outcomes
                 .iter_mut()
@@ -171,6 +186,36 @@ impl Hold {
                 .for_each(|outcome| *outcome = Err(failed()));
         }
         (outcomes, restarts)
+    }
+
+    /// Whether something is to be acknowledged.
+    pub(super) fn has_acked(&self) -> bool {
+        !self.state().acked.is_empty()
+    }
+
+    /// Acknowledges what is done with, but for a little that lies behind something that is not.
+    pub(super) async fn acknowledge(&self) -> lapin::Result<()> {
+        self.acknowledge_but(MUCH).await
+    }
+
+    async fn acknowledge_but(&self, left: usize) -> lapin::Result<()> {
+        let mut said = Vec::new();
+        self.say_acked(&mut self.state(), left, &mut said);
+        all_said(said).await
+    }
+
+    /// Under the lock, so that nobody acknowledges behind what is acknowledged here.
+    fn say_acked(&self, state: &mut State, left: usize, said: &mut Vec<Said>) {
+        state.settled_to = state.out.advance().unwrap_or(0).max(state.settled_to);
+        let settled_to = state.settled_to;
+        // One answer for all up to the last of these that has nothing unsettled before it.
+        let before = state.acked.iter().map(|(tag, _)| *tag).filter(|tag| *tag <= settled_to);
+        if let Some(last) = before.max() {
+            said.push(self.say_ack(last, true));
+            state.acked.retain(|(tag, _)| *tag > settled_to);
+        }
+        let more = state.acked.len().saturating_sub(left).min(ONE_BY_ONE);
+        said.extend(state.acked.drain(..more).map(|(tag, _)| self.say_ack(tag, false)));
     }
 
     fn say_ack(&self, tag: u64, multiple: bool) -> Said {
@@ -187,10 +232,28 @@ impl Hold {
         say(async move { channel.basic_nack(tag, back).await })
     }
 
-    /// Ends the channel, so that what is not settled goes back to its place in the queue.
-    pub(super) async fn end(&self) -> lapin::Result<()> {
+    /// Ends the channel, so that what is not settled goes back to its place in the queue. Gives what is settled and goes
+    /// back all the same: nothing if `acknowledges_all`, which takes a moment.
+    pub(super) async fn end(&self, acknowledges_all: bool) -> lapin::Result<FxHashSet<MessageId>> {
+        self.leave();
+        self.acknowledge().await?;
+        while acknowledges_all && self.has_acked() {
+            self.acknowledge_but(0).await?;
+            connection::ask(&self.channel, &self.queue).await?;
+            tokio::time::sleep(APPLIED_IN).await;
+        }
+        let settled = {
+            let mut state = self.state();
+            let mut settled = std::mem::take(&mut state.settled_before);
+            settled.extend(state.acked.drain(..).map(|(_, id)| id));
+            settled
+        };
         self.lose();
-        connection::close_behind_acks(&self.channel, &self.queue).await
+        // What was acknowledged on a channel has arrived when the broker answers a question asked behind it. Acknowledged
+        // and closed at once, quorum queues deliver some of it again.
+        connection::ask(&self.channel, &self.queue).await?;
+        self.channel.close(200, "OK".into()).await?;
+        Ok(settled)
     }
 }
 
@@ -201,6 +264,14 @@ fn say(saying: impl Future<Output = lapin::Result<()>> + Send + 'static) -> Said
         std::task::Poll::Ready(said) => Box::pin(std::future::ready(said)),
         std::task::Poll::Pending => saying,
     }
+}
+
+async fn all_said(said: Vec<Said>) -> lapin::Result<()> {
+    let mut all = Ok(());
+    for said in said {
+        all = all.and(said.await);
+    }
+    all
 }
 
 pub(super) fn not_outstanding(tag: u64) -> Error {

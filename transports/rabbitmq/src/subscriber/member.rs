@@ -16,20 +16,25 @@ use lapin::{
     options::{BasicConsumeOptions, QueueDeclareOptions, QueueDeleteOptions},
     types::FieldTable,
 };
-use postrider_core::{Assignment, Error, Result, partition::fair_share};
+use postrider_core::{Assignment, Error, MessageId, Result, partition::fair_share};
+use rustc_hash::FxHashSet;
 use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::sync::Notify;
 
 /// Between tries to connect.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How long an acknowledgement waits for others.
+const ACKNOWLEDGE_AFTER: Duration = Duration::from_millis(3);
+/// Between looks at queues that may have been deleted, where nothing else is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 pub(super) struct Member {
     connection: Connection,
@@ -37,6 +42,7 @@ pub(super) struct Member {
     events: Mutex<Pin<Box<dyn Stream<Item = Event> + Send>>>,
     /// Of an ordered group: what it asks on, and its mark among the members.
     sharing: Option<Sharing>,
+    balanced_at: Instant,
 }
 
 struct Sharing {
@@ -106,6 +112,7 @@ impl Member {
             connection,
             events,
             sharing: None,
+            balanced_at: Instant::now(),
         };
         let joining = async {
             let declaring = Declaring::on(&member.connection, &shared.broker).await?;
@@ -130,15 +137,22 @@ impl Member {
                 });
                 member.balance(shared).await
             } else {
-                member.open(shared, group.to_string(), None).await
+                member.open(shared, group.to_string(), None, FxHashSet::default()).await
             }
         };
         shared.broker.in_time("joining the group", joining).await?;
         Ok(member)
     }
 
-    async fn open(&self, shared: &Shared, queue: String, partition: Option<usize>) -> Result<()> {
-        let opened = Hold::open(&self.connection, shared, next_assignment(), queue, partition).await;
+    async fn open(
+        &self,
+        shared: &Shared,
+        queue: String,
+        partition: Option<usize>,
+        settled_before: FxHashSet<MessageId>,
+    ) -> Result<()> {
+        let assignment = next_assignment();
+        let opened = Hold::open(&self.connection, shared, assignment, queue, partition, settled_before).await;
         let (hold, consumer) = opened.map_err(failed("consuming a queue"))?;
         let hold = Arc::new(hold);
         shared.holds().insert(hold.assignment, hold.clone());
@@ -148,27 +162,47 @@ impl Member {
 
     /// Works until the connection is lost, which is `false`, or the feed ends.
     async fn serve(&mut self, shared: &Weak<Shared>, stir: &Notify) -> bool {
+        let interval = match shared.upgrade() {
+            Some(shared) => shared.broker.options().balance_interval,
+            None => return true,
+        };
         loop {
-            let interval = {
+            {
                 let Some(shared) = shared.upgrade() else { return true };
                 if shared.is_closing() {
                     self.leave(&shared).await;
                     return true;
                 }
-                let looked = shared.broker.in_time("sharing the partitions", async {
-                    self.mend(&shared).await?;
-                    self.balance(&shared).await
+                let holds: Vec<Arc<Hold>> = shared.holds().values().cloned().collect();
+                for hold in holds.iter().filter(|hold| hold.has_acked()) {
+                    // Where it fails, the connection is lost, or the channel, which is mended.
+                    let _ = hold.acknowledge().await;
+                }
+                let broker = shared.broker.clone();
+                let looks = holds.iter().any(|hold| hold.is_leaving() || !hold.is_connected());
+                let balances = self.sharing.is_some() && self.balanced_at.elapsed() >= interval;
+                let looked = broker.in_time("sharing the partitions", async {
+                    if looks {
+                        self.mend(&shared).await?;
+                    }
+                    if balances {
+                        self.balance(&shared).await?;
+                        self.balanced_at = Instant::now();
+                    }
+                    Ok(())
                 });
                 if let Err(error) = looked.await {
-                    if !self.connection.status().connected() {
-                        return false;
+                    if self.connection.status().connected() {
+                        tracing::warn!(group = %shared.subscription.group, error = error.to_chain(), "the partitions cannot be shared: the member begins anew");
                     }
-                    tracing::warn!(group = %shared.subscription.group, error = error.to_chain(), "the partitions cannot be shared: the member begins anew");
                     return false;
                 }
-                shared.broker.options().balance_interval
+            }
+            let next = if self.sharing.is_some() {
+                interval.saturating_sub(self.balanced_at.elapsed())
+            } else {
+                LOOK_EVERY
             };
-            let has_partitions = self.sharing.is_some();
             let events = self.events.get_mut().unwrap_or_else(PoisonError::into_inner);
             tokio::select! {
                 event = events.next() => match event {
@@ -177,9 +211,9 @@ impl Member {
                     Some(Event::Error(_)) if !self.connection.status().connected() => return false,
                     Some(_) => {}
                 },
-                () = stir.notified() => {}
-                () = tokio::time::sleep(interval), if has_partitions => {}
-                () = tokio::time::sleep(Duration::from_secs(1)), if !has_partitions => {}
+                // What is settled meanwhile is acknowledged with it.
+                () = stir.notified() => tokio::time::sleep(ACKNOWLEDGE_AFTER).await,
+                () = tokio::time::sleep(next) => {}
             }
         }
     }
@@ -195,23 +229,24 @@ impl Member {
                 .collect()
         };
         for hold in leaving {
+            let mut settled = FxHashSet::default();
+            let mut keeps = true;
             if !hold.is_connected() {
                 // The queue was deleted, or the broker has ended the channel.
                 hold.lose();
                 shared.holds().remove(&hold.assignment);
                 shared.tell(Change::Lost(hold.assignment));
             } else if hold.is_idle() {
-                hold.end().await.map_err(failed("handing over a queue"))?;
+                keeps = hold.partition.is_none() || self.keeps(shared).await?;
+                let ended = hold.end(!keeps).await;
+                settled = ended.map_err(failed("handing over a queue"))?;
                 shared.holds().remove(&hold.assignment);
             } else {
                 continue;
             }
             match hold.partition {
-                None => self.open(shared, hold.queue.clone(), None).await?,
-                Some(partition) if self.keeps(shared).await? => {
-                    self.open(shared, hold.queue.clone(), Some(partition)).await?;
-                }
-                Some(partition) => self.free(shared, partition).await?,
+                Some(partition) if !keeps => self.free(shared, partition).await?,
+                partition => self.open(shared, hold.queue.clone(), partition, settled).await?,
             }
         }
         Ok(())
@@ -238,10 +273,10 @@ impl Member {
         ))
     }
 
-    /// Whether there is room for a partition that it has, but does not consume just now.
+    /// Whether all partitions that it has are its part.
     async fn keeps(&self, shared: &Shared) -> Result<bool> {
         let share = self.share(shared).await?;
-        Ok(shared.holds().len() < share)
+        Ok(shared.holds().len() <= share)
     }
 
     /// Gives up what is more than its part, and takes what is free of it.
@@ -273,7 +308,7 @@ impl Member {
             }
             room -= 1;
             let queue = partition_queue(&shared.subscription.group, partition);
-            self.open(shared, queue, Some(partition)).await?;
+            self.open(shared, queue, Some(partition), FxHashSet::default()).await?;
         }
         Ok(())
     }
@@ -320,7 +355,7 @@ impl Member {
         let leaving = async {
             for hold in &holds {
                 hold.leave();
-                hold.end().await.map_err(failed("handing over a queue"))?;
+                hold.end(true).await.map_err(failed("handing over a queue"))?;
             }
             self.connection
                 .close(200, "OK".into())

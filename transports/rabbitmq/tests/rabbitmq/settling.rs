@@ -1,0 +1,210 @@
+use crate::fixture::{Fixture, join, publish, take, text};
+use futures_util::StreamExt as _;
+use lapin::options::{BasicConsumeOptions, BasicNackOptions, BasicQosOptions, QueueDeclareOptions};
+use postrider_core::{Delivery, Message, Taken};
+use postrider_testkit::{run, run_within, server::RabbitMq};
+use std::time::Duration;
+
+const SOON: Duration = Duration::from_secs(5);
+
+fn numbers(fixture: &Fixture, count: usize) -> Vec<Message> {
+    (0..count).map(|n| fixture.message(Some("k"), &n.to_string())).collect()
+}
+
+/// Acknowledged, and closed at once, quorum queues deliver some of it again unless they are asked something in between.
+#[test]
+fn what_was_acknowledged_before_a_close_does_not_come_back() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        for subscription in [fixture.ordered(), fixture.ordered().unordered()] {
+            let subscription = subscription.with_max_in_flight(1000);
+            let (mut intake, settling) = join(&transport, &subscription).await;
+            publish(&transport, &numbers(&fixture, 2000)).await;
+            let taken = take(&mut intake, 1500, SOON).await;
+            assert_eq!(taken.len(), 1500);
+            // One by one, which is the worst for it.
+            for delivery in taken {
+                assert!(settling.settle(vec![delivery.ack()]).await.is_empty());
+            }
+            settling.close(SOON).await.unwrap();
+            drop(intake);
+            let (mut intake, settling) = join(&transport, &subscription).await;
+            let rest = take(&mut intake, 600, Duration::from_secs(2)).await;
+            assert_eq!(rest.len(), 500);
+            assert_eq!(text(&rest[0]), "1500");
+            assert!(
+                settling
+                    .settle(rest.into_iter().map(Delivery::ack).collect())
+                    .await
+                    .is_empty()
+            );
+            settling.close(SOON).await.unwrap();
+            fixture
+                .plain()
+                .await
+                .1
+                .queue_delete(fixture.name.as_str().into(), Default::default())
+                .await
+                .unwrap();
+        }
+    });
+}
+
+/// Deliveries of a connection that is lost are settled in vain, and acknowledge nothing of the one that follows it.
+#[test]
+fn a_tag_of_a_lost_connection_acknowledges_nothing() {
+    run_within(Duration::from_secs(120), async {
+        let mut server = RabbitMq::start();
+        let fixture = Fixture::on(&server);
+        let transport = fixture.transport();
+        for subscription in [fixture.ordered(), fixture.ordered().unordered()] {
+            let (mut intake, settling) = join(&transport, &subscription).await;
+            publish(&transport, &numbers(&fixture, 20)).await;
+            let before = take(&mut intake, 20, SOON).await;
+            assert_eq!(before.len(), 20);
+            server.ctl(&["close_all_connections", "a test"]);
+            let after = take(&mut intake, 20, Duration::from_secs(10)).await;
+            assert_eq!(after.len(), 20, "they come again on the next connection");
+            let errors = settling.settle(before.into_iter().map(Delivery::ack).collect()).await;
+            assert_eq!(errors.len(), 20);
+            // Those of this one are all there.
+            assert!(
+                settling
+                    .settle(after.into_iter().map(Delivery::ack).collect())
+                    .await
+                    .is_empty()
+            );
+            settling.close(SOON).await.unwrap();
+            drop(intake);
+            let (mut intake, settling) = join(&transport, &subscription).await;
+            assert!(take(&mut intake, 1, Duration::from_secs(1)).await.is_empty());
+            settling.close(SOON).await.unwrap();
+            drop(intake);
+            let plain = fixture.plain().await;
+            for queue in (0..8)
+                .map(|n| format!("{}:{n}", fixture.name))
+                .chain([fixture.name.clone()])
+            {
+                let _ = plain.1.queue_delete(queue.into(), Default::default()).await;
+            }
+        }
+    });
+}
+
+/// What is settled out of order, and what is given back in between.
+#[test]
+fn any_order_of_settling_will_do() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let (mut intake, settling) = join(&transport, &fixture.ordered()).await;
+        publish(&transport, &numbers(&fixture, 100)).await;
+        let mut taken = take(&mut intake, 100, SOON).await;
+        let released = taken.remove(50);
+        let (mut odd, mut even) = (Vec::new(), Vec::new());
+        for (n, delivery) in taken.into_iter().enumerate() {
+            if n % 2 == 0 {
+                even.push(delivery.ack())
+            } else {
+                odd.push(delivery.ack())
+            }
+        }
+        odd.reverse();
+        assert!(settling.settle(odd).await.is_empty());
+        for settlement in even {
+            assert!(settling.settle(vec![settlement]).await.is_empty());
+        }
+        assert!(settling.settle(vec![released.release()]).await.is_empty());
+        let back = take(&mut intake, 2, Duration::from_secs(3)).await;
+        assert_eq!(
+            back.iter().map(text).collect::<Vec<_>>(),
+            ["50"],
+            "nothing else comes again"
+        );
+        assert_eq!(back[0].delivery_count(), 2);
+    });
+}
+
+/// While nothing is taken, the broker keeps what is more than the prefetch.
+#[test]
+fn a_member_that_takes_nothing_holds_little() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let subscription = fixture.ordered().unordered().with_max_in_flight(50);
+        let (mut intake, _settling) = join(&transport, &subscription).await;
+        publish(&transport, &numbers(&fixture, 1000)).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let (_connection, plain) = fixture.plain().await;
+        let passive = QueueDeclareOptions {
+            passive: true,
+            ..Default::default()
+        };
+        let queue = plain
+            .queue_declare(fixture.name.as_str().into(), passive, Default::default())
+            .await
+            .unwrap();
+        assert_eq!(queue.message_count(), 900, "twice what may be in flight is on its way");
+        assert!(matches!(intake.next(10).await, Ok(Taken::Batch(batch)) if batch.len() == 10));
+    });
+}
+
+/// What the transport does not do, and why: handing a queue over by cancelling the consumer puts what is unsettled behind
+/// what follows it, and so does giving it back by a nack where others consume.
+#[test]
+fn handing_over_by_cancel_is_what_breaks_order() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        // It declares the queues, and has no member.
+        let (intake, settling) = join(&transport, &fixture.ordered()).await;
+        settling.close(SOON).await.unwrap();
+        drop(intake);
+        publish(&transport, &numbers(&fixture, 20)).await;
+        let partition = usize::from(postrider_core::partition::slot_of(
+            Some("k"),
+            fixture.message(None, "").id(),
+        )) * 8
+            / 64;
+        let queue = format!("{}:{partition}", fixture.name);
+        let consume = async |tag: &str| {
+            let (connection, channel) = fixture.plain().await;
+            channel.basic_qos(10, BasicQosOptions::default()).await.unwrap();
+            let consumer = channel
+                .basic_consume(
+                    queue.as_str().into(),
+                    tag.into(),
+                    BasicConsumeOptions::default(),
+                    Default::default(),
+                )
+                .await
+                .unwrap();
+            (connection, channel, consumer)
+        };
+        let (_first, first_channel, mut first) = consume("first").await;
+        let (_second, second_channel, mut second) = consume("second").await;
+        let text = |delivery: lapin::message::Delivery| String::from_utf8(delivery.data).unwrap();
+        let mut got = Vec::new();
+        for _ in 0..10 {
+            got.push(text(first.next().await.unwrap().unwrap()));
+        }
+        assert_eq!(got, (0..10).map(|n| n.to_string()).collect::<Vec<_>>());
+        first_channel
+            .basic_cancel("first".into(), Default::default())
+            .await
+            .unwrap();
+        let next = text(second.next().await.unwrap().unwrap());
+        assert_eq!(next, "10", "the second begins behind what the first has not settled");
+        // Given back now, it comes behind: overtaken.
+        let all = BasicNackOptions {
+            multiple: true,
+            requeue: true,
+        };
+        first_channel.basic_nack(10, all).await.unwrap();
+        second_channel
+            .basic_ack(0, lapin::options::BasicAckOptions { multiple: true })
+            .await
+            .unwrap();
+    });
+}

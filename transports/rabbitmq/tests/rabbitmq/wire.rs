@@ -1,0 +1,174 @@
+use crate::fixture::{Fixture, join, publish, take};
+use futures_util::StreamExt as _;
+use lapin::{
+    BasicProperties,
+    options::{BasicConsumeOptions, BasicPublishOptions, QueueBindOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable},
+};
+use postrider_core::{Message, MessageId, clock::Timestamp, wire::Format};
+use postrider_rabbitmq::transport_with;
+use postrider_testkit::run;
+use std::{collections::BTreeMap, time::Duration};
+
+const SOON: Duration = Duration::from_secs(5);
+
+fn message(fixture: &Fixture) -> Message {
+    Message::new(fixture.topic("t"), "order.placed.v2", r#"{"id":1}"#)
+        .with_id("018f4e6a-7c00-7000-8000-000000000001".parse().unwrap())
+        .with_source("urn:shop")
+        .with_key("order-1")
+        .with_header("tenant", "ünï")
+        .with_header("tenant", "second")
+        .with_header("correlationid", "c-1")
+        .with_content_type("application/json")
+        .with_time(Timestamp::from_timestamp_micros(1_767_225_600_123_456).unwrap())
+        .with_sequence(42)
+}
+
+/// What a plain client sees, as the file says.
+fn shown(delivery: &lapin::message::Delivery) -> String {
+    let text = |value: &AMQPValue| match value {
+        AMQPValue::LongString(text) => String::from_utf8(text.as_bytes().to_vec()).unwrap(),
+        AMQPValue::FieldArray(values) => format!(
+            "{:?}",
+            values
+                .as_slice()
+                .iter()
+                .map(|value| match value {
+                    AMQPValue::LongString(text) => String::from_utf8(text.as_bytes().to_vec()).unwrap(),
+                    other => format!("{other:?}"),
+                })
+                .collect::<Vec<_>>()
+        ),
+        other => format!("{other:?}"),
+    };
+    let properties = &delivery.properties;
+    let mut lines = vec![
+        format!(
+            "routing key: {}",
+            delivery.routing_key.as_str().rsplit_once(".t.").unwrap().1
+        ),
+        format!("content type: {}", properties.content_type().as_ref().unwrap().as_str()),
+        format!("delivery mode: {}", properties.delivery_mode().unwrap()),
+        format!("message id: {}", properties.message_id().as_ref().unwrap().as_str()),
+        format!("type: {}", properties.kind().as_ref().unwrap().as_str()),
+        format!("app id: {}", properties.app_id().as_ref().unwrap().as_str()),
+        format!("timestamp: {}", properties.timestamp().unwrap()),
+    ];
+    let headers: BTreeMap<_, _> = properties.headers().as_ref().unwrap().inner().iter().collect();
+    lines.extend(
+        headers
+            .iter()
+            .map(|(name, value)| format!("header {}: {}", name.as_str(), text(value))),
+    );
+    lines.push(format!("body: {}", String::from_utf8(delivery.data.clone()).unwrap()));
+    lines.join("\n") + "\n"
+}
+
+#[test]
+fn a_plain_client_reads_what_the_golden_files_say() {
+    run(async {
+        let fixture = Fixture::new();
+        let (_connection, channel) = fixture.plain().await;
+        let binary = fixture.transport();
+        binary.publisher().unwrap().check().await;
+        let queue = channel
+            .queue_declare(
+                "".into(),
+                QueueDeclareOptions {
+                    exclusive: true,
+                    ..Default::default()
+                },
+                FieldTable::default(),
+            )
+            .await
+            .unwrap();
+        let name = queue.name().clone();
+        channel
+            .queue_bind(
+                name.clone(),
+                fixture.name.as_str().into(),
+                "#".into(),
+                QueueBindOptions::default(),
+                FieldTable::default(),
+            )
+            .await
+            .unwrap();
+        let mut consumer = channel
+            .basic_consume(name, "".into(), BasicConsumeOptions::default(), FieldTable::default())
+            .await
+            .unwrap();
+        publish(&binary, &[message(&fixture)]).await;
+        let structured = transport_with(fixture.options().with_format(Format::Structured)).unwrap();
+        publish(&structured, &[message(&fixture)]).await;
+        for (format, expected) in [
+            ("binary", include_str!("binary.golden")),
+            ("structured", include_str!("structured.golden")),
+        ] {
+            let delivery = consumer.next().await.unwrap().unwrap();
+            assert_eq!(shown(&delivery), expected, "{format}");
+        }
+    });
+}
+
+#[test]
+fn messages_of_a_plain_client_are_taken() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        for subscription in [fixture.ordered(), fixture.ordered().unordered()] {
+            let (mut intake, settling) = join(&transport, &subscription).await;
+            let (_connection, channel) = fixture.plain().await;
+            let mut headers = FieldTable::default();
+            for (name, value) in [
+                ("cloudEvents:id", "A-1"),
+                ("cloudEvents:source", "/crm"),
+                ("cloudEvents:type", "crm.changed"),
+                ("x", "y"),
+            ] {
+                headers.insert(name.into(), AMQPValue::LongString(value.into()));
+            }
+            headers.insert("n".into(), AMQPValue::LongInt(7));
+            let event = BasicProperties::default()
+                .with_headers(headers)
+                .with_content_type("text/plain".into());
+            let bare = BasicProperties::default().with_type("bare".into());
+            for properties in [event, bare] {
+                channel
+                    .basic_publish(
+                        fixture.name.as_str().into(),
+                        fixture.topic("t").as_str().into(),
+                        BasicPublishOptions::default(),
+                        b"hello",
+                        properties,
+                    )
+                    .await
+                    .unwrap()
+                    .await
+                    .unwrap();
+            }
+            let taken = take(&mut intake, 2, SOON).await;
+            let (event, bare) = (taken[0].message(), taken[1].message());
+            assert_eq!(
+                (event.id(), event.kind()),
+                (MessageId::foreign("/crm", "A-1"), "crm.changed")
+            );
+            assert_eq!(
+                (event.header("x"), event.header("n"), event.content_type()),
+                (Some("y"), Some("7"), "text/plain")
+            );
+            assert_eq!(
+                (event.topic(), &event.payload()[..]),
+                (&fixture.topic("t"), &b"hello"[..])
+            );
+            assert_eq!((bare.kind(), bare.source(), bare.key()), ("bare", None, None));
+            settling
+                .settle(taken.into_iter().map(postrider_core::Delivery::ack).collect())
+                .await;
+            settling.close(SOON).await.unwrap();
+            for queue in (0..8).map(|n| format!("{}:{n}", fixture.name)) {
+                channel.queue_delete(queue.into(), Default::default()).await.unwrap();
+            }
+        }
+    });
+}
