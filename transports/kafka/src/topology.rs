@@ -33,6 +33,15 @@ impl fmt::Debug for Topology {
     }
 }
 
+impl Drop for Topology {
+    fn drop(&mut self) {
+        if let Some(admin) = self.admin.take() {
+            // It waits for its thread.
+            std::thread::spawn(move || drop(admin));
+        }
+    }
+}
+
 impl Topology {
     pub(crate) fn new(cluster: Cluster) -> Self {
         Self {

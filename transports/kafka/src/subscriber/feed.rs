@@ -86,6 +86,16 @@ impl KafkaDeliveries {
     }
 }
 
+impl Drop for KafkaDeliveries {
+    fn drop(&mut self) {
+        let holds = std::mem::take(&mut self.holds);
+        if !holds.is_empty() {
+            // Whoever has the last of the queues waits for the client.
+            std::thread::spawn(move || drop(holds));
+        }
+    }
+}
+
 #[async_trait]
 impl Deliveries for KafkaDeliveries {
     async fn next(&mut self, max: usize) -> Result<Incoming> {

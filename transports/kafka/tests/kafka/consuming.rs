@@ -1,0 +1,219 @@
+use crate::fixture::{Fixture, join, publish, take, text};
+use postrider_core::{Delivery, Message, Taken};
+use postrider_kafka::transport_with;
+use postrider_testkit::run;
+use rdkafka::{
+    ClientConfig, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
+
+const SOON: Duration = Duration::from_secs(20);
+
+fn numbers(fixture: &Fixture, range: std::ops::Range<usize>) -> Vec<Message> {
+    range
+        .map(|n| fixture.message(Some(&format!("k{}", n % 16)), &n.to_string()))
+        .collect()
+}
+
+/// The offsets that a group has committed, by partition.
+fn committed(fixture: &Fixture) -> BTreeMap<i32, i64> {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", &fixture.brokers)
+        .set("group.id", &fixture.name)
+        .create()
+        .unwrap();
+    let mut list = TopicPartitionList::new();
+    list.add_partition_range(fixture.topic().as_str(), 0, 3);
+    let found = consumer.committed_offsets(list, Duration::from_secs(10)).unwrap();
+    let known = found
+        .elements()
+        .iter()
+        .filter_map(|part| Some((part.partition(), part.offset().to_raw()?)))
+        .collect::<Vec<_>>();
+    known.into_iter().filter(|(_, offset)| *offset >= 0).collect()
+}
+
+/// Committing the highest offset that is finished would pass over what is not.
+#[test]
+fn nothing_is_committed_past_a_gap() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let (mut intake, settling) = join(&transport, &fixture.subscription()).await;
+        let batch: Vec<Message> = (0..10).map(|n| fixture.message(Some("k"), &n.to_string())).collect();
+        publish(&transport, &batch).await;
+        let mut taken = take(&mut intake, 10, SOON).await;
+        assert_eq!(
+            taken.iter().map(text).collect::<Vec<_>>(),
+            (0..10).map(|n| n.to_string()).collect::<Vec<_>>()
+        );
+        let kept = taken.remove(3);
+        assert!(
+            settling
+                .settle(taken.into_iter().map(Delivery::ack).collect())
+                .await
+                .is_empty()
+        );
+        settling.close(Duration::from_secs(10)).await.unwrap();
+        drop(kept);
+        assert_eq!(committed(&fixture).into_values().collect::<Vec<_>>(), [3]);
+        drop(intake);
+        let (mut intake, settling) = join(&transport, &fixture.subscription()).await;
+        let back = take(&mut intake, 7, SOON).await;
+        assert_eq!(text(&back[0]), "3", "what was not settled comes first");
+        assert!(
+            settling
+                .settle(back.into_iter().map(Delivery::ack).collect())
+                .await
+                .is_empty()
+        );
+        settling.close(Duration::from_secs(10)).await.unwrap();
+        assert_eq!(committed(&fixture).into_values().collect::<Vec<_>>(), [10]);
+    });
+}
+
+/// What was given back comes again, and what was settled behind it does not.
+#[test]
+fn a_released_message_comes_again_alone() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let (mut intake, settling) = join(&transport, &fixture.subscription()).await;
+        let batch: Vec<Message> = (0..100).map(|n| fixture.message(Some("k"), &n.to_string())).collect();
+        publish(&transport, &batch).await;
+        let mut taken = take(&mut intake, 100, SOON).await;
+        let released = taken.remove(50);
+        let mut acks: Vec<_> = taken.into_iter().map(Delivery::ack).collect();
+        acks.reverse();
+        assert!(settling.settle(acks).await.is_empty());
+        assert!(settling.settle(vec![released.release()]).await.is_empty());
+        publish(&transport, &[fixture.message(Some("k"), "next")]).await;
+        let back = take(&mut intake, 3, Duration::from_secs(4)).await;
+        assert_eq!(back.iter().map(text).collect::<Vec<_>>(), ["50", "next"]);
+    });
+}
+
+/// With work in hand: it is finished first, the partition goes then, and nothing comes twice.
+#[test]
+fn a_partition_is_handed_over_when_its_work_is_done() {
+    run(async {
+        let fixture = Fixture::new();
+        for new_protocol in [false, true] {
+            let fixture = Fixture {
+                name: format!("{}-{new_protocol}", fixture.name),
+                brokers: fixture.brokers.clone(),
+            };
+            let options = if new_protocol {
+                fixture.options().with_new_group_protocol()
+            } else {
+                fixture.options()
+            };
+            let transport = transport_with(options).unwrap();
+            let (mut first, first_settling) = join(&transport, &fixture.subscription()).await;
+            publish(&transport, &numbers(&fixture, 0..200)).await;
+            let held = take(&mut first, 200, SOON).await;
+            assert_eq!(held.len(), 200);
+            let (mut second, second_settling) = join(&transport, &fixture.subscription()).await;
+            // It is told that partitions go, and nobody has them before it is done with them.
+            let began = Instant::now();
+            let mut gone = 0;
+            while gone < 2 && began.elapsed() < SOON {
+                tokio::select! {
+                    taken = first.next(10) => if let Ok(Taken::Gone(_)) = taken { gone += 1 },
+                    taken = take(&mut second, 1, Duration::from_millis(100)) => assert!(taken.is_empty()),
+                }
+            }
+            assert_eq!(gone, 2, "new protocol: {new_protocol}");
+            assert!(held.iter().any(|delivery| delivery.gone().is_cancelled()));
+            assert!(
+                first_settling
+                    .settle(held.into_iter().map(Delivery::ack).collect())
+                    .await
+                    .is_empty()
+            );
+            publish(&transport, &numbers(&fixture, 200..400)).await;
+            let mut got = BTreeSet::new();
+            let mut shares = [0, 0];
+            let until = Instant::now() + SOON;
+            while got.len() < 200 && Instant::now() < until {
+                for (n, (intake, settling)) in [(&mut first, &first_settling), (&mut second, &second_settling)]
+                    .into_iter()
+                    .enumerate()
+                {
+                    let taken = take(intake, 50, Duration::from_millis(100)).await;
+                    shares[n] += taken.len();
+                    assert!(
+                        taken.iter().all(|delivery| got.insert(text(delivery))),
+                        "something came twice"
+                    );
+                    settling.settle(taken.into_iter().map(Delivery::ack).collect()).await;
+                }
+            }
+            println!(
+                "handed over after {:?}: {shares:?}, new protocol: {new_protocol}",
+                began.elapsed()
+            );
+            assert!(shares[0] > 0 && shares[1] > 0 && got.len() == 200, "{shares:?}");
+            assert!(got.iter().all(|n| n.parse::<usize>().unwrap() >= 200), "{got:?}");
+        }
+    });
+}
+
+/// A member that takes nothing for longer than its session goes on being one.
+#[test]
+fn a_busy_member_is_no_dead_member() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let (mut intake, settling) = join(&transport, &fixture.subscription()).await;
+        publish(&transport, &numbers(&fixture, 0..100)).await;
+        let taken = take(&mut intake, 10, SOON).await;
+        tokio::time::sleep(Duration::from_secs(7)).await;
+        assert!(
+            settling
+                .settle(taken.into_iter().map(Delivery::ack).collect())
+                .await
+                .is_empty()
+        );
+        let rest = take(&mut intake, 90, SOON).await;
+        assert_eq!(rest.len(), 90);
+        assert!(
+            settling
+                .settle(rest.into_iter().map(Delivery::ack).collect())
+                .await
+                .is_empty()
+        );
+    });
+}
+
+/// The client's own drop waits for its threads, which nobody on the runtime should.
+#[test]
+fn dropping_a_feed_stops_nobody() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let (mut intake, settling) = join(&transport, &fixture.subscription()).await;
+        publish(&transport, &numbers(&fixture, 0..10)).await;
+        drop(take(&mut intake, 10, SOON).await);
+        let plain: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", &fixture.brokers)
+            .set("group.id", format!("{}-plain", fixture.name))
+            .create()
+            .unwrap();
+        plain.subscribe(&[fixture.topic().as_str()]).unwrap();
+        plain.poll(Duration::from_secs(1));
+        let time = |work: Box<dyn FnOnce()>| {
+            let began = Instant::now();
+            work();
+            began.elapsed()
+        };
+        let clients = time(Box::new(move || drop(plain)));
+        let ours = time(Box::new(move || drop((intake, settling, transport))));
+        println!("dropping the client takes {clients:?}, the feed and the transport {ours:?}");
+        assert!(ours < clients / 2, "{ours:?}, and the client {clients:?}");
+    });
+}

@@ -1,0 +1,8 @@
+//! What Kafka and its client do, and what the transport makes of it: one binary, so that all tests share a broker.
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
+
+mod consuming;
+mod fixture;
+mod publishing;
+mod wire;
