@@ -1,4 +1,4 @@
-//! `cargo run --release -p postrider-benches -- <workload> [--quick] [--json] [--peers] [--case=<part of a name>]`
+//! `cargo run --release -p postrider-benches -- <workload> [<kind of transport>] [--quick] [--json] [--peers] [--case=<part of a name>]`
 //!
 //! Each case is run in interleaved rounds: the raw limit, ours, the raw limit, ours. The figures are medians, the ratio is
 //! ours ÷ raw of the same run.
@@ -9,6 +9,7 @@ mod engine;
 mod postgres;
 mod sqlite;
 mod table;
+mod transport;
 
 use anyhow::bail;
 use table::Table;
@@ -40,13 +41,15 @@ fn main() -> anyhow::Result<()> {
     };
     let case = arguments.iter().find_map(|argument| argument.strip_prefix("--case="));
     let mut table = Table::new(has("--json"), case.unwrap_or(""));
-    let workload = arguments.iter().find(|argument| !argument.starts_with("--"));
+    let mut words = arguments.iter().filter(|argument| !argument.starts_with("--"));
+    let workload = words.next();
     match workload.map(String::as_str) {
         Some("engine") => engine::run(size, &mut table)?,
         Some("postgres") => postgres::run(size, &mut table)?,
         Some("sqlite") => sqlite::run(size, &mut table)?,
+        Some("transport") => transport::run(words.next().map_or("", String::as_str), size, &mut table)?,
         other => bail!(
-            "unknown workload {:?}: known are `engine`, `postgres` and `sqlite`",
+            "unknown workload {:?}: known are `engine`, `postgres`, `sqlite` and `transport <kind>`",
             other.unwrap_or("")
         ),
     }

@@ -1,0 +1,329 @@
+//! A transport beside its raw client: on a broker of its own, in one run, the same messages, confirmed.
+
+mod kafka;
+mod rabbitmq;
+
+use crate::{Size, table::Table};
+use anyhow::{Context as _, bail};
+use postrider::{
+    Bus, Context, Delivery, Event, HandlerResult, Message, RelayOptions, Subscription, Taken, Topic, Transport,
+    postgres::PostgresLog,
+};
+use postrider_testkit::server::Postgres;
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+/// What a bench needs of a broker, and of its raw client.
+trait Broker {
+    /// A fresh transport of ours.
+    fn transport(&self) -> anyhow::Result<Transport>;
+    /// Publishes to `topic`, confirmed, with the strategy that is fastest.
+    async fn publish_raw(&self, work: &Work) -> anyhow::Result<Duration>;
+    /// The same one message at a time, from so many tasks.
+    async fn publish_raw_from(&self, work: &Work, tasks: usize) -> anyhow::Result<Duration>;
+    /// Takes and acknowledges what lies in the group, unordered.
+    async fn consume_raw(&self, work: &Work) -> anyhow::Result<Duration>;
+}
+
+/// So many messages of such a size, to a topic and a group of their own.
+struct Work {
+    topic: Topic,
+    subscription: Subscription,
+    count: usize,
+    bytes: usize,
+}
+
+impl Work {
+    fn new(count: usize, bytes: usize) -> anyhow::Result<Self> {
+        static LAST: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("bench-{}-{}", std::process::id(), LAST.fetch_add(1, Ordering::Relaxed));
+        let topic = Topic::parse(name.clone())?;
+        let subscription = Subscription::new(postrider::GroupName::parse(name)?, vec![topic.clone()]);
+        Ok(Self {
+            subscription: subscription.with_max_in_flight(1000),
+            topic,
+            count,
+            bytes,
+        })
+    }
+
+    fn payload(&self) -> Vec<u8> {
+        vec![b'x'; self.bytes]
+    }
+
+    fn key(n: usize) -> String {
+        format!("key-{}", n % 1000)
+    }
+
+    fn message(&self, n: usize) -> Message {
+        Message::new(self.topic.clone(), "bench.v1", self.payload())
+            .with_source("bench")
+            .with_key(Self::key(n))
+            .with_content_type("application/json")
+            .with_sequence(n as u64)
+    }
+}
+
+/// The headers that ours come with, for the raw client to write too.
+const HEADERS: [(&str, &str); 5] = [
+    ("specversion", "1.0"),
+    ("id", "018f4e6a-7c00-7000-8000-000000000001"),
+    ("type", "bench.v1"),
+    ("source", "bench"),
+    ("sequence", "00000000000000000042"),
+];
+
+/// Declares what the group needs, so that messages reach it while it has no member.
+async fn declare(broker: &impl Broker, subscription: &Subscription) -> anyhow::Result<()> {
+    let transport = broker.transport()?;
+    let (intake, settling) = transport
+        .subscriber(subscription)?
+        .subscribe(subscription)
+        .await?
+        .split();
+    settling.close(Duration::from_secs(10)).await?;
+    drop(intake);
+    Ok(())
+}
+
+async fn publish_ours(broker: &impl Broker, work: &Work) -> anyhow::Result<Duration> {
+    declare(broker, &work.subscription.clone().unordered()).await?;
+    let transport = broker.transport()?;
+    let publisher = transport.publisher()?.clone();
+    warm(&transport, work).await?;
+    let messages: Vec<Message> = (0..work.count).map(|n| work.message(n)).collect();
+    let began = Instant::now();
+    // As the relay does: a few calls at once.
+    let mut calls = tokio::task::JoinSet::new();
+    for batch in messages.chunks(500) {
+        if calls.len() == 4 {
+            calls.join_next().await.context("a call")??;
+        }
+        let (publisher, batch) = (publisher.clone(), batch.to_vec());
+        calls.spawn(async move {
+            for outcome in publisher.publish(&batch).await {
+                assert!(outcome.is_ok(), "{outcome:?}");
+            }
+        });
+    }
+    while let Some(done) = calls.join_next().await {
+        done?;
+    }
+    Ok(began.elapsed())
+}
+
+async fn publish_ours_from(broker: &impl Broker, work: &Work, tasks: usize) -> anyhow::Result<Duration> {
+    declare(broker, &work.subscription.clone().unordered()).await?;
+    let transport = broker.transport()?;
+    warm(&transport, work).await?;
+    let began = Instant::now();
+    let mut running = tokio::task::JoinSet::new();
+    for task in 0..tasks {
+        let publisher = transport.publisher()?.clone();
+        let messages: Vec<Message> = (0..work.count / tasks)
+            .map(|n| work.message(n * tasks + task))
+            .collect();
+        running.spawn(async move {
+            for message in messages {
+                let outcomes = publisher.publish(std::slice::from_ref(&message)).await;
+                assert!(outcomes[0].is_ok(), "{outcomes:?}");
+            }
+        });
+    }
+    while let Some(done) = running.join_next().await {
+        done?;
+    }
+    Ok(began.elapsed())
+}
+
+/// The connection is there before the clock runs.
+async fn warm(transport: &Transport, work: &Work) -> anyhow::Result<()> {
+    for outcome in transport.publisher()?.publish(&[work.message(0)]).await {
+        outcome?;
+    }
+    Ok(())
+}
+
+/// From the first message to the acknowledgement of the last.
+async fn consume_ours(broker: &impl Broker, work: &Work, subscription: &Subscription) -> anyhow::Result<Duration> {
+    let transport = broker.transport()?;
+    let (mut intake, settling) = transport
+        .subscriber(subscription)?
+        .subscribe(subscription)
+        .await?
+        .split();
+    let (mut count, mut began) = (0, None);
+    while count < work.count {
+        if let Taken::Batch(batch) = intake.next(500).await? {
+            began.get_or_insert_with(Instant::now);
+            count += batch.len();
+            let errors = settling.settle(batch.into_iter().map(Delivery::ack).collect()).await;
+            anyhow::ensure!(errors.is_empty(), "{errors:?}");
+        }
+    }
+    let took = began.context("messages")?.elapsed();
+    settling.close(Duration::from_secs(10)).await?;
+    Ok(took)
+}
+
+/// What lies in a group, to be consumed.
+async fn filled(broker: &impl Broker, work: &Work, ordered: bool) -> anyhow::Result<Subscription> {
+    let subscription = if ordered {
+        work.subscription.clone()
+    } else {
+        work.subscription.clone().unordered()
+    };
+    declare(broker, &subscription).await?;
+    let transport = broker.transport()?;
+    let messages: Vec<Message> = (0..work.count).map(|n| work.message(n)).collect();
+    for batch in messages.chunks(2000) {
+        for outcome in transport.publisher()?.publish(batch).await {
+            outcome?;
+        }
+    }
+    Ok(subscription)
+}
+
+#[derive(serde::Serialize, serde::Deserialize, Event)]
+#[event(name = "bench.carried", key = |e: &Self| e.n % 1000)]
+struct Carried {
+    n: u64,
+    text: String,
+}
+
+/// From an outbox on Postgres, over the broker, to a handler.
+async fn end_to_end(broker: &impl Broker, count: usize, bytes: usize) -> anyhow::Result<Duration> {
+    static SERVER: OnceLock<Postgres> = OnceLock::new();
+    let server = SERVER.get_or_init(|| Postgres::start_with(&["max_wal_size=4GB", "shared_buffers=1GB"]));
+    let options = postrider::postgres::PostgresOptions::default().with_schema(server.fresh_name());
+    let log = PostgresLog::connect_with(&server.url(), options).await?;
+    let handled = Arc::new(AtomicUsize::new(0));
+    let relay = RelayOptions::default()
+        .with_batch_size(1000)
+        .with_max_in_flight(8000)
+        .with_retention(Duration::ZERO);
+    let bus = Bus::builder()
+        .log(log)
+        .transport(broker.transport()?)
+        .relay(relay)
+        .source("bench")
+        .build()?;
+    bus.migrate().await?;
+    let text = "x".repeat(bytes.saturating_sub(24));
+    let events: Vec<Carried> = (0..count as u64).map(|n| Carried { n, text: text.clone() }).collect();
+    for batch in events.chunks(1000) {
+        bus.publish_all(batch).await?;
+    }
+    async fn note(handled: &Arc<AtomicUsize>, _: &Carried, _: &mut Context) -> HandlerResult {
+        handled.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+    let group = Work::new(0, 0)?.topic.to_string();
+    bus.subscribe::<Carried>(&group)
+        .max_in_flight(2000)
+        .state(handled.clone())
+        .handler(note)
+        .start()
+        .await?;
+    let began = Instant::now();
+    bus.start().await?;
+    while handled.load(Ordering::Relaxed) < count {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        anyhow::ensure!(began.elapsed() < Duration::from_secs(300), "not everything was handled");
+    }
+    let took = began.elapsed();
+    bus.shutdown(Duration::from_secs(20)).await?;
+    Ok(took)
+}
+
+pub(crate) fn run(kind: &str, size: Size, table: &mut Table) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    match kind {
+        "rabbitmq" => cases(
+            "rabbitmq",
+            &rabbitmq::RabbitMqBroker::start(),
+            40_000,
+            size,
+            table,
+            &runtime,
+        ),
+        "kafka" => cases("kafka", &kafka::KafkaBroker::start()?, 400_000, size, table, &runtime),
+        other => bail!("unknown kind of transport {other:?}: known are `rabbitmq` and `kafka`"),
+    }
+}
+
+fn cases(
+    name: &'static str,
+    broker: &impl Broker,
+    count: usize,
+    size: Size,
+    table: &mut Table,
+    runtime: &tokio::runtime::Runtime,
+) -> anyhow::Result<()> {
+    let (count, rounds) = (size.of(count), size.rounds());
+    for bytes in [256, 1024] {
+        table.compare(
+            name,
+            format!("publish {bytes} B"),
+            "/s",
+            rounds,
+            count,
+            || runtime.block_on(async { broker.publish_raw(&Work::new(count, bytes)?).await }),
+            || runtime.block_on(async { publish_ours(broker, &Work::new(count, bytes)?).await }),
+        )?;
+    }
+    table.compare(
+        name,
+        "publish 256 B, one at a time from 200 tasks",
+        "/s",
+        rounds,
+        count,
+        || runtime.block_on(async { broker.publish_raw_from(&Work::new(count, 256)?, 200).await }),
+        || runtime.block_on(async { publish_ours_from(broker, &Work::new(count, 256)?, 200).await }),
+    )?;
+    for (bytes, ordered) in [(256, false), (256, true), (1024, false)] {
+        let order = if ordered { "in order" } else { "unordered" };
+        table.compare(
+            name,
+            format!("consume {bytes} B, {order}"),
+            "/s",
+            rounds,
+            count,
+            || {
+                runtime.block_on(async {
+                    let work = Work::new(count, bytes)?;
+                    filled(broker, &work, false).await?;
+                    broker.consume_raw(&work).await
+                })
+            },
+            || {
+                runtime.block_on(async {
+                    let work = Work::new(count, bytes)?;
+                    let subscription = filled(broker, &work, ordered).await?;
+                    consume_ours(broker, &work, &subscription).await
+                })
+            },
+        )?;
+    }
+    for bytes in [256, 1024] {
+        let count = size.of(40_000);
+        table.compare(
+            name,
+            format!("raw publish, and outbox to handler, {bytes} B"),
+            "/s",
+            rounds,
+            count,
+            || runtime.block_on(async { broker.publish_raw(&Work::new(count, bytes)?).await }),
+            || runtime.block_on(end_to_end(broker, count, bytes)),
+        )?;
+    }
+    Ok(())
+}
