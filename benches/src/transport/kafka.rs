@@ -80,6 +80,8 @@ async fn confirmed(sent: DeliveryFuture) -> anyhow::Result<()> {
 }
 
 impl Broker for KafkaBroker {
+    const WINDOW: usize = 10_000;
+
     fn transport(&self) -> anyhow::Result<Transport> {
         let options = postrider::kafka::KafkaOptions::new(self.server.brokers()).with_partitions(4);
         Ok(postrider::kafka::transport_with(options)?)
@@ -93,9 +95,9 @@ impl Broker for KafkaBroker {
         confirmed(send(&producer, &topic, 0, &payload).await?).await?;
         let publishing = tokio::spawn(async move {
             let began = Instant::now();
-            let mut window = VecDeque::with_capacity(10_000);
+            let mut window = VecDeque::with_capacity(Self::WINDOW);
             for n in 0..count {
-                if window.len() == 10_000
+                if window.len() == Self::WINDOW
                     && let Some(oldest) = window.pop_front()
                 {
                     confirmed(oldest).await?;

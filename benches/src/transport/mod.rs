@@ -20,6 +20,8 @@ use std::{
 
 /// What a bench needs of a broker, and of its raw client.
 trait Broker {
+    /// How many unconfirmed messages the raw client has on their way, and ours.
+    const WINDOW: usize;
     /// A fresh transport of ours.
     fn transport(&self) -> anyhow::Result<Transport>;
     /// Publishes to `topic`, confirmed, with the strategy that is fastest.
@@ -91,17 +93,17 @@ async fn declare(broker: &impl Broker, subscription: &Subscription) -> anyhow::R
     Ok(())
 }
 
-async fn publish_ours(broker: &impl Broker, work: &Work) -> anyhow::Result<Duration> {
+async fn publish_ours<B: Broker>(broker: &B, work: &Work) -> anyhow::Result<Duration> {
     declare(broker, &work.subscription.clone().unordered()).await?;
     let transport = broker.transport()?;
     let publisher = transport.publisher()?.clone();
     warm(&transport, work).await?;
     let messages: Vec<Message> = (0..work.count).map(|n| work.message(n)).collect();
     let began = Instant::now();
-    // As the relay does: a few calls at once.
+    // As the relay does: several calls at once.
     let mut calls = tokio::task::JoinSet::new();
     for batch in messages.chunks(500) {
-        if calls.len() == 4 {
+        if calls.len() == B::WINDOW / 500 {
             calls.join_next().await.context("a call")??;
         }
         let (publisher, batch) = (publisher.clone(), batch.to_vec());

@@ -75,6 +75,8 @@ async fn publish(channel: Channel, exchange: String, topic: String, n: usize, pa
 }
 
 impl Broker for RabbitMqBroker {
+    const WINDOW: usize = 1000;
+
     fn transport(&self) -> anyhow::Result<Transport> {
         let options = postrider::rabbitmq::RabbitMqOptions::new(self.server.url()).with_exchange(&self.exchange);
         Ok(postrider::rabbitmq::transport_with(options)?)
@@ -93,7 +95,7 @@ impl Broker for RabbitMqBroker {
             let began = Instant::now();
             let mut window: VecDeque<BoxFuture<'static, anyhow::Result<()>>> = VecDeque::new();
             for n in 0..count {
-                if window.len() == 1000
+                if window.len() == Self::WINDOW
                     && let Some(oldest) = window.pop_front()
                 {
                     oldest.await?;
