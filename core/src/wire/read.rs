@@ -202,8 +202,12 @@ impl Reading<'_> {
             (None, None) => MessageId::new(),
         };
         let of_broker = || {
-            let key = std::str::from_utf8(arrived.key?).ok()?;
-            (!key.is_empty()).then(|| clean(key).into())
+            let key = arrived.key.filter(|key| !key.is_empty())?;
+            Some(match std::str::from_utf8(key) {
+                Ok(key) => clean(key).into(),
+                // A number, say: its digits in hexadecimal keep the order of those that have it.
+                Err(_) => key.iter().map(|byte| format!("{byte:02x}")).collect::<String>().into(),
+            })
         };
         let kind = match (self.kind, arrived.kind.filter(|kind| !kind.is_empty())) {
             (Some(kind), _) => kind,

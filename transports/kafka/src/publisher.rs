@@ -24,6 +24,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 type Outcome = Result<(), PublishError>;
 type Producer = ThreadedProducer<Confirms>;
 
+/// A message of so many bytes is taken by itself, wherever its topic's limit makes sense.
+const ALWAYS_TAKEN: usize = 10_000;
+
 /// The sending side. Clones share one client, which is made when it is first used.
 #[derive(Debug, Clone)]
 pub(crate) struct KafkaPublisher {
@@ -140,13 +143,11 @@ impl KafkaPublisher {
     }
 
     /// The client can do nothing more: the next call has a new one.
-    fn renew(&self) {
-        let old = self
-            .shared
-            .producer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+    fn renew(&self, failed: &Arc<Producer>) {
+        let old = {
+            let mut producer = self.shared.producer.lock().unwrap_or_else(PoisonError::into_inner);
+            producer.take_if(|producer| Arc::ptr_eq(producer, failed))
+        };
         if let Some(old) = old {
             tracing::warn!("Kafka's producer has failed for good: a new one takes its place");
             std::thread::spawn(move || drop(old));
@@ -249,12 +250,23 @@ impl KafkaPublisher {
             return PublishError::connection("Kafka's producer has ended").for_all(part);
         };
         if producer.client().fatal_error().is_some() {
-            self.renew();
+            self.renew(producer);
         }
         let timeout = self.shared.cluster.options().delivery_timeout;
+        let is_late = |outcome: &Result<(), KafkaError>| {
+            let code = outcome.as_ref().err().and_then(KafkaError::rdkafka_error_code);
+            code == Some(RDKafkaErrorCode::MessageTimedOut)
+        };
+        // The client tries for as long as a message may take, and then says no more than that it is late. Where brokers
+        // answer, it is the destination that is not there: without a leader, or with too few replicas.
+        let brokers_answer = outcomes.iter().any(is_late) && {
+            let (asked, limit) = (producer.clone(), Duration::from_secs(2));
+            let answer = off_thread(move || asked.client().fetch_metadata(None, limit).is_ok()).await;
+            outcomes.iter().any(Result::is_ok) || answer.unwrap_or(false)
+        };
         let outcomes = part.iter().zip(outcomes).map(|(message, outcome)| {
             outcome.map_err(|error| {
-                let error = refusal(error, message.topic(), timeout);
+                let error = refusal(error, message, timeout, brokers_answer);
                 if error.is_unroutable() {
                     self.shared.topology.forget(copy_to.unwrap_or(message.topic().as_str()));
                 }
@@ -266,8 +278,9 @@ impl KafkaPublisher {
 }
 
 /// What a broker's refusal means.
-fn refusal(error: KafkaError, topic: &Topic, timeout: Duration) -> PublishError {
+fn refusal(error: KafkaError, message: &Message, timeout: Duration, brokers_answer: bool) -> PublishError {
     use RDKafkaErrorCode as Code;
+    let topic = message.topic();
     match error.rdkafka_error_code() {
         Some(Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition | Code::InvalidTopic) => {
             PublishError::unroutable(format!("topic `{topic}` is missing on Kafka: {error}"))
@@ -278,6 +291,8 @@ fn refusal(error: KafkaError, topic: &Topic, timeout: Duration) -> PublishError 
         Some(Code::TopicAuthorizationFailed) => {
             PublishError::destination(format!("topic `{topic}` may not be written to: {error}"))
         }
+        // A batch may be too large where its messages are not.
+        Some(Code::MessageSizeTooLarge) if message.size() < ALWAYS_TAKEN => PublishError::rejected(error),
         Some(
             Code::MessageSizeTooLarge
             | Code::InvalidMessage
@@ -285,7 +300,11 @@ fn refusal(error: KafkaError, topic: &Topic, timeout: Duration) -> PublishError 
             | Code::InvalidRecord
             | Code::InvalidTimestamp,
         ) => PublishError::invalid(error),
-        Some(Code::PolicyViolation) => PublishError::rejected(error),
+        // Another one of its batch was invalid.
+        Some(Code::PolicyViolation | Code::InvalidDifferentRecord) => PublishError::rejected(error),
+        Some(Code::MessageTimedOut) if brokers_answer => PublishError::destination(format!(
+            "topic `{topic}` did not confirm within {timeout:?}, though brokers answer: it has no leader, or too few replicas"
+        )),
         Some(Code::MessageTimedOut) => PublishError::connection(format!("Kafka did not confirm within {timeout:?}")),
         _ => PublishError::connection(error),
     }

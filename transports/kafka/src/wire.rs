@@ -39,7 +39,14 @@ pub(crate) fn write(message: &Message, format: Format, sent_to: Option<&Topic>) 
 pub(crate) fn read(reader: &mut Reader, record: &BorrowedMessage<'_>, topic: &Topic) -> Message {
     let mut reading = reader.begin(&NAMES);
     let mut sent_to = None;
-    for header in record.headers().into_iter().flat_map(|headers| headers.iter()) {
+    let headers = record.headers();
+    for n in 0..headers.map_or(0, |headers| headers.count()) {
+        // The client panics at a name that is not UTF-8, which Kafka takes.
+        let header = std::panic::AssertUnwindSafe(|| headers.and_then(|headers| headers.try_get(n)));
+        let Ok(Some(header)) = std::panic::catch_unwind(header) else {
+            tracing::warn!(%topic, "a header whose name is not UTF-8 is left out");
+            continue;
+        };
         let value = header.value.unwrap_or_default();
         if header.key == TOPIC {
             sent_to = std::str::from_utf8(value)

@@ -143,3 +143,12 @@ pub(crate) async fn ask(channel: &Channel, queue: &str) -> std::result::Result<(
     let asked = channel.queue_declare(queue.into(), passive, Default::default()).await;
     asked.map(drop)
 }
+
+/// Closes a connection, whoever still holds parts of it, and lets nobody wait for that.
+pub(crate) fn close_soon(connection: Arc<Connection>) {
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        runtime.spawn(async move {
+            let _ = tokio::time::timeout(Duration::from_secs(5), connection.close(200, "OK".into())).await;
+        });
+    }
+}

@@ -7,23 +7,28 @@
 //! what was returned is found by its message id.
 
 use crate::{
-    connection::{Broker, failed},
+    connection::{Broker, close_soon, failed, within},
     topology::{Declaring, routing_key},
     wire::{self, Copied},
 };
 use async_trait::async_trait;
 use futures_util::{FutureExt as _, Stream, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
-    Channel, Confirmation, Connection, Event,
-    options::{BasicPublishOptions, ConfirmSelectOptions},
+    Channel, Confirmation, Connection, Event, ExchangeKind,
+    options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions},
+    types::FieldTable,
 };
 use postrider_core::{Error, Message, PublishError, Publisher, Reachability, wire::Format};
 use rustc_hash::FxHashMap;
 use std::{
     collections::VecDeque,
     pin::Pin,
-    sync::{Arc, OnceLock},
-    task::{Context, Poll, Waker},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, Wake, Waker},
+    time::Duration,
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -41,7 +46,8 @@ pub(crate) struct RabbitMqPublisher {
 #[derive(Debug)]
 struct Shared {
     broker: Broker,
-    jobs: OnceLock<mpsc::Sender<Job>>,
+    /// To the task, which may end with the runtime that it was started on.
+    jobs: Mutex<Option<mpsc::Sender<Job>>>,
 }
 
 /// A call.
@@ -73,18 +79,24 @@ impl RabbitMqPublisher {
         Self {
             shared: Arc::new(Shared {
                 broker,
-                jobs: OnceLock::new(),
+                jobs: Mutex::default(),
             }),
         }
     }
 
     async fn run(&self, work: Work) -> Vec<Outcome> {
         let count = work.len();
-        let jobs = self.shared.jobs.get_or_init(|| {
-            let (sender, receiver) = mpsc::channel(CALLS);
-            tokio::spawn(drive(self.shared.broker.clone(), receiver));
-            sender
-        });
+        let jobs = {
+            let mut jobs = self.shared.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+            match &*jobs {
+                Some(jobs) if !jobs.is_closed() => jobs.clone(),
+                _ => {
+                    let (sender, receiver) = mpsc::channel(CALLS);
+                    tokio::spawn(drive(self.shared.broker.clone(), receiver));
+                    jobs.insert(sender).clone()
+                }
+            }
+        };
         let (reply, outcomes) = oneshot::channel();
         let sent = jobs.send(Job { work, reply }).await;
         match (sent, outcomes.await) {
@@ -118,6 +130,24 @@ impl Publisher for RabbitMqPublisher {
     }
 }
 
+/// Asks the broker something, on a channel that a refusal may close.
+async fn ask(connection: &Connection, exchange: &str, limit: Duration) -> postrider_core::Result<()> {
+    within(limit, "asking RabbitMQ", async {
+        let channel = connection.create_channel().await.map_err(failed("opening a channel"))?;
+        let passive = ExchangeDeclareOptions {
+            passive: true,
+            ..Default::default()
+        };
+        let asked = channel.exchange_declare(exchange.into(), ExchangeKind::Topic, passive, FieldTable::default());
+        asked.await.map_err(failed("looking for the exchange"))?;
+        channel
+            .close(200, "OK".into())
+            .await
+            .map_err(failed("closing a channel"))
+    })
+    .await
+}
+
 fn unavailable(error: Error) -> PublishError {
     PublishError::connection(error)
 }
@@ -141,7 +171,20 @@ async fn drive(broker: Broker, mut jobs: mpsc::Receiver<Job>) {
 
 /// Which message of which call.
 type Place = (u64, usize);
-type Confirming = BoxFuture<'static, (Place, lapin::Result<Confirmation>)>;
+/// What it was sent as: its id and routing key.
+type Sent = (String, String);
+type Resolved = ((Place, Sent), lapin::Result<Confirmation>);
+type Confirming = BoxFuture<'static, Resolved>;
+
+/// Whether it was woken.
+#[derive(Default)]
+struct Again(AtomicBool);
+
+impl Wake for Again {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Release);
+    }
+}
 
 /// A call that is not answered yet.
 struct Call {
@@ -154,7 +197,9 @@ struct Call {
 }
 
 struct Link {
-    connection: Connection,
+    connection: Arc<Connection>,
+    /// The most time that anything may take.
+    limit: Duration,
     channel: Channel,
     events: Pin<Box<dyn Stream<Item = Event> + Send>>,
     exchange: String,
@@ -168,14 +213,14 @@ struct Link {
     waiting: VecDeque<u64>,
     in_flight: FuturesUnordered<Confirming>,
     /// Resolved, and not yet believed.
-    resolved: Vec<(Place, lapin::Result<Confirmation>)>,
-    /// The ids of what was returned, with the broker's reason.
-    returned: FxHashMap<String, String>,
+    resolved: Vec<Resolved>,
+    /// What was returned, by id and routing key: how often, and the broker's reason.
+    returned: FxHashMap<(String, String), (usize, String)>,
 }
 
 impl Link {
     async fn open(broker: &Broker) -> postrider_core::Result<Self> {
-        let connection = broker.connect("publisher").await?;
+        let connection = Arc::new(broker.connect("publisher").await?);
         let events = Box::pin(connection.events_listener());
         let channel = broker
             .in_time("declaring the exchange", async {
@@ -191,6 +236,7 @@ impl Link {
         let options = broker.options();
         Ok(Self {
             connection,
+            limit: options.timeout,
             channel,
             events,
             exchange: options.exchange.clone(),
@@ -234,10 +280,7 @@ impl Link {
                 // What cannot be handed over waits in the channel, and so do those who call.
                 job = jobs.recv(), if self.waiting.is_empty() => match job {
                     Some(job) => self.begin(job),
-                    None => {
-                        let _ = self.connection.close(200, "OK".into()).await;
-                        return;
-                    }
+                    None => return,
                 },
             }
             if !self.channel.status().connected() {
@@ -253,7 +296,11 @@ impl Link {
             return;
         }
         if let Work::Check = job.work {
-            let _ = job.reply.send(vec![Ok(())]);
+            let (connection, exchange, limit) = (self.connection.clone(), self.exchange.clone(), self.limit);
+            tokio::spawn(async move {
+                let asked = ask(&connection, &exchange, limit).await;
+                let _ = job.reply.send(vec![asked.map_err(unavailable)]);
+            });
             return;
         }
         let count = job.work.len();
@@ -302,15 +349,17 @@ impl Link {
                 }
                 Work::Check => continue,
             };
+            let id = properties.message_id().clone().map(String::from).unwrap_or_default();
+            let sent = (place, (id, key.clone()));
             let (channel, exchange) = (self.channel.clone(), exchange.into());
             let mandatory = BasicPublishOptions {
                 mandatory: true,
                 immediate: false,
             };
             let mut confirming: Confirming = Box::pin(async move {
-                let sent = channel.basic_publish(exchange, key.into(), mandatory, &payload, properties);
-                let confirm = async { sent.await?.await };
-                (place, confirm.await)
+                let publish = channel.basic_publish(exchange, key.into(), mandatory, &payload, properties);
+                let confirm = async { publish.await?.await };
+                (sent, confirm.await)
             });
             // Here it is handed over, in order.
             match confirming.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
@@ -339,8 +388,10 @@ impl Link {
                 };
                 if let Some(returned) = returned {
                     let id = returned.delivery.properties.message_id().clone();
+                    let key = returned.delivery.routing_key.as_str().to_owned();
                     let why = format!("{} {}", returned.reply_code, returned.reply_text);
-                    self.returned.insert(id.map(String::from).unwrap_or_default(), why);
+                    let known = self.returned.entry((id.map(String::from).unwrap_or_default(), key));
+                    known.or_insert((0, why)).0 += 1;
                 }
             }
             let believed: Vec<_> = self.resolved.drain(..together).collect();
@@ -354,31 +405,48 @@ impl Link {
         }
     }
 
+    /// Takes all that is resolved: a set of futures may pause in between, and says so by waking whoever polls it.
     fn take_resolved(&mut self) {
-        while let Some(Some(resolved)) = self.in_flight.next().now_or_never() {
-            self.resolved.push(resolved);
+        let again = Arc::new(Again::default());
+        let waker = Waker::from(again.clone());
+        let mut cx = Context::from_waker(&waker);
+        // Nor may one that wakes itself each time keep it for ever.
+        let mut pauses = 0;
+        while pauses < 64 {
+            match self.in_flight.poll_next_unpin(&mut cx) {
+                Poll::Ready(Some(resolved)) => {
+                    self.resolved.push(resolved);
+                    pauses = 0;
+                }
+                Poll::Pending if again.0.swap(false, Ordering::AcqRel) => pauses += 1,
+                Poll::Ready(None) | Poll::Pending => return,
+            }
         }
     }
 
-    fn confirmed(&mut self, place: Place, result: lapin::Result<Confirmation>) {
-        let Some(call) = self.calls.get(&place.0) else { return };
-        let id = match &call.work {
-            Work::Messages(messages) => messages[place.1].id().to_string(),
-            Work::Copy(copy) => copy.2.id.clone(),
-            Work::Check => return,
+    fn confirmed(&mut self, (place, sent): (Place, Sent), result: lapin::Result<Confirmation>) {
+        // Whoever called may be gone; what was returned is told of all the same.
+        let returned = match (&result, self.returned.entry(sent)) {
+            (Ok(_), std::collections::hash_map::Entry::Occupied(mut known)) => {
+                let why = known.get().1.clone();
+                known.get_mut().0 -= 1;
+                if known.get().0 == 0 {
+                    known.remove();
+                }
+                Some(why)
+            }
+            _ => None,
         };
-        let outcome = match result {
-            Err(error) => Err(lost(&error)),
-            Ok(Confirmation::Nack(_)) => Err(PublishError::destination(
+        let outcome = match (result, returned) {
+            (Err(error), _) => Err(lost(&error)),
+            (Ok(_), Some(why)) => Err(PublishError::unroutable(format!(
+                "no queue is bound for it on exchange `{}`: {why}",
+                self.exchange
+            ))),
+            (Ok(Confirmation::Nack(_)), None) => Err(PublishError::destination(
                 "RabbitMQ refused to store it: a queue is full, or has no majority",
             )),
-            Ok(_) => match self.returned.remove(&id) {
-                Some(why) => Err(PublishError::unroutable(format!(
-                    "no queue is bound for it on exchange `{}`: {why}",
-                    self.exchange
-                ))),
-                None => Ok(()),
-            },
+            (Ok(_), None) => Ok(()),
         };
         self.answer(place, outcome);
     }
@@ -408,6 +476,12 @@ impl Link {
             let outcomes = call.outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(failed));
             let _ = call.reply.send(outcomes.collect());
         }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        close_soon(self.connection.clone());
     }
 }
 

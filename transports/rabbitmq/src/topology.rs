@@ -260,13 +260,22 @@ impl Topics {
     pub(crate) fn new(topics: &[Topic]) -> Self {
         Self(topics.to_vec())
     }
-    pub(crate) fn find(&mut self, name: &str) -> Option<Topic> {
+    /// The topic of this name. A plain client may publish under a routing key that is none: then it is the nearest to it,
+    /// for the message is not to be lost.
+    pub(crate) fn find(&mut self, name: &str) -> Topic {
         if let Some(topic) = self.0.iter().find(|topic| topic.as_str() == name) {
-            return Some(topic.clone());
+            return topic.clone();
         }
-        let topic = Topic::parse(name.to_owned()).ok()?;
-        self.0.push(topic.clone());
-        Some(topic)
+        let topic = Topic::parse(name.to_owned()).unwrap_or_else(|_| {
+            let known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+            let near: String = name.chars().take(150).map(|c| if known(c) { c } else { '_' }).collect();
+            Topic::parse(near).unwrap_or(Topic::new("unknown"))
+        });
+        // As many as anybody has, so that strangers cannot fill the memory.
+        if self.0.len() < 1000 {
+            self.0.push(topic.clone());
+        }
+        topic
     }
 }
 

@@ -3,7 +3,7 @@
 use lapin::{
     BasicProperties,
     message::Delivery,
-    types::{AMQPValue, FieldArray, FieldTable},
+    types::{AMQPValue, FieldArray, FieldTable, MAX_SHORT_STRING_LENGTH, ShortString},
 };
 use postrider_core::{
     Message, Topic,
@@ -41,19 +41,31 @@ pub(crate) fn write(message: &Message, format: Format, copied: Option<&Copied>) 
         add(&mut headers, DELIVERIES, &copied.deliveries.to_string());
         id.clone_from(&copied.id);
     }
+    if body.content_type.len() > MAX_SHORT_STRING_LENGTH {
+        add(&mut headers, "cloudEvents_datacontenttype", &body.content_type);
+    }
     let mut properties = BasicProperties::default()
         .with_delivery_mode(2)
-        .with_message_id(id.into())
-        .with_content_type(body.content_type.as_str().into())
-        .with_type(message.kind().into())
+        .with_message_id(short(&id))
+        .with_content_type(short(&body.content_type))
+        .with_type(short(message.kind()))
         .with_headers(headers);
     if let Some(seconds) = message.time().and_then(|time| u64::try_from(time.timestamp()).ok()) {
         properties = properties.with_timestamp(seconds);
     }
     if let Some(source) = message.source() {
-        properties = properties.with_app_id(source.into());
+        properties = properties.with_app_id(short(source));
     }
     (properties, body.payload)
+}
+
+/// What a short text holds of a longer one, which only messages of others have.
+fn short(text: &str) -> ShortString {
+    let mut end = text.len().min(MAX_SHORT_STRING_LENGTH);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].into()
 }
 
 /// A name that is there already has a list of values: a table has no name twice.
@@ -68,15 +80,11 @@ fn add(headers: &mut FieldTable, name: &str, value: &str) {
         }
         Some(first) => AMQPValue::FieldArray(FieldArray::from(vec![first.clone(), value])),
     };
-    headers.insert(name.into(), value);
+    headers.insert(short(name), value);
 }
 
 /// A message, and how often it has been delivered, this time included.
-pub(crate) fn read(
-    reader: &mut Reader,
-    delivery: Delivery,
-    topic_named: impl FnOnce(&str) -> Option<Topic>,
-) -> Option<(Message, u32)> {
+pub(crate) fn read(reader: &mut Reader, delivery: Delivery, topic_named: impl FnOnce(&str) -> Topic) -> (Message, u32) {
     let properties = &delivery.properties;
     let mut reading = reader.begin(&NAMES);
     let (mut topic, mut deliveries) = (None, 0_u32);
@@ -100,7 +108,7 @@ pub(crate) fn read(
         }
     }
     let name = topic.unwrap_or_else(|| crate::topology::topic_of(delivery.routing_key.as_str()).to_owned());
-    let topic = topic_named(&name)?;
+    let topic = topic_named(&name);
     let arrived = Arrived {
         content_type: properties.content_type().as_ref().map(|text| text.as_str()),
         id: properties.message_id().as_ref().map(|text| text.as_str()),
@@ -110,7 +118,7 @@ pub(crate) fn read(
             .and_then(|seconds| Timestamp::from_timestamp(i64::try_from(seconds).ok()?, 0)),
         ..Arrived::new(&topic, delivery.data)
     };
-    Some((reading.finish(arrived), deliveries.saturating_add(1)))
+    (reading.finish(arrived), deliveries.saturating_add(1))
 }
 
 fn number(value: &AMQPValue) -> u32 {

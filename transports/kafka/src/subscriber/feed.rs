@@ -45,6 +45,14 @@ impl KafkaDeliveries {
         }
     }
 
+    /// The queues keep the client alive, and whoever has the last of them waits for it.
+    fn let_go(&mut self) {
+        let holds = std::mem::take(&mut self.holds);
+        if !holds.is_empty() {
+            std::thread::spawn(move || drop(holds));
+        }
+    }
+
     fn look(&mut self) {
         let changed = self.shared.changed.load(Ordering::Acquire);
         if self.seen != Some(changed) {
@@ -67,6 +75,11 @@ impl KafkaDeliveries {
                     Some(Ok(record)) => {
                         let message = wire::read(&mut self.reader, &record, &hold.topic);
                         let at = record.offset();
+                        if hold.goes_back(at) {
+                            tracing::warn!(topic = %hold.topic, partition = hold.partition, offset = at, "the partition's messages begin again: it was truncated, or made anew");
+                            self.shared.tell(Ok(Incoming::Revoked(hold.assignment)));
+                            break;
+                        }
                         if hold.hand_out(at, &message) {
                             batch.push(Received {
                                 message,
@@ -88,11 +101,7 @@ impl KafkaDeliveries {
 
 impl Drop for KafkaDeliveries {
     fn drop(&mut self) {
-        let holds = std::mem::take(&mut self.holds);
-        if !holds.is_empty() {
-            // Whoever has the last of the queues waits for the client.
-            std::thread::spawn(move || drop(holds));
-        }
+        self.let_go();
     }
 }
 
@@ -101,8 +110,7 @@ impl Deliveries for KafkaDeliveries {
     async fn next(&mut self, max: usize) -> Result<Incoming> {
         loop {
             if self.shared.is_closing() {
-                // The queues keep the client alive.
-                self.holds.clear();
+                self.let_go();
                 return Err(Error::new(ErrorKind::Closed, "the subscription has been closed"));
             }
             let shared = self.shared.clone();
@@ -112,6 +120,13 @@ impl Deliveries for KafkaDeliveries {
                 // More may have been told of in the same moment.
                 self.shared.news.notify_one();
                 return told;
+            }
+            if self.shared.has_failed.load(Ordering::Acquire) {
+                self.let_go();
+                return Err(Error::new(
+                    ErrorKind::Closed,
+                    "the subscription has ended: Kafka refuses this member",
+                ));
             }
             let batch = self.take(max);
             if !batch.is_empty() {

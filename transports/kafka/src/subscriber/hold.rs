@@ -23,10 +23,14 @@ pub(super) struct Hold {
 #[derive(Debug, Default)]
 struct State {
     out: Prefix<Message>,
+    /// The last that was handed out.
+    last: Option<i64>,
     /// Settled in the assignment before this one, behind what was not: not to be handed out again.
     settled_before: BTreeSet<i64>,
     /// Where to begin again: the first that was released.
     released_from: Option<i64>,
+    /// The partition's messages are others than those before.
+    is_another_log: bool,
     is_leaving: bool,
     is_gone: bool,
 }
@@ -76,12 +80,27 @@ impl Hold {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether this offset is not behind all those before: then the hold begins anew from there, once nothing is out of it.
+    pub(super) fn goes_back(&self, at: i64) -> bool {
+        let mut state = self.state();
+        let goes_back = state.last.is_some_and(|last| at <= last);
+        if goes_back {
+            state.is_leaving = true;
+            state.released_from = Some(state.released_from.map_or(at, |from| from.min(at)));
+            // Other messages have these offsets now.
+            state.settled_before.clear();
+            state.is_another_log = true;
+        }
+        goes_back
+    }
+
     /// Notes that a message is handed out. `false` if it must not be, any more or once more.
     pub(super) fn hand_out(&self, at: i64, message: &Message) -> bool {
         let mut state = self.state();
         if state.is_leaving {
             return false;
         }
+        state.last = Some(at);
         let is_settled = !state.settled_before.is_empty() && state.settled_before.remove(&at);
         state.out.push(position(at), message.clone());
         if is_settled {
@@ -116,6 +135,9 @@ impl Hold {
         let mut state = self.state();
         let from = state.released_from?;
         let mut settled = std::mem::take(&mut state.settled_before);
+        if state.is_another_log {
+            return Some((from, settled));
+        }
         settled.extend(state.out.settled().map(offset));
         Some((from, settled.split_off(&from)))
     }

@@ -13,6 +13,7 @@ use rdkafka::{
     error::KafkaError,
     types::RDKafkaRespErr,
 };
+use rustc_hash::FxHashMap;
 use std::{
     collections::{BTreeSet, VecDeque},
     sync::{
@@ -29,6 +30,8 @@ pub(super) type Consumer = BaseConsumer<Rebalances>;
 const SOON: Duration = Duration::from_millis(5);
 /// And while nothing is.
 const LATER: Duration = Duration::from_millis(50);
+/// How long leaving a group may take.
+const LONGEST_CLOSE: Duration = Duration::from_secs(30);
 
 /// What the group's coordinator wants.
 #[derive(Debug, Default)]
@@ -87,6 +90,9 @@ pub(super) fn start(shared: &Arc<Shared>, ended: watch::Sender<bool>) -> Result<
         .set("auto.commit.interval.ms", millis(options.commit_interval))
         // Once the queue is full, fetching begins again at once when it is not.
         .set("fetch.queue.backoff.ms", "10")
+        // Of each partition; the rest stays where it is.
+        .set("queued.max.messages.kbytes", "8192")
+        .set("queued.min.messages", (shared.subscription.max_in_flight.saturating_mul(20)).clamp(10_000, 100_000).to_string())
         .set("fetch.wait.max.ms", "100");
     if options.new_group_protocol {
         config.set("group.protocol", "consumer");
@@ -105,6 +111,7 @@ pub(super) fn start(shared: &Arc<Shared>, ended: watch::Sender<bool>) -> Result<
     let member = Member {
         shared: Arc::downgrade(shared),
         consumer: Arc::new(consumer),
+        queues: FxHashMap::default(),
         revoking: None,
     };
     let name = format!("kafka {}", shared.subscription.group);
@@ -120,6 +127,8 @@ pub(super) fn start(shared: &Arc<Shared>, ended: watch::Sender<bool>) -> Result<
 struct Member {
     shared: Weak<Shared>,
     consumer: Arc<Consumer>,
+    /// Each partition's queue, once it has been this member's: there is one, with one callback, whoever else has a handle on it.
+    queues: FxHashMap<(String, i32), Arc<Queue>>,
     /// What the coordinator waits for.
     revoking: Option<Revoking>,
 }
@@ -132,6 +141,7 @@ struct Revoking {
 
 impl Member {
     fn serve(mut self) {
+        let mut told: Option<KafkaError> = None;
         loop {
             let Some(shared) = self.shared.upgrade() else { break };
             if shared.is_closing() {
@@ -141,9 +151,16 @@ impl Member {
             drop(shared);
             match self.consumer.poll(if is_busy { SOON } else { LATER }) {
                 None => {}
+                Some(Err(KafkaError::MessageConsumptionFatal(why))) => {
+                    self.fail(why);
+                    break;
+                }
                 Some(Err(error)) => {
                     // It is tried again by itself.
-                    tracing::debug!(%error, "Kafka reports an error of the group");
+                    let is_told = told.replace(error.clone()).is_some_and(|last| last == error);
+                    if !is_told {
+                        tracing::warn!(%error, "Kafka reports an error of the group");
+                    }
                 }
                 // It came before its partition had a queue: it comes once more, there.
                 Some(Ok(record)) => {
@@ -178,6 +195,19 @@ impl Member {
         self.leave();
     }
 
+    /// The client can do nothing more, for a reason that somebody has to mend.
+    fn fail(&self, why: rdkafka::types::RDKafkaErrorCode) {
+        tracing::error!(%why, "Kafka's client has failed for good: the subscription has ended");
+        if let Some(shared) = self.shared.upgrade() {
+            let error = postrider_core::Error::new(
+                postrider_core::ErrorKind::Config,
+                "Kafka refuses this member of the group for good: the group's protocol, its rights or its size",
+            );
+            shared.tell(Err(error.because(why)));
+            shared.has_failed.store(true, Ordering::Release);
+        }
+    }
+
     fn list(&self, partitions: &[(String, i32)]) -> TopicPartitionList {
         let mut list = TopicPartitionList::with_capacity(partitions.len());
         for (topic, partition) in partitions {
@@ -186,20 +216,15 @@ impl Member {
         list
     }
 
-    fn assign(&self, shared: &Arc<Shared>, partitions: &[(String, i32)]) {
+    fn assign(&mut self, shared: &Arc<Shared>, partitions: &[(String, i32)]) {
         let mut holds = Vec::new();
         for (name, partition) in partitions {
             // Its messages come here from the first on.
-            let (Some(mut queue), Ok(topic)) = (
-                self.consumer.split_partition_queue(name, *partition),
-                Topic::parse(name.clone()),
-            ) else {
+            let (Some(queue), Ok(topic)) = (self.queue(shared, name, *partition), Topic::parse(name.clone())) else {
                 tracing::error!(topic = name, partition, "a partition cannot be consumed");
                 continue;
             };
-            let news = shared.news.clone();
-            queue.set_nonempty_callback(move || news.notify_one());
-            holds.push(self.hold(topic, *partition, Arc::new(queue), BTreeSet::new()));
+            holds.push(self.hold(topic, *partition, queue, BTreeSet::new()));
         }
         let list = self.list(partitions);
         let assigned = match self.consumer.rebalance_protocol() {
@@ -210,6 +235,17 @@ impl Member {
             tracing::warn!(%error, "partitions cannot be taken");
         }
         holds.into_iter().for_each(|hold| shared.add(hold));
+    }
+
+    fn queue(&mut self, shared: &Arc<Shared>, topic: &str, partition: i32) -> Option<Arc<Queue>> {
+        let place = (topic.to_owned(), partition);
+        if let Some(queue) = self.queues.get(&place) {
+            return Some(queue.clone());
+        }
+        let mut queue = self.consumer.split_partition_queue(topic, partition)?;
+        let news = shared.news.clone();
+        queue.set_nonempty_callback(move || news.notify_one());
+        Some(self.queues.entry(place).or_insert(Arc::new(queue)).clone())
     }
 
     fn hold(&self, topic: Topic, partition: i32, queue: Arc<Queue>, settled: BTreeSet<i64>) -> Arc<Hold> {
@@ -321,15 +357,41 @@ impl Member {
             shared.changed.fetch_add(1, Ordering::Release);
         }
         self.commit();
+        // What the coordinator still waits for is done now.
+        let undone = {
+            let mut wanted = self
+                .consumer
+                .context()
+                .wanted
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *wanted)
+        };
+        let revoked = undone
+            .into_iter()
+            .filter(|(is_assigned, _)| !is_assigned)
+            .map(|(_, partitions)| partitions);
+        for partitions in self
+            .revoking
+            .iter()
+            .map(|revoking| revoking.partitions.clone())
+            .chain(revoked)
+        {
+            let _ = match self.consumer.rebalance_protocol() {
+                RebalanceProtocol::Cooperative => self.consumer.incremental_unassign(&self.list(&partitions)),
+                _ => self.consumer.unassign(),
+            };
+        }
         // Here and not where the last handle is dropped, which may be long after.
         match self.consumer.close_queue() {
             Ok(()) => {
-                while !self.consumer.closed() {
+                let until = Instant::now() + LONGEST_CLOSE;
+                while !self.consumer.closed() && Instant::now() < until {
                     let _ = self.consumer.poll(Duration::from_millis(20));
                 }
             }
             Err(error) => {
-                tracing::warn!(%error, "the group was not left in order: its others wait for this member's session to end")
+                tracing::warn!(%error, "the group was not left in order: its others wait for this member's session to end");
             }
         }
     }

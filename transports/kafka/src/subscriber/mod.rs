@@ -51,6 +51,7 @@ impl Subscriber for KafkaSubscriber {
             told: Mutex::default(),
             news: Arc::default(),
             closing: AtomicBool::new(false),
+            has_failed: AtomicBool::new(false),
             changed: AtomicU64::new(0),
             is_ended,
         });
@@ -71,6 +72,8 @@ struct Shared {
     /// There are messages, or something was told.
     news: Arc<Notify>,
     closing: AtomicBool,
+    /// The client has failed for good.
+    has_failed: AtomicBool,
     /// Counts changes of the holds.
     changed: AtomicU64,
     is_ended: watch::Receiver<bool>,

@@ -163,6 +163,54 @@ fn a_partition_is_handed_over_when_its_work_is_done() {
     });
 }
 
+/// A partition that comes back to a member that had it wakes that member again: of a partition there is one queue with one
+/// callback, whoever else has a handle on it.
+#[test]
+fn a_partition_that_comes_back_wakes_its_member() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let (mut first, first_settling) = join(&transport, &fixture.subscription()).await;
+        publish(&transport, &numbers(&fixture, 0..64)).await;
+        let held = take(&mut first, 64, SOON).await;
+        assert_eq!(held.len(), 64);
+        let (second, second_settling) = join(&transport, &fixture.subscription()).await;
+        // Told twice that a partition goes, it asks for more and sleeps, with the old queues in hand.
+        let mut gone = 0;
+        while gone < 2 {
+            if let Ok(Taken::Gone(_)) = first.next(10).await {
+                gone += 1;
+            }
+        }
+        let asleep = tokio::time::timeout(Duration::from_millis(200), first.next(10)).await;
+        assert!(asleep.is_err(), "{asleep:?}");
+        assert!(
+            first_settling
+                .settle(held.into_iter().map(Delivery::ack).collect())
+                .await
+                .is_empty()
+        );
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        second_settling.close(Duration::from_secs(10)).await.unwrap();
+        drop(second);
+        for round in 0..3 {
+            // Everything is the first one's again; let it sleep before each message.
+            let from = 64 + round * 64;
+            let asleep = tokio::time::timeout(Duration::from_secs(2), take(&mut first, 1, SOON)).await;
+            assert!(asleep.is_err(), "nothing is there yet");
+            publish(&transport, &numbers(&fixture, from..from + 64)).await;
+            let taken = take(&mut first, 64, SOON).await;
+            assert_eq!(taken.len(), 64, "round {round}");
+            assert!(
+                first_settling
+                    .settle(taken.into_iter().map(Delivery::ack).collect())
+                    .await
+                    .is_empty()
+            );
+        }
+    });
+}
+
 /// A member that takes nothing for longer than its session goes on being one.
 #[test]
 fn a_busy_member_is_no_dead_member() {

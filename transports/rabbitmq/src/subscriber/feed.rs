@@ -3,6 +3,7 @@ use super::{
     hold::{Hold, not_outstanding},
 };
 use crate::{
+    connection,
     topology::{Declaring, Topics, rounded},
     wire,
 };
@@ -93,16 +94,9 @@ impl RabbitMqDeliveries {
         let number = delivery.delivery_tag;
         let redelivered = delivery.redelivered;
         let topics = &mut self.topics;
-        let Some((message, count)) = wire::read(&mut self.reader, delivery, |name| topics.find(name)) else {
-            // It stays where it is, and what is behind it in the queue comes all the same.
-            tracing::error!(
-                queue = hold.queue,
-                "a message whose routing key is no topic is left unsettled"
-            );
-            return;
-        };
+        let (message, count) = wire::read(&mut self.reader, delivery, |name| topics.find(name));
         let count = count.max(1 + u32::from(redelivered));
-        if hold.hand_out(number, &message, count) {
+        if hold.hand_out(number, &message, count, redelivered) {
             batch.push(Received {
                 message,
                 tag: tag(hold.assignment, number),
@@ -198,15 +192,19 @@ impl RabbitMqSettler {
 impl Shared {
     /// The queue of copies, declared.
     async fn copies(&self, hold: &Hold, disposition: Disposition) -> Result<String> {
-        let connection = self.broker.connect("copies").await?;
-        let declaring = Declaring::on(&connection, &self.broker).await?;
-        let group = &self.subscription.group;
-        let queue = match disposition {
-            Disposition::Retry { after } => declaring.retries(group, &hold.queue, rounded(after)).await,
-            _ => declaring.dead_letters(group).await,
-        };
-        let _ = connection.close(200, "OK".into()).await;
-        queue
+        self.broker
+            .in_time("declaring a queue for copies", async {
+                let connection = self.broker.connect("copies").await?;
+                let declaring = Declaring::on(&connection, &self.broker).await?;
+                let group = &self.subscription.group;
+                let queue = match disposition {
+                    Disposition::Retry { after } => declaring.retries(group, &hold.queue, rounded(after)).await,
+                    _ => declaring.dead_letters(group).await,
+                };
+                connection::close_soon(Arc::new(connection));
+                queue
+            })
+            .await
     }
 }
 

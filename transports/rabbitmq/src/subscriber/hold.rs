@@ -96,10 +96,14 @@ impl Hold {
     }
 
     /// Notes that a message is handed out. `false` if it must not be, any more or once more.
-    pub(super) fn hand_out(&self, tag: u64, message: &Message, deliveries: u32) -> bool {
+    pub(super) fn hand_out(&self, tag: u64, message: &Message, deliveries: u32, redelivered: bool) -> bool {
         let mut state = self.state();
         if state.is_leaving {
             return false;
+        }
+        if !redelivered {
+            // Whatever went back has come by now.
+            state.settled_before.clear();
         }
         let is_settled = !state.settled_before.is_empty() && state.settled_before.remove(&message.id());
         let out = Out {
@@ -232,22 +236,27 @@ impl Hold {
         say(async move { channel.basic_nack(tag, back).await })
     }
 
-    /// Ends the channel, so that what is not settled goes back to its place in the queue. Gives what is settled and goes
-    /// back all the same: nothing if `acknowledges_all`, which takes a moment.
-    pub(super) async fn end(&self, acknowledges_all: bool) -> lapin::Result<FxHashSet<MessageId>> {
+    /// Whether more is to be acknowledged one by one than is left for later.
+    pub(super) fn has_much(&self) -> bool {
+        self.state().acked.len() > MUCH
+    }
+
+    /// Ends the channel, so that what is not settled goes back to its place in the queue. Gives what may go back though it is
+    /// settled, should the queue have come to all of it too late.
+    pub(super) async fn end(&self) -> lapin::Result<FxHashSet<MessageId>> {
         self.leave();
         self.acknowledge().await?;
-        while acknowledges_all && self.has_acked() {
+        let settled = {
+            let mut state = self.state();
+            let mut settled = std::mem::take(&mut state.settled_before);
+            settled.extend(state.acked.iter().map(|(_, id)| *id));
+            settled
+        };
+        while self.has_acked() {
             self.acknowledge_but(0).await?;
             connection::ask(&self.channel, &self.queue).await?;
             tokio::time::sleep(APPLIED_IN).await;
         }
-        let settled = {
-            let mut state = self.state();
-            let mut settled = std::mem::take(&mut state.settled_before);
-            settled.extend(state.acked.drain(..).map(|(_, id)| id));
-            settled
-        };
         self.lose();
         // What was acknowledged on a channel has arrived when the broker answers a question asked behind it. Acknowledged
         // and closed at once, quorum queues deliver some of it again.

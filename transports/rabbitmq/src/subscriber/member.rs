@@ -7,7 +7,7 @@
 
 use super::{Change, Shared, hold::Hold};
 use crate::{
-    connection::{failed, is_reply},
+    connection::{close_soon, failed, is_reply},
     topology::{Declaring, lease_queue, members_queue, partition_queue},
 };
 use futures_util::{Stream, StreamExt as _};
@@ -37,7 +37,7 @@ const ACKNOWLEDGE_AFTER: Duration = Duration::from_millis(3);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 pub(super) struct Member {
-    connection: Connection,
+    connection: Arc<Connection>,
     /// In a lock that is never taken, for it may be sent but not shared.
     events: Mutex<Pin<Box<dyn Stream<Item = Event> + Send>>>,
     /// Of an ordered group: what it asks on, and its mark among the members.
@@ -83,7 +83,11 @@ pub(super) async fn run(shared: Weak<Shared>, first: Member, stir: Arc<Notify>) 
                     member = Some(joined);
                     continue;
                 }
-                Err(error) => shared.tell(Change::Failed(error)),
+                Err(error) => {
+                    // What it had got by then.
+                    shared.lose_all();
+                    shared.tell(Change::Failed(error));
+                }
             }
         }
         tokio::select! {
@@ -103,10 +107,17 @@ impl Shared {
     }
 }
 
+impl Drop for Member {
+    /// Channels that others hold would keep the connection, and with it the leases.
+    fn drop(&mut self) {
+        close_soon(self.connection.clone());
+    }
+}
+
 impl Member {
     pub(super) async fn join(shared: &Shared) -> Result<Self> {
         let group = &shared.subscription.group;
-        let connection = shared.broker.connect(&format!("group {group}")).await?;
+        let connection = Arc::new(shared.broker.connect(&format!("group {group}")).await?);
         let events = Mutex::new(Box::pin(connection.events_listener()) as Pin<Box<_>>);
         let mut member = Self {
             connection,
@@ -198,7 +209,13 @@ impl Member {
                     return false;
                 }
             }
-            let next = if self.sharing.is_some() {
+            let drips = match shared.upgrade() {
+                Some(shared) => shared.holds().values().any(|hold| hold.has_much()),
+                None => return true,
+            };
+            let next = if drips {
+                ACKNOWLEDGE_AFTER
+            } else if self.sharing.is_some() {
                 interval.saturating_sub(self.balanced_at.elapsed())
             } else {
                 LOOK_EVERY
@@ -238,8 +255,7 @@ impl Member {
                 shared.tell(Change::Lost(hold.assignment));
             } else if hold.is_idle() {
                 keeps = hold.partition.is_none() || self.keeps(shared).await?;
-                let ended = hold.end(!keeps).await;
-                settled = ended.map_err(failed("handing over a queue"))?;
+                settled = hold.end().await.map_err(failed("handing over a queue"))?;
                 shared.holds().remove(&hold.assignment);
             } else {
                 continue;
@@ -254,23 +270,25 @@ impl Member {
 
     /// How many partitions are this member's part.
     async fn share(&self, shared: &Shared) -> Result<usize> {
+        let members = self.consumers(&members_queue(&shared.subscription.group)).await?;
+        Ok(fair_share(
+            shared.broker.options().partitions,
+            usize::try_from(members).unwrap_or(1),
+        ))
+    }
+
+    /// How many consumers a queue has. Whoever has a partition consumes its queue, so asking for a lease can be spared
+    /// those that are taken: each refusal would close a channel, and the client has a number for each only once.
+    async fn consumers(&self, queue: &str) -> Result<u32> {
         let Some(sharing) = &self.sharing else { return Ok(0) };
         let passive = QueueDeclareOptions {
             passive: true,
             ..Default::default()
         };
-        let name = members_queue(&shared.subscription.group);
-        let members = sharing
+        let found = sharing
             .control
-            .queue_declare(name.as_str().into(), passive, FieldTable::default())
-            .await;
-        let members = members
-            .map_err(failed("counting the members of the group"))?
-            .consumer_count();
-        Ok(fair_share(
-            shared.broker.options().partitions,
-            usize::try_from(members).unwrap_or(1),
-        ))
+            .queue_declare(queue.into(), passive, FieldTable::default());
+        Ok(found.await.map_err(failed("counting consumers"))?.consumer_count())
     }
 
     /// Whether all partitions that it has are its part.
@@ -303,11 +321,11 @@ impl Member {
             if room == 0 {
                 return Ok(());
             }
-            if held.contains(&partition) || !self.lease(shared, partition).await? {
+            let queue = partition_queue(&shared.subscription.group, partition);
+            if held.contains(&partition) || self.consumers(&queue).await? > 0 || !self.lease(shared, partition).await? {
                 continue;
             }
             room -= 1;
-            let queue = partition_queue(&shared.subscription.group, partition);
             self.open(shared, queue, Some(partition), FxHashSet::default()).await?;
         }
         Ok(())
@@ -355,7 +373,7 @@ impl Member {
         let leaving = async {
             for hold in &holds {
                 hold.leave();
-                hold.end(true).await.map_err(failed("handing over a queue"))?;
+                hold.end().await.map_err(failed("handing over a queue"))?;
             }
             self.connection
                 .close(200, "OK".into())

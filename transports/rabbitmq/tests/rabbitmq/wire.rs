@@ -111,6 +111,48 @@ fn a_plain_client_reads_what_the_golden_files_say() {
     });
 }
 
+/// Under a routing key that is no topic, and with texts longer than AMQP's short ones: nothing of it may be lost, nor stop
+/// others when it is copied.
+#[test]
+fn the_oddest_messages_of_a_plain_client_are_taken() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let (mut intake, settling) = join(&transport, &fixture.ordered().unordered()).await;
+        let (_connection, channel) = fixture.plain().await;
+        let mut headers = FieldTable::default();
+        for name in [
+            "cloudEvents:id",
+            "cloudEvents:source",
+            "cloudEvents:type",
+            "cloudEvents:datacontenttype",
+        ] {
+            headers.insert(name.into(), AMQPValue::LongString("ü".repeat(300).into()));
+        }
+        let properties = BasicProperties::default().with_headers(headers);
+        let key = format!("{}.a:c", fixture.topic("t"));
+        let exchange = fixture.name.as_str();
+        let sent = channel.basic_publish(
+            exchange.into(),
+            key.into(),
+            BasicPublishOptions::default(),
+            b"odd",
+            properties,
+        );
+        sent.await.unwrap().await.unwrap();
+        publish(&transport, &[fixture.message(None, "even")]).await;
+        let mut taken = take(&mut intake, 2, SOON).await;
+        taken.sort_by_key(|delivery| delivery.message().payload().clone());
+        let odd = taken.pop().unwrap();
+        assert_eq!(&odd.message().payload()[..], b"odd");
+        assert!(odd.message().kind().starts_with('ü'), "{:?}", odd.message());
+        let settled = vec![odd.dead_letter(), taken.remove(0).ack()];
+        assert_eq!(settling.settle(settled).await.len(), 0);
+        publish(&transport, &[fixture.message(None, "after")]).await;
+        assert_eq!(take(&mut intake, 1, SOON).await.len(), 1);
+    });
+}
+
 #[test]
 fn messages_of_a_plain_client_are_taken() {
     run(async {
