@@ -1,6 +1,6 @@
 //! The mistakes users make, and what the compiler says to them.
 //!
-//! The texts are those of one compiler version; `TRYBUILD=overwrite cargo test --test compile` writes them anew.
+//! The texts are those of one compiler version; `TRYBUILD=overwrite cargo test --workspace --test compile` writes them anew.
 
 #[test]
 fn mistakes_are_explained() {
