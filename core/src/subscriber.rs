@@ -151,7 +151,8 @@ pub trait Settler: Debug + Send + Sync + 'static {
     ///
     /// # Contract
     /// - One outcome each, in order. `Ok` for an ack means that the message does not come back while the broker lives
-    ///   as it promises; drivers may group acks.
+    ///   as it promises and the feed is closed in order; drivers may group acks. Of a member that dies, what was
+    ///   acknowledged last, or behind something unsettled, may come again.
     /// - A tag that is not outstanding (its assignment is lost, the connection is another) is an error for that one and
     ///   acks nothing else.
     /// - What was released or retried comes back with a higher delivery count where that is declared, and what follows

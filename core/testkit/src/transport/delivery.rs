@@ -120,7 +120,11 @@ pub async fn unsettled_comes_back(fixture: &dyn TransportFixture) {
     std::mem::forget(back);
     drop(member);
     let mut next = Member::join(fixture, "g").await;
-    assert_eq!(next.drain().await, ["1"]);
+    let got = next.drain().await;
+    // What was acknowledged behind something unsettled may be repeated, now that its member has died: brokers that count by
+    // offset know of it no more.
+    let unsettled: Vec<&str> = got.iter().map(String::as_str).filter(|name| *name != "2").collect();
+    assert_eq!(unsettled, ["1"], "{got:?}");
 }
 
 /// A dead letter is out of the group's way.
