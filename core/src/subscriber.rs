@@ -5,7 +5,10 @@ use async_trait::async_trait;
 use std::{
     collections::HashMap,
     fmt::Debug,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 use tokio_util::sync::CancellationToken;
@@ -22,6 +25,9 @@ pub struct Subscription {
     pub ordered: bool,
     /// About how many messages may be on their way or unsettled: what a driver sizes its prefetch by.
     pub max_in_flight: usize,
+    /// Whether each member gets every message, from when it joined until it goes, in place of a share. Nothing waits for a
+    /// member that has gone. Refused at start if the transport cannot.
+    pub broadcast: bool,
 }
 
 impl Subscription {
@@ -33,7 +39,14 @@ impl Subscription {
             topics,
             ordered: true,
             max_in_flight: 256,
+            broadcast: false,
         }
+    }
+    /// Gives each member every message.
+    #[must_use]
+    pub fn broadcast(mut self) -> Self {
+        self.broadcast = true;
+        self
     }
     /// Does without the order of keys.
     #[must_use]
@@ -60,9 +73,12 @@ pub trait Subscriber: Debug + Send + Sync + 'static {
     /// - At least once: what was not settled when a member went comes back, to it or to another.
     /// - With [`ordered`](Subscription::ordered): per (topic, key) first appearances are in the order of publishing, and
     ///   no two members have messages of one key at once.
+    /// - With [`broadcast`](Subscription::broadcast): every member gets what is published from then on until it goes, also
+    ///   what is published while it reconnects. Nothing is kept for it when its feed was closed or dropped; what a broker
+    ///   keeps for one whose process died goes after a while.
     ///
     /// Held by `transport::every_message_once_to_each_group`, `transport::competing_consumers_share`,
-    /// `transport::a_late_subscriber_gets_what_waited`, `transport::order_per_key`.
+    /// `transport::a_late_subscriber_gets_what_waited`, `transport::order_per_key`, `transport::a_broadcast_reaches_every_member`.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) for what was not declared as a capability;
@@ -74,6 +90,21 @@ pub trait Subscriber: Debug + Send + Sync + 'static {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DeliveryTag(pub u128);
 
+impl DeliveryTag {
+    /// A position in what an assignment hands out.
+    #[must_use]
+    pub const fn of(assignment: Assignment, position: u64) -> Self {
+        Self((assignment.0 as u128) << 64 | position as u128)
+    }
+
+    /// The assignment and the position that it was made [`of`](DeliveryTag::of).
+    #[must_use]
+    #[allow(clippy::cast_possible_truncation)]
+    pub const fn parts(self) -> (Assignment, u64) {
+        (Assignment((self.0 >> 64) as u64), self.0 as u64)
+    }
+}
+
 /// One stretch of having a partition, numbered by the driver: what a revocation refers to. Drivers without partitions
 /// use [`Assignment::WHOLE`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -82,6 +113,13 @@ pub struct Assignment(pub u64);
 impl Assignment {
     /// All of the feed, for as long as it lasts.
     pub const WHOLE: Self = Self(0);
+
+    /// One that nobody else in this process has.
+    #[must_use]
+    pub fn fresh() -> Self {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        Self(LAST.fetch_add(1, Ordering::Relaxed) + 1)
+    }
 }
 
 /// A message as a driver hands it in.
@@ -151,8 +189,9 @@ pub trait Settler: Debug + Send + Sync + 'static {
     ///
     /// # Contract
     /// - One outcome each, in order. `Ok` for an ack means that the message does not come back while the broker lives
-    ///   as it promises and the feed is closed in order; drivers may group acks. Of a member that dies, what was
-    ///   acknowledged last, or behind something unsettled, may come again.
+    ///   as it promises and the feed is closed or dropped, and not killed: drivers may group acks, so of a member that is
+    ///   killed what was acknowledged last may come again. Where [`individual_acks`](crate::Capabilities::individual_acks)
+    ///   is not declared, so may what was acknowledged behind something unsettled when its member goes.
     /// - A tag that is not outstanding (its assignment is lost, the connection is another) is an error for that one and
     ///   acks nothing else.
     /// - What was released or retried comes back with a higher delivery count where that is declared, and what follows
@@ -161,7 +200,8 @@ pub trait Settler: Debug + Send + Sync + 'static {
     /// Held by `transport::what_is_retried_comes_back`, `transport::undeclared_is_refused`.
     async fn settle(&self, batch: &[(DeliveryTag, Disposition)]) -> Vec<Result<()>>;
 
-    /// Ends the feed: no more deliveries, what was settled is flushed, what was not comes back.
+    /// Ends the feed: no more deliveries, what was settled is flushed, what was not comes back. A feed that is dropped
+    /// unclosed does the same by itself, soon.
     ///
     /// # Contract
     /// Returns within `deadline`. [`Deliveries::next`] answers [`ErrorKind::Closed`](crate::ErrorKind::Closed) from

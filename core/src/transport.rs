@@ -29,6 +29,11 @@ pub struct Capabilities {
     pub dead_letter: bool,
     /// Counts how often a message was delivered to a group.
     pub delivery_count: bool,
+    /// Keeps an acknowledgement of a message behind one that is not settled, when their member goes. Without it, what counts
+    /// is up to where everything is acknowledged.
+    pub individual_acks: bool,
+    /// [`Subscription::broadcast`].
+    pub broadcast: bool,
     /// The most bytes of a message, encoded; `None` if it knows no limit.
     pub max_message_bytes: Option<usize>,
 }
@@ -56,6 +61,18 @@ impl Capabilities {
     #[must_use]
     pub const fn with_delivery_count(mut self) -> Self {
         self.delivery_count = true;
+        self
+    }
+    /// Declares that each acknowledgement counts by itself.
+    #[must_use]
+    pub const fn with_individual_acks(mut self) -> Self {
+        self.individual_acks = true;
+        self
+    }
+    /// Declares subscriptions of which each member gets everything.
+    #[must_use]
+    pub const fn with_broadcast(mut self) -> Self {
+        self.broadcast = true;
         self
     }
     /// Sets the most bytes of a message.
@@ -130,11 +147,16 @@ impl Transport {
     /// The receiving side, for `subscription`.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] if it has none, or does not declare the order that is asked for.
+    /// [`ErrorKind::Unsupported`] if it has none, or does not declare the order or the broadcast that is asked for.
     pub fn subscriber(&self, subscription: &Subscription) -> Result<&Arc<dyn Subscriber>> {
         if subscription.ordered && self.capabilities.order == Order::None {
             return Err(self
                 .lacks("the order of keys: say `.unordered()` if the handlers do without it")
+                .with("group", &subscription.group));
+        }
+        if subscription.broadcast && !self.capabilities.broadcast {
+            return Err(self
+                .lacks("broadcast: give each instance a group of its own")
                 .with("group", &subscription.group));
         }
         self.subscriber.as_ref().ok_or_else(|| self.lacks("a subscriber"))

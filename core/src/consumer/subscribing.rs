@@ -41,6 +41,7 @@ struct About {
     finished: Vec<Box<dyn AnyChain>>,
     max_in_flight: usize,
     ordered: Option<bool>,
+    broadcast: bool,
     retry: Retry,
 }
 
@@ -53,6 +54,7 @@ impl<E: Event> Subscribing<E> {
                 finished: Vec::new(),
                 max_in_flight: 256,
                 ordered: None,
+                broadcast: false,
                 retry: Retry::default(),
             },
             steps: Vec::new(),
@@ -82,6 +84,13 @@ impl<E: Event, S, At> Subscribing<E, S, At> {
     /// Does without the order of keys, which keyed events ask for by themselves: faster, and every transport can.
     pub fn unordered(mut self) -> Self {
         self.about.ordered = Some(false);
+        self
+    }
+
+    /// Gives every instance of the application every event, from when it has started until it stops, in place of a share:
+    /// for caches to be told, and screens to be refreshed. Nothing waits for an instance that is not there.
+    pub fn broadcast(mut self) -> Self {
+        self.about.broadcast = true;
         self
     }
 
@@ -209,9 +218,8 @@ impl About {
             return Err(Error::new(ErrorKind::Unsupported, text).with("group", group));
         }
         let mut subscription = Subscription::new(group.clone(), topics).with_max_in_flight(self.max_in_flight);
-        if !ordered {
-            subscription = subscription.unordered();
-        }
+        subscription.ordered = ordered;
+        subscription.broadcast = self.broadcast;
         let (stop, kill) = bus.new_part()?;
         let subscriber = bus.transport().subscriber(&subscription)?;
         let (intake, settling) = subscriber.subscribe(&subscription).await?.split();

@@ -85,6 +85,7 @@ macro_rules! transport_conformance {
             order_per_key_through_a_member_that_dies
             competing_consumers_share
             a_late_subscriber_gets_what_waited
+            a_broadcast_reaches_every_member
             concurrent_close_loses_nothing
             a_closed_feed_says_so
             a_second_settle_is_an_error

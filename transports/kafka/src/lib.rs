@@ -56,6 +56,7 @@ pub fn transport_with(options: KafkaOptions) -> Result<Transport> {
     let capabilities = Capabilities::default()
         .with_order(Order::Partitioned)
         .with_dead_letter()
+        .with_broadcast()
         // What brokers take unless they are told otherwise, less what a batch adds.
         .with_max_message_bytes(1_000_000);
     let subscriber = KafkaSubscriber::new(cluster, publisher.clone());

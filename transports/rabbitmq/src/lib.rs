@@ -1,13 +1,14 @@
 //! Postrider's transport over RabbitMQ 3.10 and later, through [lapin](https://docs.rs/lapin).
 //!
 //! # How messages lie there
-//! Everything goes to one durable topic exchange, under the routing key `<topic>.@<slot>`: the slot, 0 to 63, is that of the
+//! Everything goes to one durable topic exchange, under the routing key `<topic>.@.<slot>`: the slot, 0 to 63, is that of the
 //! message's key. A group has queues of its own, all of them quorum queues:
 //!
 //! | queue | of | what for |
 //! |---|---|---|
 //! | `<group>` | an unordered group | everything; its members compete |
 //! | `<group>:0` … `<group>:7` | an ordered group | a range of slots each, with one consumer at a time |
+//! | `<group>:each:<id>` | a broadcast | everything, for one member; gone with it, or 10 minutes after it died |
 //! | `<group>:retry:<ms>:<queue>` | both | messages that wait for a retry, dead-lettered back by the broker |
 //! | `<group>:dead` | both | dead letters, for groups without an event log |
 //! | `<group>:members`, `<group>:<n>:lease` | an ordered group | who is there, and who has which partition; never any messages |
@@ -70,6 +71,8 @@ pub fn transport_with(options: RabbitMqOptions) -> Result<Transport> {
         .with_delayed_retry()
         .with_dead_letter()
         .with_delivery_count()
+        .with_individual_acks()
+        .with_broadcast()
         // What RabbitMQ 4 takes unless it is told otherwise.
         .with_max_message_bytes(16 * 1024 * 1024);
     let subscriber = RabbitMqSubscriber::new(broker, publisher.clone());

@@ -257,6 +257,8 @@ impl Link {
         self.begin(first);
         loop {
             self.hand_over();
+            // What was confirmed while it was handed over is told before anything is waited for.
+            self.judge();
             tokio::select! {
                 biased;
                 event = self.events.next() => match event {
@@ -366,9 +368,6 @@ impl Link {
                 Poll::Ready(resolved) => self.resolved.push(resolved),
                 Poll::Pending => self.in_flight.push(confirming),
             }
-        }
-        if !self.resolved.is_empty() {
-            self.judge();
         }
     }
 

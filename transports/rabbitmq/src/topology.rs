@@ -2,18 +2,22 @@
 
 use crate::{
     config::RabbitMqOptions,
-    connection::{Broker, failed, is_reply},
+    connection::{Broker, close_soon, failed, is_reply},
 };
 use lapin::{
     Channel, Connection, ExchangeKind,
     options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
-use postrider_core::{Error, ErrorKind, GroupName, Message, Result, Subscription, Topic, partition};
-use std::time::Duration;
+use postrider_core::{Error, ErrorKind, GroupName, Message, MessageId, Result, Subscription, Topic, partition};
+use rustc_hash::FxHashMap;
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 /// What stands between topic and slot in a routing key: no topic has it.
-const SLOT: &str = ".@";
+const SLOT: &str = ".@.";
 
 pub(crate) fn routing_key(message: &Message) -> String {
     let slot = partition::slot_of(message.key(), message.id());
@@ -35,6 +39,11 @@ pub(crate) fn lease_queue(group: &GroupName, partition: usize) -> String {
 
 pub(crate) fn members_queue(group: &GroupName) -> String {
     format!("{group}:members")
+}
+
+/// The queue of one member of a broadcast.
+pub(crate) fn broadcast_queue(group: &GroupName) -> String {
+    format!("{group}:each:{}", MessageId::new())
 }
 
 pub(crate) fn dead_queue(group: &GroupName) -> String {
@@ -62,6 +71,8 @@ fn table(entries: &[(&str, AMQPValue)]) -> FieldTable {
 
 /// Hand-overs and crashes count as deliveries, and a message that reaches the limit is dropped: nobody shall.
 const DELIVERY_LIMIT: i64 = 1_000_000;
+/// How long, in milliseconds, the queue of a member of a broadcast is kept for it to come back.
+const ABANDONED_AFTER: i64 = 10 * 60_000;
 
 fn quorum(more: &[(&str, AMQPValue)]) -> FieldTable {
     let mut arguments = table(&[
@@ -113,9 +124,13 @@ impl<'a> Declaring<'a> {
     }
 
     async fn queue(&self, name: &str, arguments: FieldTable) -> Result<()> {
+        self.declare(name, arguments, !self.options.declares).await
+    }
+
+    async fn declare(&self, name: &str, arguments: FieldTable, passive: bool) -> Result<()> {
         let options = QueueDeclareOptions {
             durable: true,
-            passive: !self.options.declares,
+            passive,
             ..Default::default()
         };
         let declared = self.channel.queue_declare(name.into(), options, arguments).await;
@@ -124,9 +139,6 @@ impl<'a> Declaring<'a> {
 
     /// Without an answer, which comes with the next declaration.
     async fn bind(&self, queue: &str, routing_key: &str) -> Result<()> {
-        if !self.options.declares {
-            return Ok(());
-        }
         let options = QueueBindOptions { nowait: true };
         let exchange = self.options.exchange.as_str();
         let bound = self.channel.queue_bind(
@@ -139,14 +151,29 @@ impl<'a> Declaring<'a> {
         bound.await.map_err(|why| refused(why, "binding of queue", queue))
     }
 
+    async fn bind_all(&self, queue: &str, topics: &[Topic]) -> Result<()> {
+        for topic in topics {
+            self.bind(queue, &format!("{topic}{SLOT}*")).await?;
+            self.bind(queue, topic.as_str()).await?;
+        }
+        Ok(())
+    }
+
+    /// The queue of one member of a broadcast. Declared even where nothing else is: its name is the member's own.
+    pub(crate) async fn broadcast(&self, queue: &str, topics: &[Topic]) -> Result<()> {
+        let arguments = quorum(&[("x-expires", AMQPValue::LongLongInt(ABANDONED_AFTER))]);
+        self.declare(queue, arguments, false).await?;
+        self.bind_all(queue, topics).await?;
+        self.exchange().await
+    }
+
     /// The queues of a group, and what they are to get.
     pub(crate) async fn group(&self, subscription: &Subscription) -> Result<()> {
         let group = &subscription.group;
         if !subscription.ordered {
             self.queue(group.as_str(), quorum(&[])).await?;
-            for topic in &subscription.topics {
-                self.bind(group.as_str(), &format!("{topic}.*")).await?;
-                self.bind(group.as_str(), topic.as_str()).await?;
+            if self.options.declares {
+                self.bind_all(group.as_str(), &subscription.topics).await?;
             }
             return self.exchange().await;
         }
@@ -177,6 +204,9 @@ impl<'a> Declaring<'a> {
             let name = partition_queue(group, partition);
             let single = [("x-single-active-consumer", AMQPValue::Boolean(true))];
             self.queue(&name, quorum(&single)).await?;
+            if !self.options.declares {
+                continue;
+            }
             for topic in &subscription.topics {
                 for slot in slots(partition, partitions) {
                     self.bind(&name, &format!("{topic}{SLOT}{slot}")).await?;
@@ -214,16 +244,52 @@ impl<'a> Declaring<'a> {
             ("x-overflow", text("reject-publish")),
         ];
         // Declared even where nothing else is: its name depends on the delay.
-        let options = QueueDeclareOptions {
-            durable: true,
-            ..Default::default()
-        };
-        let declared = self
-            .channel
-            .queue_declare(name.as_str().into(), options, quorum(&arguments))
-            .await;
-        declared.map_err(|why| refused(why, "queue", &name))?;
+        self.declare(&name, quorum(&arguments), false).await?;
         Ok(name)
+    }
+}
+
+/// Where a copy of a message goes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Copy {
+    /// Back to this queue, after so many milliseconds.
+    Retry(String, u64),
+    /// To the group's dead letters.
+    Dead,
+}
+
+/// The queues of copies that were declared, by what they are for.
+#[derive(Debug, Default)]
+pub(crate) struct CopyQueues(Mutex<FxHashMap<Copy, String>>);
+
+impl CopyQueues {
+    fn known(&self) -> MutexGuard<'_, FxHashMap<Copy, String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its name, declared.
+    pub(crate) async fn queue(&self, broker: &Broker, group: &GroupName, copy: &Copy) -> Result<String> {
+        if let Some(name) = self.known().get(copy) {
+            return Ok(name.clone());
+        }
+        let declaring = async {
+            let connection = broker.connect("copies").await?;
+            let declaring = Declaring::on(&connection, broker).await?;
+            let name = match copy {
+                Copy::Retry(queue, millis) => declaring.retries(group, queue, *millis).await,
+                Copy::Dead => declaring.dead_letters(group).await,
+            };
+            close_soon(Arc::new(connection));
+            name
+        };
+        let name = broker.in_time("declaring a queue for copies", declaring).await?;
+        self.known().insert(copy.clone(), name.clone());
+        Ok(name)
+    }
+
+    /// It may be there no more.
+    pub(crate) fn forget(&self, copy: &Copy) {
+        self.known().remove(copy);
     }
 }
 
@@ -309,7 +375,7 @@ mod tests {
     #[test]
     fn topics_come_back_out_of_routing_keys() {
         let message = Message::new(Topic::new("orders.placed"), "e.v1", "").with_key("order-1");
-        assert_eq!(routing_key(&message), "orders.placed.@46");
+        assert_eq!(routing_key(&message), "orders.placed.@.46");
         assert_eq!(topic_of(&routing_key(&message)), "orders.placed");
         assert_eq!(topic_of("orders.5"), "orders.5");
     }

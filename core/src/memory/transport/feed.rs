@@ -1,7 +1,7 @@
-use super::group::Group;
+use super::{Broker, group::Group};
 use crate::{
     Assignment, Deliveries, DeliveryTag, Disposition, Error, ErrorKind, Incoming, Received, Result, Settler,
-    clock::Clock,
+    Subscription,
 };
 use async_trait::async_trait;
 use std::{
@@ -16,14 +16,16 @@ use std::{
 #[derive(Debug)]
 pub(super) struct Member {
     group: Arc<Group>,
-    clock: Arc<dyn Clock>,
+    broker: Arc<Broker>,
     ordered: bool,
+    /// The group goes with its only member.
+    broadcast: bool,
     id: u64,
     closed: AtomicBool,
 }
 
 impl Member {
-    pub(super) fn new(group: Arc<Group>, clock: Arc<dyn Clock>, ordered: bool) -> Self {
+    pub(super) fn new(group: Arc<Group>, broker: Arc<Broker>, subscription: &Subscription) -> Self {
         let id = {
             let mut state = group.state();
             state.last_member += 1;
@@ -31,8 +33,9 @@ impl Member {
         };
         Self {
             group,
-            clock,
-            ordered,
+            broker,
+            ordered: subscription.ordered,
+            broadcast: subscription.broadcast,
             id,
             closed: AtomicBool::new(false),
         }
@@ -44,6 +47,9 @@ impl Member {
         self.closed.store(true, Ordering::Release);
         state.release_all(self.id);
         drop(state);
+        if self.broadcast {
+            self.broker.state().forget(&self.group);
+        }
         self.group.news.notify_waiters();
     }
 
@@ -52,7 +58,7 @@ impl Member {
     }
 
     fn take(&self, max: usize) -> Result<(Vec<Received>, Option<Duration>)> {
-        let now = self.clock.elapsed();
+        let now = self.broker.clock.elapsed();
         let mut state = self.group.state();
         if self.is_closed() {
             return Err(Error::new(ErrorKind::Closed, "the subscription has been closed"));
@@ -98,7 +104,7 @@ impl Deliveries for MemoryDeliveries {
                 None => news.await,
                 Some(delay) => tokio::select! {
                     () = news => {}
-                    () = member.clock.sleep(delay) => {}
+                    () = member.broker.clock.sleep(delay) => {}
                 },
             }
         }
@@ -112,7 +118,7 @@ pub(super) struct MemorySettler(pub(super) Arc<Member>);
 impl Settler for MemorySettler {
     async fn settle(&self, batch: &[(DeliveryTag, Disposition)]) -> Vec<Result<()>> {
         let member = &self.0;
-        let now = member.clock.elapsed();
+        let now = member.broker.clock.elapsed();
         let mut state = member.group.state();
         let outcomes = batch
             .iter()

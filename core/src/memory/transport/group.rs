@@ -246,6 +246,13 @@ impl GroupState {
         true
     }
 
+    /// Whoever waits for messages to be settled waits no longer.
+    pub(super) fn abandon(&mut self) {
+        for waiting in std::mem::take(&mut self.awaited).into_values() {
+            waiting.iter().for_each(|handled| handled.one_less());
+        }
+    }
+
     /// Everything in the hands of `member` comes back.
     pub(super) fn release_all(&mut self, member: u64) {
         let mut tags: Vec<u64> = self

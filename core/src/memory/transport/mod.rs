@@ -117,7 +117,13 @@ impl MemoryTransport {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.broker.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.broker.state()
+    }
+}
+
+impl Broker {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -133,7 +139,9 @@ impl From<MemoryTransport> for Transport {
             .with_order(Order::Partitioned)
             .with_delayed_retry()
             .with_dead_letter()
-            .with_delivery_count();
+            .with_delivery_count()
+            .with_individual_acks()
+            .with_broadcast();
         Self::new("memory", capabilities)
             .with_publisher(transport.clone())
             .with_subscriber(transport)
@@ -187,6 +195,14 @@ impl MemoryTransport {
 }
 
 impl State {
+    /// Nothing reaches the group any more, and nobody waits for it.
+    fn forget(&mut self, group: &Arc<Group>) {
+        for log in self.topics.values_mut() {
+            log.groups.retain(|known| !Arc::ptr_eq(known, group));
+        }
+        group.state().abandon();
+    }
+
     fn store(
         &mut self,
         message: &Message,
@@ -226,11 +242,18 @@ impl State {
 impl Subscriber for MemoryTransport {
     async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
         let mut state = self.state();
-        let group = state.groups.entry(subscription.group.clone()).or_default().clone();
+        let group = if subscription.broadcast {
+            Arc::default()
+        } else {
+            state.groups.entry(subscription.group.clone()).or_default().clone()
+        };
         for topic in &subscription.topics {
             let log = state.topics.entry(topic.clone()).or_default();
-            if !log.groups.iter().any(|known| Arc::ptr_eq(known, &group)) {
-                log.groups.push(group.clone());
+            if log.groups.iter().any(|known| Arc::ptr_eq(known, &group)) {
+                continue;
+            }
+            log.groups.push(group.clone());
+            if !subscription.broadcast {
                 let mut of_group = group.state();
                 for (offset, message) in &log.kept {
                     of_group.arrive(*offset, message.clone(), None);
@@ -238,7 +261,7 @@ impl Subscriber for MemoryTransport {
             }
         }
         drop(state);
-        let member = Arc::new(Member::new(group, self.broker.clock.clone(), subscription.ordered));
+        let member = Arc::new(Member::new(group, self.broker.clone(), subscription));
         Ok(Feed::new(
             feed::MemoryDeliveries(member.clone()),
             feed::MemorySettler(member),

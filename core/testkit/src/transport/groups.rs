@@ -4,7 +4,7 @@ use super::{
     Member, TransportFixture,
     fixture::{names, publish},
 };
-use postrider_core::{Delivery, Subscription};
+use postrider_core::{Delivery, ErrorKind, Subscription};
 use std::collections::BTreeSet;
 
 /// Each group gets each message once, whichever of its topics it was sent to.
@@ -70,4 +70,44 @@ pub async fn a_late_subscriber_gets_what_waited(fixture: &dyn TransportFixture) 
     let mut got = late.drain().await;
     got.sort();
     assert_eq!(got, ["1", "2", "3"]);
+}
+
+/// Of a broadcast each member gets everything from when it joined, and nothing waits for one that has gone.
+pub async fn a_broadcast_reaches_every_member(fixture: &dyn TransportFixture) {
+    let broadcast = || Subscription::new(fixture.group("g"), vec![fixture.topic("t")]).broadcast();
+    let transport = fixture.transport();
+    if !transport.capabilities().broadcast {
+        let refused = transport.subscriber(&broadcast().unordered()).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Unsupported);
+        return;
+    }
+    let mut sharing = Member::join(fixture, "g").await;
+    publish(fixture, &["k:before"]).await;
+    let mut members = vec![
+        Member::on(fixture, broadcast()).await,
+        Member::on(fixture, broadcast()).await,
+    ];
+    let sent: Vec<String> = (0..20).map(|n| format!("k:{n:02}")).collect();
+    publish(fixture, &sent.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let expected: Vec<String> = (0..20).map(|n| format!("{n:02}")).collect();
+    for member in &mut members {
+        assert_eq!(member.drain().await, expected);
+    }
+    // What one gives back comes again, to it alone.
+    publish(fixture, &["k:again"]).await;
+    let again = members[0].take(1).await;
+    members[0]
+        .settle(again.into_iter().map(Delivery::release).collect())
+        .await;
+    assert_eq!(members[0].drain().await, ["again"]);
+    assert_eq!(members[1].drain().await, ["again"]);
+    // The group of the same name whose members share is another.
+    assert_eq!(sharing.drain().await.len(), 22);
+    let gone = members.remove(0);
+    gone.settling.close(std::time::Duration::from_secs(5)).await.unwrap();
+    drop(gone);
+    publish(fixture, &["k:after"]).await;
+    assert_eq!(members[0].drain().await, ["after"]);
+    let mut late = Member::on(fixture, broadcast()).await;
+    assert!(late.take(1).await.is_empty());
 }

@@ -1,11 +1,9 @@
-use super::{
-    Shared,
-    hold::{Hold, not_outstanding},
-};
+use super::{Handle, Shared, hold::Hold};
 use crate::{topology::dead_topic, wire};
 use async_trait::async_trait;
 use postrider_core::{
-    Assignment, Deliveries, DeliveryTag, Disposition, Error, ErrorKind, Incoming, Received, Result, Settler,
+    Deliveries, DeliveryTag, Disposition, Error, ErrorKind, Incoming, Received, Result, Settler,
+    partition::{Copies, Hold as _, not_outstanding},
     wire::Reader,
 };
 use rdkafka::Message as _;
@@ -14,18 +12,9 @@ use std::{
     time::Duration,
 };
 
-fn tag(assignment: Assignment, at: i64) -> DeliveryTag {
-    DeliveryTag(u128::from(assignment.0) << 64 | u128::from(at.unsigned_abs()))
-}
-
-#[allow(clippy::cast_possible_truncation)]
-fn untag(tag: DeliveryTag) -> (Assignment, u64) {
-    (Assignment((tag.0 >> 64) as u64), tag.0 as u64)
-}
-
 #[derive(Debug)]
 pub(super) struct KafkaDeliveries {
-    shared: Arc<Shared>,
+    handle: Arc<Handle>,
     /// Those that hand out messages, as of a count of changes.
     holds: Vec<Arc<Hold>>,
     seen: Option<u64>,
@@ -35,9 +24,9 @@ pub(super) struct KafkaDeliveries {
 }
 
 impl KafkaDeliveries {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
+    pub(super) fn new(handle: Arc<Handle>) -> Self {
         Self {
-            shared,
+            handle,
             holds: Vec::new(),
             seen: None,
             first: 0,
@@ -54,9 +43,9 @@ impl KafkaDeliveries {
     }
 
     fn look(&mut self) {
-        let changed = self.shared.changed.load(Ordering::Acquire);
+        let changed = self.handle.0.holds.changes();
         if self.seen != Some(changed) {
-            self.holds = self.shared.holds().values().cloned().collect();
+            self.holds = self.handle.0.holds.all();
             self.seen = Some(changed);
         }
     }
@@ -77,15 +66,15 @@ impl KafkaDeliveries {
                         let at = record.offset();
                         if hold.goes_back(at) {
                             tracing::warn!(topic = %hold.topic, partition = hold.partition, offset = at, "the partition's messages begin again: it was truncated, or made anew");
-                            self.shared.tell(Ok(Incoming::Revoked(hold.assignment)));
+                            self.handle.0.tell(Ok(Incoming::Revoked(hold.assignment())));
                             break;
                         }
                         if hold.hand_out(at, &message) {
                             batch.push(Received {
                                 message,
-                                tag: tag(hold.assignment, at),
+                                tag: DeliveryTag::of(hold.assignment(), at.unsigned_abs()),
                                 delivery_count: 1,
-                                assignment: hold.assignment,
+                                assignment: hold.assignment(),
                             });
                         }
                     }
@@ -109,19 +98,19 @@ impl Drop for KafkaDeliveries {
 impl Deliveries for KafkaDeliveries {
     async fn next(&mut self, max: usize) -> Result<Incoming> {
         loop {
-            if self.shared.is_closing() {
+            if self.handle.0.is_closing() {
                 self.let_go();
                 return Err(Error::new(ErrorKind::Closed, "the subscription has been closed"));
             }
-            let shared = self.shared.clone();
+            let shared = self.handle.0.clone();
             let mut news = std::pin::pin!(shared.news.notified());
             news.as_mut().enable();
-            if let Some(told) = self.shared.next_told() {
+            if let Some(told) = self.handle.0.next_told() {
                 // More may have been told of in the same moment.
-                self.shared.news.notify_one();
+                self.handle.0.news.notify_one();
                 return told;
             }
-            if self.shared.has_failed.load(Ordering::Acquire) {
+            if self.handle.0.has_failed.load(Ordering::Acquire) {
                 self.let_go();
                 return Err(Error::new(
                     ErrorKind::Closed,
@@ -131,7 +120,7 @@ impl Deliveries for KafkaDeliveries {
             let batch = self.take(max);
             if !batch.is_empty() {
                 if batch.len() >= max {
-                    self.shared.news.notify_one();
+                    self.handle.0.news.notify_one();
                 }
                 return Ok(Incoming::Batch(batch));
             }
@@ -142,14 +131,20 @@ impl Deliveries for KafkaDeliveries {
 }
 
 #[derive(Debug)]
-pub(super) struct KafkaSettler(pub(super) Arc<Shared>);
+pub(super) struct KafkaSettler(pub(super) Arc<Handle>);
 
-impl KafkaSettler {
-    /// Stores a dead letter; then the original may be acknowledged.
-    async fn bury(&self, hold: &Hold, at: u64) -> Result<()> {
-        let message = hold.message(at).ok_or_else(|| not_outstanding(at))?;
-        let topic = dead_topic(&self.0.subscription.group);
-        let stored = self.0.publisher.send(&[message], Some(&topic)).await;
+#[async_trait]
+impl Copies<Hold> for Shared {
+    async fn store(&self, hold: &Hold, position: u64, disposition: Disposition) -> Result<()> {
+        if disposition != Disposition::DeadLetter {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "Kafka cannot deliver a message again after a delay: retries need an event log",
+            ));
+        }
+        let message = hold.message(position).ok_or_else(|| not_outstanding(position))?;
+        let topic = dead_topic(&self.subscription.group);
+        let stored = self.publisher.send(&[message], Some(&topic)).await;
         match stored.into_iter().next() {
             Some(Err(why)) => Err(Error::new(ErrorKind::Unavailable, "the dead letter was not stored").because(why)),
             _ => Ok(()),
@@ -160,57 +155,14 @@ impl KafkaSettler {
 #[async_trait]
 impl Settler for KafkaSettler {
     async fn settle(&self, batch: &[(DeliveryTag, Disposition)]) -> Vec<Result<()>> {
-        let mut outcomes: Vec<Option<Result<()>>> = (0..batch.len()).map(|_| None).collect();
-        // By hold, each in the order given.
-        let mut by_hold: Vec<(Arc<Hold>, Vec<usize>, Vec<(u64, Disposition)>)> = Vec::new();
-        for (n, (tag, disposition)) in batch.iter().enumerate() {
-            let (assignment, at) = untag(*tag);
-            let known = by_hold.iter().position(|(hold, ..)| hold.assignment == assignment);
-            let place = match (known, self.0.hold(assignment)) {
-                (Some(place), _) => place,
-                (None, Some(hold)) => {
-                    by_hold.push((hold, Vec::new(), Vec::new()));
-                    by_hold.len() - 1
-                }
-                (None, None) => {
-                    outcomes[n] = Some(Err(not_outstanding(at)));
-                    continue;
-                }
-            };
-            let hold = by_hold[place].0.clone();
-            let said = match disposition {
-                Disposition::Ack | Disposition::Release => Ok(*disposition),
-                Disposition::DeadLetter => self.bury(&hold, at).await.map(|()| Disposition::Ack),
-                _ => Err(Error::new(
-                    ErrorKind::Unsupported,
-                    "Kafka cannot deliver a message again after a delay: retries need an event log",
-                )),
-            };
-            // What could not be done comes again.
-            let said = said.unwrap_or_else(|error| {
-                outcomes[n] = Some(Err(error));
-                Disposition::Release
-            });
-            by_hold[place].1.push(n);
-            by_hold[place].2.push((at, said));
-        }
-        for (hold, places, said) in by_hold {
-            let (settled, restarts) = hold.settle(&said);
-            for (n, outcome) in places.into_iter().zip(settled) {
-                outcomes[n].get_or_insert(outcome);
-            }
-            if restarts {
-                self.0.tell(Ok(Incoming::Revoked(hold.assignment)));
-            }
-        }
-        let unknown = || Err(Error::new(ErrorKind::Unexpected, "a delivery was not settled"));
+        let shared = &self.0.0;
+        let (outcomes, ended) = shared.holds.settle(batch, &**shared).await;
+        let ended = ended.into_iter().map(Incoming::Revoked);
+        ended.for_each(|assignment| shared.tell(Ok(assignment)));
         outcomes
-            .into_iter()
-            .map(|outcome| outcome.unwrap_or_else(unknown))
-            .collect()
     }
 
     async fn close(&self, deadline: Duration) -> Result<()> {
-        self.0.close(deadline).await
+        self.0.0.close(deadline).await
     }
 }

@@ -1,5 +1,9 @@
 use super::member::Consumer;
-use postrider_core::{Assignment, Disposition, Error, ErrorKind, Message, Result, Topic, partition::Prefix};
+use async_trait::async_trait;
+use postrider_core::{
+    Assignment, Disposition, Message, Result, Topic,
+    partition::{self, Prefix, not_outstanding},
+};
 use rdkafka::consumer::{Consumer as _, base_consumer::PartitionQueue};
 use std::{
     collections::BTreeSet,
@@ -11,7 +15,7 @@ pub(super) type Queue = PartitionQueue<super::member::Rebalances>;
 
 /// A partition that this member has: its queue, and what is out of it.
 pub(super) struct Hold {
-    pub(super) assignment: Assignment,
+    assignment: Assignment,
     pub(super) topic: Topic,
     pub(super) partition: i32,
     pub(super) queue: Arc<Queue>,
@@ -55,7 +59,6 @@ fn offset(position: u64) -> i64 {
 
 impl Hold {
     pub(super) fn new(
-        assignment: Assignment,
         topic: Topic,
         partition: i32,
         queue: Arc<Queue>,
@@ -67,7 +70,7 @@ impl Hold {
             ..State::default()
         };
         Self {
-            assignment,
+            assignment: Assignment::fresh(),
             topic,
             partition,
             queue,
@@ -142,12 +145,40 @@ impl Hold {
         Some((from, settled.split_off(&from)))
     }
 
+    /// What has to be handed out next, if anything was handed out.
+    pub(super) fn next_offset(&self) -> Option<i64> {
+        let state = self.state();
+        let first = state.out.first_unsettled().map(offset);
+        first.or_else(|| state.last.map(|last| last + 1))
+    }
+
     pub(super) fn message(&self, at: u64) -> Option<Message> {
         self.state().out.get(at).cloned()
     }
 
-    /// Says what became of deliveries. One outcome each, and whether the hold has to begin anew.
-    pub(super) fn settle(&self, batch: &[(u64, Disposition)]) -> (Vec<Result<()>>, bool) {
+    /// Notes in the client up to where everything is settled, to be committed. `false` if the partition is another's.
+    fn store(&self, state: &mut State) -> bool {
+        let Some(last) = state.out.advance() else { return true };
+        let Some(consumer) = self.consumer.upgrade() else {
+            return false;
+        };
+        match consumer.store_offset(self.topic.as_str(), self.partition, offset(last)) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::debug!(%error, topic = %self.topic, self.partition, "the offset is not noted");
+                false
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl partition::Hold for Hold {
+    fn assignment(&self) -> Assignment {
+        self.assignment
+    }
+
+    async fn settle(&self, batch: &[(u64, Disposition)]) -> (Vec<Result<()>>, bool) {
         let mut state = self.state();
         let mut restarts = false;
         let is_gone = state.is_gone;
@@ -181,24 +212,4 @@ impl Hold {
         }
         (outcomes, restarts)
     }
-
-    /// Notes in the client up to where everything is settled, to be committed. `false` if the partition is another's.
-    fn store(&self, state: &mut State) -> bool {
-        let Some(last) = state.out.advance() else { return true };
-        let Some(consumer) = self.consumer.upgrade() else {
-            return false;
-        };
-        match consumer.store_offset(self.topic.as_str(), self.partition, offset(last)) {
-            Ok(()) => true,
-            Err(error) => {
-                tracing::debug!(%error, topic = %self.topic, self.partition, "the offset is not noted");
-                false
-            }
-        }
-    }
-}
-
-pub(super) fn not_outstanding(at: u64) -> Error {
-    let text = "the delivery is not outstanding: its partition has gone to somebody else";
-    Error::new(ErrorKind::LeaseLost, text).with("offset", at)
 }

@@ -5,20 +5,20 @@ use super::{
     hold::{Hold, Queue},
 };
 use crate::client::{failed, log};
-use postrider_core::{Assignment, Incoming, Result, Topic};
+use postrider_core::{Error, ErrorKind, Incoming, MessageId, Result, Topic, partition::Hold as _};
 use rdkafka::{
     ClientContext, Offset, TopicPartitionList,
     config::{FromClientConfigAndContext as _, RDKafkaLogLevel},
     consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, RebalanceProtocol},
-    error::KafkaError,
+    error::{KafkaError, KafkaResult},
     types::RDKafkaRespErr,
 };
 use rustc_hash::FxHashMap;
 use std::{
     collections::{BTreeSet, VecDeque},
     sync::{
-        Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -42,7 +42,7 @@ pub(super) struct Rebalances {
 }
 
 /// Partitions that are assigned, or else revoked.
-type Wanted = (bool, Vec<(String, i32)>);
+type Wanted = (bool, Vec<Place>);
 
 impl ClientContext for Rebalances {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
@@ -72,21 +72,23 @@ impl ConsumerContext for Rebalances {
     }
 }
 
-fn next_assignment() -> Assignment {
-    static LAST: AtomicU64 = AtomicU64::new(0);
-    Assignment(LAST.fetch_add(1, Ordering::Relaxed) + 1)
-}
-
 /// Joins the group, and starts the thread that serves it.
-pub(super) fn start(shared: &Arc<Shared>, ended: watch::Sender<bool>) -> Result<()> {
+pub(super) fn start(shared: Arc<Shared>, ended: watch::Sender<bool>) -> Result<()> {
     let options = shared.cluster.options();
     let millis = |duration: Duration| duration.as_millis().to_string();
     let mut config = shared.cluster.config();
+    let group = &shared.subscription.group;
+    let broadcast = shared.subscription.broadcast;
+    let group = match broadcast {
+        // A group of its own, which goes with it.
+        true => format!("{group}.each.{}", MessageId::new()),
+        false => group.to_string(),
+    };
     config
-        .set("group.id", shared.subscription.group.as_str())
+        .set("group.id", &group)
         .set("auto.offset.reset", "earliest")
         .set("enable.auto.offset.store", "false")
-        .set("enable.auto.commit", "true")
+        .set("enable.auto.commit", if broadcast { "false" } else { "true" })
         .set("auto.commit.interval.ms", millis(options.commit_interval))
         // Once the queue is full, fetching begins again at once when it is not.
         .set("fetch.queue.backoff.ms", "10")
@@ -107,35 +109,59 @@ pub(super) fn start(shared: &Arc<Shared>, ended: watch::Sender<bool>) -> Result<
     }
     let consumer = Consumer::from_config_and_context(&config, Rebalances::default()).map_err(failed("connecting"))?;
     let topics: Vec<&str> = shared.subscription.topics.iter().map(Topic::as_str).collect();
+    let from = if broadcast {
+        ends_of(&consumer, &topics, options.timeout).map_err(failed("looking where topics end"))?
+    } else {
+        FxHashMap::default()
+    };
     consumer.subscribe(&topics).map_err(failed("joining the group"))?;
+    let name = format!("kafka {}", shared.subscription.group);
     let member = Member {
-        shared: Arc::downgrade(shared),
+        shared,
         consumer: Arc::new(consumer),
         queues: FxHashMap::default(),
+        from,
         revoking: None,
     };
-    let name = format!("kafka {}", shared.subscription.group);
     let thread = std::thread::Builder::new().name(name).spawn(move || {
         member.serve();
         let _ = ended.send(true);
     });
-    thread.map(drop).map_err(|why| {
-        postrider_core::Error::new(postrider_core::ErrorKind::Unexpected, "no thread for Kafka").because(why)
-    })
+    thread
+        .map(drop)
+        .map_err(|why| Error::new(ErrorKind::Unexpected, "no thread for Kafka").because(why))
+}
+
+/// A topic and a partition of it.
+type Place = (String, i32);
+
+/// Where the partitions of these topics end.
+fn ends_of(consumer: &Consumer, topics: &[&str], limit: Duration) -> KafkaResult<FxHashMap<Place, i64>> {
+    let mut ends = FxHashMap::default();
+    for topic in topics {
+        let metadata = consumer.fetch_metadata(Some(topic), limit)?;
+        for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
+            let (_, end) = consumer.fetch_watermarks(topic, partition.id(), limit)?;
+            ends.insert(((*topic).to_owned(), partition.id()), end);
+        }
+    }
+    Ok(ends)
 }
 
 struct Member {
-    shared: Weak<Shared>,
+    shared: Arc<Shared>,
     consumer: Arc<Consumer>,
     /// Each partition's queue, once it has been this member's: there is one, with one callback, whoever else has a handle on it.
-    queues: FxHashMap<(String, i32), Arc<Queue>>,
+    queues: FxHashMap<Place, Arc<Queue>>,
+    /// Of a broadcast, which commits nothing: where each partition goes on.
+    from: FxHashMap<Place, i64>,
     /// What the coordinator waits for.
     revoking: Option<Revoking>,
 }
 
 /// Partitions that go to others, once what is out of them is settled, or until then.
 struct Revoking {
-    partitions: Vec<(String, i32)>,
+    partitions: Vec<Place>,
     until: Instant,
 }
 
@@ -143,12 +169,10 @@ impl Member {
     fn serve(mut self) {
         let mut told: Option<KafkaError> = None;
         loop {
-            let Some(shared) = self.shared.upgrade() else { break };
-            if shared.is_closing() {
+            if self.shared.is_closing() {
                 break;
             }
-            let is_busy = self.revoking.is_some() || shared.holds().values().any(|hold| hold.is_leaving());
-            drop(shared);
+            let is_busy = self.revoking.is_some() || self.shared.holds.all().iter().any(|hold| hold.is_leaving());
             match self.consumer.poll(if is_busy { SOON } else { LATER }) {
                 None => {}
                 Some(Err(KafkaError::MessageConsumptionFatal(why))) => {
@@ -172,8 +196,7 @@ impl Member {
                         .seek(&topic, partition, Offset::Offset(at), Duration::from_secs(5));
                 }
             }
-            let Some(shared) = self.shared.upgrade() else { break };
-            self.finish_revoking(&shared);
+            self.finish_revoking();
             if self.revoking.is_none() {
                 let wanted = {
                     let mut wanted = self
@@ -185,12 +208,12 @@ impl Member {
                     wanted.pop_front()
                 };
                 match wanted {
-                    Some((true, partitions)) => self.assign(&shared, &partitions),
-                    Some((false, partitions)) => self.revoke(&shared, partitions),
+                    Some((true, partitions)) => self.assign(&partitions),
+                    Some((false, partitions)) => self.revoke(partitions),
                     None => {}
                 }
             }
-            self.begin_again(&shared);
+            self.begin_again();
         }
         self.leave();
     }
@@ -198,17 +221,15 @@ impl Member {
     /// The client can do nothing more, for a reason that somebody has to mend.
     fn fail(&self, why: rdkafka::types::RDKafkaErrorCode) {
         tracing::error!(%why, "Kafka's client has failed for good: the subscription has ended");
-        if let Some(shared) = self.shared.upgrade() {
-            let error = postrider_core::Error::new(
-                postrider_core::ErrorKind::Config,
-                "Kafka refuses this member of the group for good: the group's protocol, its rights or its size",
-            );
-            shared.tell(Err(error.because(why)));
-            shared.has_failed.store(true, Ordering::Release);
-        }
+        let error = Error::new(
+            ErrorKind::Config,
+            "Kafka refuses this member of the group for good: the group's protocol, its rights or its size",
+        );
+        self.shared.tell(Err(error.because(why)));
+        self.shared.has_failed.store(true, Ordering::Release);
     }
 
-    fn list(&self, partitions: &[(String, i32)]) -> TopicPartitionList {
+    fn list(&self, partitions: &[Place]) -> TopicPartitionList {
         let mut list = TopicPartitionList::with_capacity(partitions.len());
         for (topic, partition) in partitions {
             list.add_partition(topic, *partition);
@@ -216,17 +237,20 @@ impl Member {
         list
     }
 
-    fn assign(&mut self, shared: &Arc<Shared>, partitions: &[(String, i32)]) {
+    fn assign(&mut self, partitions: &[Place]) {
         let mut holds = Vec::new();
         for (name, partition) in partitions {
             // Its messages come here from the first on.
-            let (Some(queue), Ok(topic)) = (self.queue(shared, name, *partition), Topic::parse(name.clone())) else {
+            let (Some(queue), Ok(topic)) = (self.queue(name, *partition), Topic::parse(name.clone())) else {
                 tracing::error!(topic = name, partition, "a partition cannot be consumed");
                 continue;
             };
             holds.push(self.hold(topic, *partition, queue, BTreeSet::new()));
         }
-        let list = self.list(partitions);
+        let mut list = self.list(partitions);
+        for (place, at) in self.from.iter().filter(|(place, _)| partitions.contains(place)) {
+            let _ = list.set_partition_offset(&place.0, place.1, Offset::Offset(*at));
+        }
         let assigned = match self.consumer.rebalance_protocol() {
             RebalanceProtocol::Cooperative => self.consumer.incremental_assign(&list),
             _ => self.consumer.assign(&list),
@@ -234,56 +258,49 @@ impl Member {
         if let Err(error) = assigned {
             tracing::warn!(%error, "partitions cannot be taken");
         }
-        holds.into_iter().for_each(|hold| shared.add(hold));
+        holds.into_iter().for_each(|hold| self.shared.add(hold));
     }
 
-    fn queue(&mut self, shared: &Arc<Shared>, topic: &str, partition: i32) -> Option<Arc<Queue>> {
+    fn queue(&mut self, topic: &str, partition: i32) -> Option<Arc<Queue>> {
         let place = (topic.to_owned(), partition);
         if let Some(queue) = self.queues.get(&place) {
             return Some(queue.clone());
         }
         let mut queue = self.consumer.split_partition_queue(topic, partition)?;
-        let news = shared.news.clone();
+        let news = self.shared.news.clone();
         queue.set_nonempty_callback(move || news.notify_one());
         Some(self.queues.entry(place).or_insert(Arc::new(queue)).clone())
     }
 
     fn hold(&self, topic: Topic, partition: i32, queue: Arc<Queue>, settled: BTreeSet<i64>) -> Arc<Hold> {
-        Arc::new(Hold::new(
-            next_assignment(),
-            topic,
-            partition,
-            queue,
-            &self.consumer,
-            settled,
-        ))
+        Arc::new(Hold::new(topic, partition, queue, &self.consumer, settled))
     }
 
-    fn revoke(&mut self, shared: &Arc<Shared>, partitions: Vec<(String, i32)>) {
+    fn revoke(&mut self, partitions: Vec<Place>) {
         let is_lost = self.consumer.assignment_lost();
-        for hold in holds_of(shared, &partitions) {
+        for hold in holds_of(&self.shared, &partitions) {
             if is_lost {
                 hold.lose();
-                shared.tell(Ok(Incoming::Lost(hold.assignment)));
+                self.shared.tell(Ok(Incoming::Lost(hold.assignment())));
             } else if hold.leave() {
-                shared.tell(Ok(Incoming::Revoked(hold.assignment)));
+                self.shared.tell(Ok(Incoming::Revoked(hold.assignment())));
             }
         }
         let wait = if is_lost {
             Duration::ZERO
         } else {
-            shared.cluster.options().handover_timeout
+            self.shared.cluster.options().handover_timeout
         };
         self.revoking = Some(Revoking {
             partitions,
             until: Instant::now() + wait,
         });
-        self.finish_revoking(shared);
+        self.finish_revoking();
     }
 
-    fn finish_revoking(&mut self, shared: &Arc<Shared>) {
+    fn finish_revoking(&mut self) {
         let Some(revoking) = &self.revoking else { return };
-        let holds = holds_of(shared, &revoking.partitions);
+        let holds = holds_of(&self.shared, &revoking.partitions);
         let is_late = Instant::now() >= revoking.until;
         if !is_late && holds.iter().any(|hold| !hold.is_idle()) {
             return;
@@ -293,7 +310,10 @@ impl Member {
                 tracing::warn!(topic = %hold.topic, partition = hold.partition, "a partition goes to another member with messages unsettled: they come again there");
             }
             hold.lose();
-            shared.remove(hold.assignment);
+            self.shared.holds.remove(hold.assignment());
+            if let Some(next) = hold.next_offset().filter(|_| !self.from.is_empty()) {
+                self.from.insert((hold.topic.to_string(), hold.partition), next);
+            }
         }
         self.commit();
         let list = self.list(&revoking.partitions);
@@ -308,6 +328,9 @@ impl Member {
     }
 
     fn commit(&self) {
+        if self.shared.subscription.broadcast {
+            return;
+        }
         match self.consumer.commit_consumer_state(CommitMode::Sync) {
             Ok(()) | Err(KafkaError::ConsumerCommit(rdkafka::types::RDKafkaErrorCode::NoOffset)) => {}
             Err(error) => tracing::warn!(%error, "offsets were not committed: what was settled last may come again"),
@@ -315,17 +338,16 @@ impl Member {
     }
 
     /// Goes back to what was released, once nothing is out of its partition.
-    fn begin_again(&self, shared: &Arc<Shared>) {
+    fn begin_again(&self) {
         let revoked = self.revoking.as_ref().map_or(&[][..], |revoking| &revoking.partitions);
         let idle: Vec<Arc<Hold>> = {
-            let holds = shared.holds();
+            let holds = self.shared.holds.all();
             let of_others = |hold: &Hold| {
-                let is =
-                    |(topic, partition): &(String, i32)| topic == hold.topic.as_str() && *partition == hold.partition;
+                let is = |(topic, partition): &Place| topic == hold.topic.as_str() && *partition == hold.partition;
                 revoked.iter().any(is)
             };
             let ready = holds
-                .values()
+                .iter()
                 .filter(|hold| hold.is_leaving() && hold.is_idle() && !of_others(hold));
             ready.cloned().collect()
         };
@@ -338,24 +360,21 @@ impl Member {
                 hold.topic.as_str(),
                 hold.partition,
                 Offset::Offset(from),
-                shared.cluster.options().timeout,
+                self.shared.cluster.options().timeout,
             );
             if let Err(error) = sought {
                 tracing::warn!(%error, topic = %hold.topic, partition = hold.partition, "a partition cannot begin again: it is tried by its next member");
             }
-            shared.remove(hold.assignment);
-            shared.add(self.hold(hold.topic.clone(), hold.partition, hold.queue.clone(), settled));
+            self.shared.holds.remove(hold.assignment());
+            self.shared
+                .add(self.hold(hold.topic.clone(), hold.partition, hold.queue.clone(), settled));
         }
     }
 
     /// Ends in order: what was settled without a gap is committed, everything else comes again.
     fn leave(self) {
         self.consumer.context().closing.store(true, Ordering::Release);
-        if let Some(shared) = self.shared.upgrade() {
-            let holds = std::mem::take(&mut *shared.holds());
-            holds.values().for_each(|hold| hold.lose());
-            shared.changed.fetch_add(1, Ordering::Release);
-        }
+        self.shared.holds.take().iter().for_each(|hold| hold.lose());
         self.commit();
         // What the coordinator still waits for is done now.
         let undone = {
@@ -397,12 +416,13 @@ impl Member {
     }
 }
 
-fn holds_of(shared: &Shared, partitions: &[(String, i32)]) -> Vec<Arc<Hold>> {
-    let holds = shared.holds();
-    let is_of = |hold: &&Arc<Hold>| {
+fn holds_of(shared: &Shared, partitions: &[Place]) -> Vec<Arc<Hold>> {
+    let mut holds = shared.holds.all();
+    let is_of = |hold: &Arc<Hold>| {
         partitions
             .iter()
             .any(|(topic, partition)| topic == hold.topic.as_str() && *partition == hold.partition)
     };
-    holds.values().filter(is_of).cloned().collect()
+    holds.retain(is_of);
+    holds
 }

@@ -8,17 +8,19 @@ mod feed;
 mod hold;
 mod member;
 
-use crate::{client::Cluster, publisher::KafkaPublisher};
+use crate::{
+    client::{Cluster, off_thread},
+    publisher::KafkaPublisher,
+};
 use async_trait::async_trait;
 use feed::{KafkaDeliveries, KafkaSettler};
 use hold::Hold;
-use postrider_core::{Assignment, Error, ErrorKind, Feed, Incoming, Result, Subscriber, Subscription};
-use rustc_hash::FxHashMap;
+use postrider_core::{Error, ErrorKind, Feed, Incoming, Result, Subscriber, Subscription, partition::Holds};
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
@@ -47,16 +49,16 @@ impl Subscriber for KafkaSubscriber {
             subscription: subscription.clone(),
             cluster: self.cluster.clone(),
             publisher: self.publisher.clone(),
-            holds: Mutex::default(),
+            holds: Holds::default(),
             told: Mutex::default(),
             news: Arc::default(),
             closing: AtomicBool::new(false),
             has_failed: AtomicBool::new(false),
-            changed: AtomicU64::new(0),
             is_ended,
         });
-        member::start(&shared, ended)?;
-        Ok(Feed::new(KafkaDeliveries::new(shared.clone()), KafkaSettler(shared)))
+        let handle = Arc::new(Handle(shared.clone()));
+        off_thread(move || member::start(shared, ended)).await??;
+        Ok(Feed::new(KafkaDeliveries::new(handle.clone()), KafkaSettler(handle)))
     }
 }
 
@@ -66,7 +68,7 @@ struct Shared {
     subscription: Subscription,
     cluster: Cluster,
     publisher: KafkaPublisher,
-    holds: Mutex<FxHashMap<Assignment, Arc<Hold>>>,
+    holds: Holds<Hold>,
     /// What the thread tells of.
     told: Mutex<VecDeque<Result<Incoming>>>,
     /// There are messages, or something was told.
@@ -74,29 +76,23 @@ struct Shared {
     closing: AtomicBool,
     /// The client has failed for good.
     has_failed: AtomicBool,
-    /// Counts changes of the holds.
-    changed: AtomicU64,
     is_ended: watch::Receiver<bool>,
 }
 
+/// What the two sides of a feed have. When both are gone, the thread leaves the group by itself.
+#[derive(Debug)]
+struct Handle(Arc<Shared>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.closing.store(true, Ordering::Release);
+    }
+}
+
 impl Shared {
-    fn holds(&self) -> MutexGuard<'_, FxHashMap<Assignment, Arc<Hold>>> {
-        self.holds.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn hold(&self, assignment: Assignment) -> Option<Arc<Hold>> {
-        self.holds().get(&assignment).cloned()
-    }
-
     fn add(&self, hold: Arc<Hold>) {
-        self.holds().insert(hold.assignment, hold);
-        self.changed.fetch_add(1, Ordering::Release);
+        self.holds.add(hold);
         self.news.notify_one();
-    }
-
-    fn remove(&self, assignment: Assignment) {
-        self.holds().remove(&assignment);
-        self.changed.fetch_add(1, Ordering::Release);
     }
 
     fn tell(&self, what: Result<Incoming>) {

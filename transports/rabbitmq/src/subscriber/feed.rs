@@ -1,18 +1,15 @@
-use super::{
-    Change, Shared,
-    hold::{Hold, not_outstanding},
-};
+use super::{Change, Handle, Shared, hold::Hold};
 use crate::{
-    connection,
-    topology::{Declaring, Topics, rounded},
+    topology::{Copy, Topics, rounded},
     wire,
 };
 use async_trait::async_trait;
 use futures_util::{FutureExt as _, Stream, StreamExt as _, stream::SelectAll};
 use lapin::{Consumer, message::Delivery};
 use postrider_core::{
-    Assignment, Deliveries, DeliveryTag, Disposition, Error, ErrorKind, Incoming, PublishError, PublishErrorKind,
-    Received, Result, Settler, wire::Reader,
+    Deliveries, DeliveryTag, Disposition, Error, ErrorKind, Incoming, PublishErrorKind, Received, Result, Settler,
+    partition::{Copies, Hold as _, not_outstanding},
+    wire::Reader,
 };
 use std::{
     pin::Pin,
@@ -21,15 +18,6 @@ use std::{
     time::Duration,
 };
 use tokio::sync::mpsc;
-
-fn tag(assignment: Assignment, tag: u64) -> DeliveryTag {
-    DeliveryTag(u128::from(assignment.0) << 64 | u128::from(tag))
-}
-
-#[allow(clippy::cast_possible_truncation)]
-fn untag(tag: DeliveryTag) -> (Assignment, u64) {
-    (Assignment((tag.0 >> 64) as u64), tag.0 as u64)
-}
 
 /// What comes out of a queue, for as long as its hold hands anything out.
 #[derive(Debug)]
@@ -59,7 +47,7 @@ impl Stream for Coming {
 
 #[derive(Debug)]
 pub(super) struct RabbitMqDeliveries {
-    shared: Arc<Shared>,
+    handle: Arc<Handle>,
     changes: mpsc::UnboundedReceiver<Change>,
     coming: SelectAll<Coming>,
     reader: Reader,
@@ -67,10 +55,10 @@ pub(super) struct RabbitMqDeliveries {
 }
 
 impl RabbitMqDeliveries {
-    pub(super) fn new(shared: Arc<Shared>, changes: mpsc::UnboundedReceiver<Change>) -> Self {
+    pub(super) fn new(handle: Arc<Handle>, changes: mpsc::UnboundedReceiver<Change>) -> Self {
         Self {
-            topics: Topics::new(&shared.subscription.topics),
-            shared,
+            topics: Topics::new(&handle.0.subscription.topics),
+            handle,
             changes,
             coming: SelectAll::new(),
             reader: Reader::default(),
@@ -83,7 +71,7 @@ impl RabbitMqDeliveries {
                 self.coming.push(Coming { hold, consumer });
                 None
             }
-            Change::Revoked(Assignment(0)) => None,
+            Change::Closed => None,
             Change::Revoked(assignment) => Some(Ok(Incoming::Revoked(assignment))),
             Change::Lost(assignment) => Some(Ok(Incoming::Lost(assignment))),
             Change::Failed(error) => Some(Err(error)),
@@ -99,9 +87,9 @@ impl RabbitMqDeliveries {
         if hold.hand_out(number, &message, count, redelivered) {
             batch.push(Received {
                 message,
-                tag: tag(hold.assignment, number),
+                tag: DeliveryTag::of(hold.assignment(), number),
                 delivery_count: count,
-                assignment: hold.assignment,
+                assignment: hold.assignment(),
             });
         }
     }
@@ -111,7 +99,7 @@ impl RabbitMqDeliveries {
 impl Deliveries for RabbitMqDeliveries {
     async fn next(&mut self, max: usize) -> Result<Incoming> {
         loop {
-            if self.shared.is_closing() {
+            if self.handle.0.is_closing() {
                 return Err(Error::new(ErrorKind::Closed, "the subscription has been closed"));
             }
             if let Ok(change) = self.changes.try_recv() {
@@ -153,33 +141,34 @@ impl Deliveries for RabbitMqDeliveries {
 }
 
 #[derive(Debug)]
-pub(super) struct RabbitMqSettler(pub(super) Arc<Shared>);
+pub(super) struct RabbitMqSettler(pub(super) Arc<Handle>);
 
-impl RabbitMqSettler {
-    /// Stores a copy where it waits, or lies for good; then the original may be acknowledged.
-    async fn store(&self, hold: &Hold, number: u64, disposition: Disposition) -> Result<()> {
-        let shared = &self.0;
-        let group = &shared.subscription.group;
-        let kind = if disposition == Disposition::DeadLetter {
-            "dead"
-        } else {
-            "retry"
+#[async_trait]
+impl Copies<Hold> for Shared {
+    async fn store(&self, hold: &Hold, position: u64, disposition: Disposition) -> Result<()> {
+        let group = &self.subscription.group;
+        let kind = match disposition {
+            Disposition::DeadLetter => "dead",
+            _ => "retry",
         };
-        let Some((message, copied)) = hold.copy(number, kind, group.as_str()) else {
-            return Err(not_outstanding(number));
+        let (message, copied) = hold
+            .copy(position, kind, group.as_str())
+            .ok_or_else(|| not_outstanding(position))?;
+        let place = match disposition {
+            Disposition::Retry { .. } if hold.ordered && message.key().is_some() => {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    "a message with a key cannot wait on RabbitMQ without being overtaken: retries of an ordered group need an event log",
+                ));
+            }
+            Disposition::Retry { after } => Copy::Retry(hold.queue.clone(), rounded(after)),
+            _ => Copy::Dead,
         };
-        if let Disposition::Retry { .. } = disposition
-            && hold.partition.is_some()
-            && message.key().is_some()
-        {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "a message with a key cannot wait on RabbitMQ without being overtaken: retries of an ordered group need an event log",
-            ));
-        }
-        let queue = shared.copies(hold, disposition).await?;
-        let stored = shared.publisher.copy(message, queue, copied).await;
-        stored.map_err(|why: PublishError| {
+        let queue = self.copies.queue(&self.broker, group, &place).await?;
+        let stored = self.publisher.copy(message, queue, copied).await;
+        stored.map_err(|why| {
+            // The queue may have been deleted since, or have expired.
+            self.copies.forget(&place);
             let kind = match why.kind() {
                 PublishErrorKind::Invalid => ErrorKind::Invalid,
                 _ => ErrorKind::Unavailable,
@@ -189,85 +178,19 @@ impl RabbitMqSettler {
     }
 }
 
-impl Shared {
-    /// The queue of copies, declared.
-    async fn copies(&self, hold: &Hold, disposition: Disposition) -> Result<String> {
-        self.broker
-            .in_time("declaring a queue for copies", async {
-                let connection = self.broker.connect("copies").await?;
-                let declaring = Declaring::on(&connection, &self.broker).await?;
-                let group = &self.subscription.group;
-                let queue = match disposition {
-                    Disposition::Retry { after } => declaring.retries(group, &hold.queue, rounded(after)).await,
-                    _ => declaring.dead_letters(group).await,
-                };
-                connection::close_soon(Arc::new(connection));
-                queue
-            })
-            .await
-    }
-}
-
 #[async_trait]
 impl Settler for RabbitMqSettler {
     async fn settle(&self, batch: &[(DeliveryTag, Disposition)]) -> Vec<Result<()>> {
-        let mut outcomes: Vec<Option<Result<()>>> = (0..batch.len()).map(|_| None).collect();
-        // By hold, each in the order given.
-        let mut by_hold: Vec<(Arc<Hold>, Vec<usize>, Vec<(u64, Disposition)>)> = Vec::new();
-        for (n, (tag, disposition)) in batch.iter().enumerate() {
-            let (assignment, number) = untag(*tag);
-            let Some(hold) = self.0.hold(assignment) else {
-                outcomes[n] = Some(Err(not_outstanding(number)));
-                continue;
-            };
-            let said = match disposition {
-                Disposition::Ack | Disposition::Release => *disposition,
-                Disposition::Retry { .. } | Disposition::DeadLetter => {
-                    match self.store(&hold, number, *disposition).await {
-                        Ok(()) => Disposition::Ack,
-                        Err(error) => {
-                            outcomes[n] = Some(Err(error));
-                            // It is not done with: it comes again.
-                            Disposition::Release
-                        }
-                    }
-                }
-                _ => {
-                    outcomes[n] = Some(Err(Error::new(
-                        ErrorKind::Unsupported,
-                        "RabbitMQ does not know this outcome",
-                    )));
-                    Disposition::Release
-                }
-            };
-            match by_hold.iter_mut().find(|(other, ..)| Arc::ptr_eq(other, &hold)) {
-                Some((_, places, said_of)) => {
-                    places.push(n);
-                    said_of.push((number, said));
-                }
-                None => by_hold.push((hold, vec![n], vec![(number, said)])),
-            }
-        }
-        for (hold, places, said) in by_hold {
-            let (settled, restarts) = hold.settle(&said).await;
-            for (n, outcome) in places.into_iter().zip(settled) {
-                outcomes[n].get_or_insert(outcome);
-            }
-            if restarts {
-                self.0.tell(Change::Revoked(hold.assignment));
-            }
-            if hold.is_leaving() || hold.has_acked() {
-                self.0.stir.notify_one();
-            }
-        }
-        let unknown = || Err(Error::new(ErrorKind::Unexpected, "a delivery was not settled"));
-        outcomes
+        let shared = &self.0.0;
+        let (outcomes, ended) = shared.holds.settle(batch, &**shared).await;
+        ended
             .into_iter()
-            .map(|outcome| outcome.unwrap_or_else(unknown))
-            .collect()
+            .for_each(|assignment| shared.tell(Change::Revoked(assignment)));
+        shared.stir.notify_one();
+        outcomes
     }
 
     async fn close(&self, deadline: Duration) -> Result<()> {
-        self.0.close(deadline).await
+        self.0.0.close(deadline).await
     }
 }

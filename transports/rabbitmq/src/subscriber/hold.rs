@@ -1,11 +1,15 @@
 use super::Shared;
 use crate::{connection, wire::Copied};
+use async_trait::async_trait;
 use lapin::{
     Channel, Consumer,
     options::{BasicAckOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions},
     types::FieldTable,
 };
-use postrider_core::{Assignment, Disposition, Error, ErrorKind, Message, MessageId, Result, partition::Prefix};
+use postrider_core::{
+    Assignment, Disposition, Error, Message, MessageId, Result,
+    partition::{self, Prefix, not_outstanding},
+};
 use rustc_hash::FxHashSet;
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -16,10 +20,12 @@ use std::{
 /// A queue that this member consumes: a channel, and what is out of it.
 #[derive(Debug)]
 pub(super) struct Hold {
-    pub(super) assignment: Assignment,
+    assignment: Assignment,
     pub(super) queue: String,
-    /// Of an ordered group.
+    /// Which one, of a group whose members share them.
     pub(super) partition: Option<usize>,
+    /// Whether nothing may be handed out before what comes back.
+    pub(super) ordered: bool,
     channel: Channel,
     /// Kept until the channel is closed: dropped before, it would cancel the consumer, and the next one would begin behind
     /// what is not settled.
@@ -66,7 +72,6 @@ impl Hold {
     pub(super) async fn open(
         connection: &lapin::Connection,
         shared: &Shared,
-        assignment: Assignment,
         queue: String,
         partition: Option<usize>,
         settled_before: FxHashSet<MessageId>,
@@ -78,9 +83,10 @@ impl Hold {
             .basic_consume(name, "".into(), BasicConsumeOptions::default(), FieldTable::default())
             .await?;
         let hold = Self {
-            assignment,
+            assignment: Assignment::fresh(),
             queue,
             partition,
+            ordered: shared.subscription.ordered,
             channel,
             _consumer: consumer.clone(),
             state: Mutex::new(State {
@@ -151,45 +157,6 @@ impl Hold {
             id: format!("{}:{group}:{kind}:{deliveries}", message.id()),
         };
         Some((message.clone(), copied))
-    }
-
-    /// Notes what became of deliveries: those of `Ack` are acknowledged soon, those of `Release` go back. Gives one outcome
-    /// each, and whether the hold has to begin anew, since of an ordered group nothing can be given back but everything.
-    pub(super) async fn settle(&self, batch: &[(u64, Disposition)]) -> (Vec<Result<()>>, bool) {
-        let (mut outcomes, mut said, mut restarts) = (Vec::with_capacity(batch.len()), Vec::new(), false);
-        {
-            let mut state = self.state();
-            let is_gone = state.is_gone || !self.is_connected();
-            for (tag, disposition) in batch {
-                let is_ack = *disposition == Disposition::Ack;
-                let known = match is_ack {
-                    _ if is_gone => None,
-                    false if self.partition.is_some() => state.out.release(*tag),
-                    _ => state.out.settle(*tag),
-                };
-                match (&known, is_ack) {
-                    (Some(out), true) => state.acked.push((*tag, out.message.id())),
-                    (Some(_), false) if self.partition.is_some() => restarts = true,
-                    (Some(_), false) => said.push(self.say_nack(*tag)),
-                    (None, _) => {}
-                }
-                outcomes.push(known.map(drop).ok_or_else(|| not_outstanding(*tag)));
-            }
-            state.is_leaving |= restarts;
-            if state.acked.len() >= TOGETHER {
-                self.say_acked(&mut state, MUCH, &mut said);
-            }
-        }
-        if let Err(why) = all_said(said).await {
-            // Which of them arrived is not known.
-            let why = connection::failed("settling messages")(why);
-            let failed = || Error::new(why.kind(), why.to_chain());
-            outcomes
-                .iter_mut()
-                .filter(|outcome| outcome.is_ok())
-                .for_each(|outcome| *outcome = Err(failed()));
-        }
-        (outcomes, restarts)
     }
 
     /// Whether something is to be acknowledged.
@@ -266,6 +233,52 @@ impl Hold {
     }
 }
 
+#[async_trait]
+impl partition::Hold for Hold {
+    fn assignment(&self) -> Assignment {
+        self.assignment
+    }
+
+    /// Those of `Ack` are acknowledged soon, those of `Release` go back: of an ordered group nothing can be given back but
+    /// everything, and the hold begins anew.
+    async fn settle(&self, batch: &[(u64, Disposition)]) -> (Vec<Result<()>>, bool) {
+        let (mut outcomes, mut said, mut restarts) = (Vec::with_capacity(batch.len()), Vec::new(), false);
+        {
+            let mut state = self.state();
+            let is_gone = state.is_gone || !self.is_connected();
+            for (tag, disposition) in batch {
+                let is_ack = *disposition == Disposition::Ack;
+                let known = match is_ack {
+                    _ if is_gone => None,
+                    false if self.ordered => state.out.release(*tag),
+                    _ => state.out.settle(*tag),
+                };
+                match (&known, is_ack) {
+                    (Some(out), true) => state.acked.push((*tag, out.message.id())),
+                    (Some(_), false) if self.ordered => restarts = true,
+                    (Some(_), false) => said.push(self.say_nack(*tag)),
+                    (None, _) => {}
+                }
+                outcomes.push(known.map(drop).ok_or_else(|| not_outstanding(*tag)));
+            }
+            state.is_leaving |= restarts;
+            if state.acked.len() >= TOGETHER {
+                self.say_acked(&mut state, MUCH, &mut said);
+            }
+        }
+        if let Err(why) = all_said(said).await {
+            // Which of them arrived is not known.
+            let why = connection::failed("settling messages")(why);
+            let failed = || Error::new(why.kind(), why.to_chain());
+            outcomes
+                .iter_mut()
+                .filter(|outcome| outcome.is_ok())
+                .for_each(|outcome| *outcome = Err(failed()));
+        }
+        (outcomes, restarts)
+    }
+}
+
 /// Sends it now, in the order of the calls; the future waits until it is written.
 fn say(saying: impl Future<Output = lapin::Result<()>> + Send + 'static) -> Said {
     let mut saying: Said = Box::pin(saying);
@@ -281,9 +294,4 @@ async fn all_said(said: Vec<Said>) -> lapin::Result<()> {
         all = all.and(said.await);
     }
     all
-}
-
-pub(super) fn not_outstanding(tag: u64) -> Error {
-    let text = "the delivery is not outstanding: its queue has gone to somebody else, or its connection is lost";
-    Error::new(ErrorKind::LeaseLost, text).with("delivery", tag)
 }

@@ -16,17 +16,16 @@ use lapin::{
     options::{BasicConsumeOptions, QueueDeclareOptions, QueueDeleteOptions},
     types::FieldTable,
 };
-use postrider_core::{Assignment, Error, MessageId, Result, partition::fair_share};
+use postrider_core::{
+    Assignment, Error, MessageId, Result,
+    partition::{Hold as _, fair_share},
+};
 use rustc_hash::FxHashSet;
 use std::{
     pin::Pin,
-    sync::{
-        Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
-use tokio::sync::Notify;
 
 /// Between tries to connect.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
@@ -54,55 +53,45 @@ struct Sharing {
     first: usize,
 }
 
-fn next_assignment() -> Assignment {
-    static LAST: AtomicU64 = AtomicU64::new(0);
-    Assignment(LAST.fetch_add(1, Ordering::Relaxed) + 1)
-}
-
-/// Has members of one feed one after another, until the feed is closed or everyone has let go of it.
-pub(super) async fn run(shared: Weak<Shared>, first: Member, stir: Arc<Notify>) {
+/// Has members of one feed one after another, until the feed is closed.
+pub(super) async fn run(shared: &Shared, first: Member) {
     let mut member = Some(first);
     let mut pause = SHORTEST_PAUSE;
-    loop {
+    while !shared.is_closing() || member.is_some() {
         if let Some(mut member) = member.take() {
             pause = SHORTEST_PAUSE;
-            if member.serve(&shared, &stir).await {
+            if member.serve(shared).await {
                 return;
             }
-            let Some(shared) = shared.upgrade() else { return };
             tracing::warn!(group = %shared.subscription.group, "the connection to RabbitMQ is lost: it is tried again");
             shared.lose_all();
-        }
-        {
-            let Some(shared) = shared.upgrade() else { return };
             if shared.is_closing() {
                 return;
             }
-            match Member::join(&shared).await {
-                Ok(joined) => {
-                    member = Some(joined);
-                    continue;
-                }
-                Err(error) => {
-                    // What it had got by then.
-                    shared.lose_all();
-                    shared.tell(Change::Failed(error));
-                }
+        }
+        match Member::join(shared).await {
+            Ok(joined) => {
+                member = Some(joined);
+                continue;
+            }
+            Err(error) => {
+                // What it had got by then.
+                shared.lose_all();
+                shared.tell(Change::Failed(error));
             }
         }
         tokio::select! {
             () = tokio::time::sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
-            () = stir.notified() => {}
+            () = shared.stir.notified() => {}
         }
     }
 }
 
 impl Shared {
     fn lose_all(&self) {
-        let holds = std::mem::take(&mut *self.holds());
-        for (assignment, hold) in holds {
+        for hold in self.holds.take() {
             hold.lose();
-            self.tell(Change::Lost(assignment));
+            self.tell(Change::Lost(hold.assignment()));
         }
     }
 }
@@ -128,9 +117,12 @@ impl Member {
         let joining = async {
             let declaring = Declaring::on(&member.connection, &shared.broker).await?;
             declaring.exchange().await?;
-            declaring.group(&shared.subscription).await?;
+            match shared.subscription.broadcast {
+                true => declaring.broadcast(&shared.queue, &shared.subscription.topics).await?,
+                false => declaring.group(&shared.subscription).await?,
+            }
             declaring.end().await?;
-            if shared.subscription.ordered {
+            if shared.is_shared() {
                 let control = member
                     .connection
                     .create_channel()
@@ -144,11 +136,13 @@ impl Member {
                     control,
                     leasing: None,
                     _mark: mark.map_err(failed("joining the members of the group"))?,
-                    first: usize::try_from(next_assignment().0).unwrap_or(0) + std::process::id() as usize,
+                    first: usize::try_from(Assignment::fresh().0).unwrap_or(0) + std::process::id() as usize,
                 });
                 member.balance(shared).await
             } else {
-                member.open(shared, group.to_string(), None, FxHashSet::default()).await
+                member
+                    .open(shared, shared.queue.clone(), None, FxHashSet::default())
+                    .await
             }
         };
         shared.broker.in_time("joining the group", joining).await?;
@@ -162,57 +156,46 @@ impl Member {
         partition: Option<usize>,
         settled_before: FxHashSet<MessageId>,
     ) -> Result<()> {
-        let assignment = next_assignment();
-        let opened = Hold::open(&self.connection, shared, assignment, queue, partition, settled_before).await;
+        let opened = Hold::open(&self.connection, shared, queue, partition, settled_before).await;
         let (hold, consumer) = opened.map_err(failed("consuming a queue"))?;
         let hold = Arc::new(hold);
-        shared.holds().insert(hold.assignment, hold.clone());
+        shared.holds.add(hold.clone());
         shared.tell(Change::Opened(hold, consumer));
         Ok(())
     }
 
     /// Works until the connection is lost, which is `false`, or the feed ends.
-    async fn serve(&mut self, shared: &Weak<Shared>, stir: &Notify) -> bool {
-        let interval = match shared.upgrade() {
-            Some(shared) => shared.broker.options().balance_interval,
-            None => return true,
-        };
+    async fn serve(&mut self, shared: &Shared) -> bool {
+        let interval = shared.broker.options().balance_interval;
         loop {
-            {
-                let Some(shared) = shared.upgrade() else { return true };
-                if shared.is_closing() {
-                    self.leave(&shared).await;
-                    return true;
-                }
-                let holds: Vec<Arc<Hold>> = shared.holds().values().cloned().collect();
-                for hold in holds.iter().filter(|hold| hold.has_acked()) {
-                    // Where it fails, the connection is lost, or the channel, which is mended.
-                    let _ = hold.acknowledge().await;
-                }
-                let broker = shared.broker.clone();
-                let looks = holds.iter().any(|hold| hold.is_leaving() || !hold.is_connected());
-                let balances = self.sharing.is_some() && self.balanced_at.elapsed() >= interval;
-                let looked = broker.in_time("sharing the partitions", async {
-                    if looks {
-                        self.mend(&shared).await?;
-                    }
-                    if balances {
-                        self.balance(&shared).await?;
-                        self.balanced_at = Instant::now();
-                    }
-                    Ok(())
-                });
-                if let Err(error) = looked.await {
-                    if self.connection.status().connected() {
-                        tracing::warn!(group = %shared.subscription.group, error = error.to_chain(), "the partitions cannot be shared: the member begins anew");
-                    }
-                    return false;
-                }
+            if shared.is_closing() {
+                self.leave(shared).await;
+                return true;
             }
-            let drips = match shared.upgrade() {
-                Some(shared) => shared.holds().values().any(|hold| hold.has_much()),
-                None => return true,
-            };
+            let holds = shared.holds.all();
+            for hold in holds.iter().filter(|hold| hold.has_acked()) {
+                // Where it fails, the connection is lost, or the channel, which is mended.
+                let _ = hold.acknowledge().await;
+            }
+            let looks = holds.iter().any(|hold| hold.is_leaving() || !hold.is_connected());
+            let balances = self.sharing.is_some() && self.balanced_at.elapsed() >= interval;
+            let looked = shared.broker.in_time("sharing the partitions", async {
+                if looks {
+                    self.mend(shared).await?;
+                }
+                if balances {
+                    self.balance(shared).await?;
+                    self.balanced_at = Instant::now();
+                }
+                Ok(())
+            });
+            if let Err(error) = looked.await {
+                if self.connection.status().connected() {
+                    tracing::warn!(group = %shared.subscription.group, error = error.to_chain(), "the partitions cannot be shared: the member begins anew");
+                }
+                return false;
+            }
+            let drips = shared.holds.all().iter().any(|hold| hold.has_much());
             let next = if drips {
                 ACKNOWLEDGE_AFTER
             } else if self.sharing.is_some() {
@@ -229,7 +212,7 @@ impl Member {
                     Some(_) => {}
                 },
                 // What is settled meanwhile is acknowledged with it.
-                () = stir.notified() => tokio::time::sleep(ACKNOWLEDGE_AFTER).await,
+                () = shared.stir.notified() => tokio::time::sleep(ACKNOWLEDGE_AFTER).await,
                 () = tokio::time::sleep(next) => {}
             }
         }
@@ -237,26 +220,20 @@ impl Member {
 
     /// Hands over, or begins anew, what has nothing out any more.
     async fn mend(&mut self, shared: &Shared) -> Result<()> {
-        let leaving: Vec<Arc<Hold>> = {
-            let holds = shared.holds();
-            holds
-                .values()
-                .filter(|hold| hold.is_leaving() || !hold.is_connected())
-                .cloned()
-                .collect()
-        };
+        let mut leaving = shared.holds.all();
+        leaving.retain(|hold| hold.is_leaving() || !hold.is_connected());
         for hold in leaving {
             let mut settled = FxHashSet::default();
             let mut keeps = true;
             if !hold.is_connected() {
                 // The queue was deleted, or the broker has ended the channel.
                 hold.lose();
-                shared.holds().remove(&hold.assignment);
-                shared.tell(Change::Lost(hold.assignment));
+                shared.holds.remove(hold.assignment());
+                shared.tell(Change::Lost(hold.assignment()));
             } else if hold.is_idle() {
                 keeps = hold.partition.is_none() || self.keeps(shared).await?;
                 settled = hold.end().await.map_err(failed("handing over a queue"))?;
-                shared.holds().remove(&hold.assignment);
+                shared.holds.remove(hold.assignment());
             } else {
                 continue;
             }
@@ -294,7 +271,7 @@ impl Member {
     /// Whether all partitions that it has are its part.
     async fn keeps(&self, shared: &Shared) -> Result<bool> {
         let share = self.share(shared).await?;
-        Ok(shared.holds().len() <= share)
+        Ok(shared.holds.all().len() <= share)
     }
 
     /// Gives up what is more than its part, and takes what is free of it.
@@ -303,14 +280,12 @@ impl Member {
             return Ok(());
         }
         let share = self.share(shared).await?;
-        let (staying, held): (Vec<Arc<Hold>>, Vec<usize>) = {
-            let holds = shared.holds();
-            let staying = holds.values().filter(|hold| !hold.is_leaving()).cloned().collect();
-            (staying, holds.values().filter_map(|hold| hold.partition).collect())
-        };
+        let mut staying = shared.holds.all();
+        let held: Vec<usize> = staying.iter().filter_map(|hold| hold.partition).collect();
+        staying.retain(|hold| !hold.is_leaving());
         for hold in staying.iter().skip(share) {
             if hold.leave() {
-                shared.tell(Change::Revoked(hold.assignment));
+                shared.tell(Change::Revoked(hold.assignment()));
                 shared.stir.notify_one();
             }
         }
@@ -360,20 +335,27 @@ impl Member {
     async fn free(&self, shared: &Shared, partition: usize) -> Result<()> {
         let Some(sharing) = &self.sharing else { return Ok(()) };
         let name = lease_queue(&shared.subscription.group, partition);
-        let deleted = sharing
-            .control
-            .queue_delete(name.into(), QueueDeleteOptions::default())
-            .await;
-        deleted.map(drop).map_err(failed("handing over a partition"))
+        delete(&sharing.control, &name)
+            .await
+            .map_err(failed("handing over a partition"))
     }
 
     /// Ends in order: what was acknowledged has arrived, everything else goes back to its place.
     async fn leave(&mut self, shared: &Shared) {
-        let holds: Vec<Arc<Hold>> = std::mem::take(&mut *shared.holds()).into_values().collect();
+        let holds = shared.holds.take();
         let leaving = async {
             for hold in &holds {
-                hold.leave();
                 hold.end().await.map_err(failed("handing over a queue"))?;
+            }
+            if shared.subscription.broadcast {
+                let channel = self
+                    .connection
+                    .create_channel()
+                    .await
+                    .map_err(failed("opening a channel"))?;
+                delete(&channel, &shared.queue)
+                    .await
+                    .map_err(failed("deleting a queue"))?;
             }
             self.connection
                 .close(200, "OK".into())
@@ -385,4 +367,9 @@ impl Member {
             tracing::warn!(group = %shared.subscription.group, error = error.to_chain(), "the group was not left in order");
         }
     }
+}
+
+async fn delete(channel: &Channel, queue: &str) -> lapin::Result<()> {
+    let deleted = channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await;
+    deleted.map(drop)
 }

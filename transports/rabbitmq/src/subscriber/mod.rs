@@ -4,22 +4,24 @@ mod feed;
 mod hold;
 mod member;
 
-use crate::{connection::Broker, publisher::RabbitMqPublisher};
+use crate::{
+    connection::Broker,
+    publisher::RabbitMqPublisher,
+    topology::{CopyQueues, broadcast_queue},
+};
 use async_trait::async_trait;
 use feed::{RabbitMqDeliveries, RabbitMqSettler};
 use hold::Hold;
 use member::Member;
-use postrider_core::{Assignment, Error, ErrorKind, Feed, Result, Subscriber, Subscription};
-use rustc_hash::FxHashMap;
+use postrider_core::{Assignment, Error, ErrorKind, Feed, Result, Subscriber, Subscription, partition::Holds};
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 use tokio::sync::{Notify, mpsc, watch};
-use tokio_util::sync::{CancellationToken, DropGuard};
 
 #[derive(Debug)]
 pub(crate) struct RabbitMqSubscriber {
@@ -38,29 +40,32 @@ impl RabbitMqSubscriber {
 impl Subscriber for RabbitMqSubscriber {
     async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
         let (sender, changes) = mpsc::unbounded_channel();
-        let dropped = CancellationToken::new();
         let (ended, is_ended) = watch::channel(false);
         let shared = Arc::new(Shared {
+            queue: match subscription.broadcast {
+                true => broadcast_queue(&subscription.group),
+                false => subscription.group.to_string(),
+            },
             subscription: subscription.clone(),
             broker: self.broker.clone(),
             publisher: self.publisher.clone(),
-            holds: Mutex::default(),
+            copies: CopyQueues::default(),
+            holds: Holds::default(),
             changes: sender,
-            stir: Arc::default(),
+            stir: Notify::new(),
             closing: AtomicBool::new(false),
             is_ended,
-            _dropped: dropped.clone().drop_guard(),
         });
         // The first time in the caller's own time, so that whoever subscribes hears what is wrong.
         let member = Member::join(&shared).await?;
-        let work = member::run(Arc::downgrade(&shared), member, shared.stir.clone());
+        let handle = Arc::new(Handle(shared.clone()));
         tokio::spawn(async move {
-            dropped.run_until_cancelled(work).await;
+            member::run(&shared, member).await;
             let _ = ended.send(true);
         });
         Ok(Feed::new(
-            RabbitMqDeliveries::new(shared.clone(), changes),
-            RabbitMqSettler(shared),
+            RabbitMqDeliveries::new(handle.clone(), changes),
+            RabbitMqSettler(handle),
         ))
     }
 }
@@ -69,16 +74,27 @@ impl Subscriber for RabbitMqSubscriber {
 #[derive(Debug)]
 struct Shared {
     subscription: Subscription,
+    /// The queue of a group without partitions.
+    queue: String,
     broker: Broker,
     publisher: RabbitMqPublisher,
-    holds: Mutex<FxHashMap<Assignment, Arc<Hold>>>,
+    copies: CopyQueues,
+    holds: Holds<Hold>,
     changes: mpsc::UnboundedSender<Change>,
     /// Something has changed that the task is to look at.
-    stir: Arc<Notify>,
+    stir: Notify,
     closing: AtomicBool,
     is_ended: watch::Receiver<bool>,
-    /// Ends the task when nobody is left.
-    _dropped: DropGuard,
+}
+
+/// What the two sides of a feed have. When both are gone, the task leaves the group by itself.
+#[derive(Debug)]
+struct Handle(Arc<Shared>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.begin_to_close();
+    }
 }
 
 /// What the task tells of.
@@ -90,17 +106,10 @@ enum Change {
     Lost(Assignment),
     /// The connection cannot be had; it is tried on.
     Failed(Error),
+    Closed,
 }
 
 impl Shared {
-    fn holds(&self) -> MutexGuard<'_, FxHashMap<Assignment, Arc<Hold>>> {
-        self.holds.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn hold(&self, assignment: Assignment) -> Option<Arc<Hold>> {
-        self.holds().get(&assignment).cloned()
-    }
-
     fn tell(&self, change: Change) {
         let _ = self.changes.send(change);
     }
@@ -109,17 +118,26 @@ impl Shared {
         self.closing.load(Ordering::Acquire)
     }
 
+    /// Whether members share partitions.
+    fn is_shared(&self) -> bool {
+        self.subscription.ordered && !self.subscription.broadcast
+    }
+
     /// How many messages a queue may have handed to this member: enough that the broker need not be waited for.
     fn prefetch(&self) -> u16 {
         let wanted = self.subscription.max_in_flight.saturating_mul(2).clamp(16, 2000);
         u16::try_from(wanted).unwrap_or(2000)
     }
 
-    async fn close(&self, deadline: Duration) -> Result<()> {
+    fn begin_to_close(&self) {
         if !self.closing.swap(true, Ordering::AcqRel) {
-            self.tell(Change::Revoked(Assignment(0)));
+            self.tell(Change::Closed);
         }
         self.stir.notify_one();
+    }
+
+    async fn close(&self, deadline: Duration) -> Result<()> {
+        self.begin_to_close();
         let mut is_ended = self.is_ended.clone();
         let ended = tokio::time::timeout(deadline, is_ended.wait_for(|ended| *ended)).await;
         match ended {

@@ -1,5 +1,5 @@
 use crate::fixture::{Fixture, join, publish, take, text};
-use lapin::options::ExchangeDeleteOptions;
+use lapin::options::{ExchangeDeleteOptions, QueueDeclareOptions};
 use postrider_core::{ErrorKind, Message, PublishError, PublishErrorKind, Reachability, Scope, Topic};
 use postrider_rabbitmq::transport_with;
 use postrider_testkit::{run, run_within, server::RabbitMq};
@@ -277,6 +277,41 @@ fn a_blocked_broker_is_told_at_once() {
         while publisher.publish(&[fixture.message(None, "after")]).await[0].is_err() {
             assert!(began.elapsed() < Duration::from_secs(20), "it stays blocked");
             tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+}
+
+/// A confirm may be there before its message is handed over for good: it is told of all the same, though nothing follows it.
+#[test]
+fn a_confirm_that_comes_at_once_is_told() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let publisher = transport.publisher().unwrap();
+        assert!(matches!(publisher.check().await, Reachability::Up));
+        // A queue in memory confirms within a moment.
+        let (_connection, channel) = fixture.plain().await;
+        let queue = QueueDeclareOptions {
+            exclusive: true,
+            ..Default::default()
+        };
+        let name = fixture.name.as_str();
+        channel
+            .queue_declare(name.into(), queue, Default::default())
+            .await
+            .unwrap();
+        let bound = channel.queue_bind(
+            name.into(),
+            name.into(),
+            "#".into(),
+            Default::default(),
+            Default::default(),
+        );
+        bound.await.unwrap();
+        for n in 0..4_000 {
+            let batch = [fixture.message(None, &n.to_string())];
+            let published = tokio::time::timeout(Duration::from_secs(2), publisher.publish(&batch));
+            assert!(published.await.is_ok_and(|outcomes| outcomes[0].is_ok()), "{n}");
         }
     });
 }

@@ -1,5 +1,9 @@
 //! What brokers have in common that keep the order of keys by partitions, for authors of transports and logs.
 
+mod hold;
+
+pub use hold::{Copies, Hold, Holds, not_outstanding};
+
 use crate::MessageId;
 use md5::{Digest as _, Md5};
 use std::collections::VecDeque;
@@ -103,6 +107,13 @@ impl<T> Prefix<T> {
             self.out.pop_front();
         }
         last
+    }
+
+    /// The first that is not settled, of what is known.
+    #[must_use]
+    pub fn first_unsettled(&self) -> Option<u64> {
+        let first = self.out.iter().find(|(_, state)| !matches!(state, State::Settled));
+        first.map(|(position, _)| *position)
     }
 
     /// What is settled behind something that is not, in order.
