@@ -67,7 +67,7 @@ fn properties(key: &str) -> BasicProperties {
 
 /// One message, handed over; the future waits for its confirm.
 async fn publish(channel: Channel, exchange: String, topic: String, n: usize, payload: Vec<u8>) -> anyhow::Result<()> {
-    let (key, routing) = (Work::key(n), format!("{topic}.@{}", n % 64));
+    let (key, routing) = (Work::key(n), format!("{topic}.@.{}", n % 64));
     let sent = channel.basic_publish(exchange.into(), routing.into(), MANDATORY, &payload, properties(&key));
     let confirm = sent.await?.await?;
     anyhow::ensure!(matches!(confirm, Confirmation::Ack(None)), "{confirm:?}");
