@@ -22,11 +22,13 @@ pub fn slot_of(key: Option<&str>, id: MessageId) -> u8 {
     digest[0] % SLOTS
 }
 
-/// How many of the partitions a member may hold, of so many members: none has two more than another where all have as many
-/// as they may.
+/// The least and the most partitions that a member holds where all of so many members hold as many as the others, or one more.
+///
+/// Where the two differ and a member can get less than the least, one that has the most gives one up.
 #[must_use]
-pub fn fair_share(partitions: usize, members: usize) -> usize {
-    partitions.div_ceil(members.max(1))
+pub fn fair_share(partitions: usize, members: usize) -> (usize, usize) {
+    let members = members.max(1);
+    (partitions / members, partitions.div_ceil(members))
 }
 
 /// What was handed out of a partition, in order, each with a value, and how much of it is settled without a gap.
@@ -166,8 +168,8 @@ mod tests {
 
     #[test]
     fn shares_are_fair() {
-        let shares: Vec<usize> = (1..=4).map(|members| fair_share(8, members)).collect();
-        assert_eq!(shares, [8, 4, 3, 2]);
-        assert_eq!((fair_share(8, 0), fair_share(8, 20)), (8, 1));
+        let shares: Vec<_> = (1..=5).map(|members| fair_share(8, members)).collect();
+        assert_eq!(shares, [(8, 8), (4, 4), (2, 3), (2, 2), (1, 2)]);
+        assert_eq!((fair_share(8, 0), fair_share(8, 20)), ((8, 8), (0, 1)));
     }
 }

@@ -84,6 +84,7 @@ macro_rules! transport_conformance {
             order_per_key
             order_per_key_through_a_member_that_dies
             competing_consumers_share
+            members_share_the_partitions
             a_late_subscriber_gets_what_waited
             a_broadcast_reaches_every_member
             concurrent_close_loses_nothing
@@ -97,7 +98,31 @@ macro_rules! transport_conformance {
     (@each $fixture:expr; $($name:ident)*) => {$(
         #[test]
         fn $name() {
-            $crate::run(async { $crate::transport::$name(&$fixture).await });
+            let longest = std::time::Duration::from_secs(180);
+            $crate::run_within(longest, async { $crate::transport::$name(&$fixture).await });
+        }
+    )*};
+}
+
+/// One test for each behaviour a transport has to show while its broker is away; the arguments are an expression that starts
+/// a [`Server`](transport::Server) of a test's own, and a function of a reference to it that makes the transport.
+#[cfg(unix)]
+#[macro_export]
+macro_rules! transport_outages {
+    ($start:expr, $transport:expr) => {
+        $crate::transport_outages!(@each $start, $transport;
+            what_was_confirmed_outlives_the_broker
+            a_feed_outlives_the_broker
+            a_broker_that_stands_still_is_told
+        );
+    };
+    (@each $start:expr, $transport:expr; $($name:ident)*) => {$(
+        #[test]
+        fn $name() {
+            let server = $start;
+            let transport = $transport(&server);
+            let longest = std::time::Duration::from_secs(240);
+            $crate::run_within(longest, $crate::transport::$name(server, transport));
         }
     )*};
 }

@@ -17,7 +17,7 @@ pub struct KafkaOptions {
     pub window: usize,
     /// How long the client waits for more to send with a message; 1 ms by default.
     pub linger: Duration,
-    /// How long a message may be on its way, retries included; 10 s by default. Shorter than the relay's lease.
+    /// How long a message may be on its way, retries included; 8 s by default, less than the relay waits for a call.
     pub delivery_timeout: Duration,
     /// The most time that connecting, declaring and closing may take, each; 10 s by default.
     pub timeout: Duration,
@@ -85,7 +85,7 @@ impl Default for KafkaOptions {
             replication: None,
             window: 10_000,
             linger: Duration::from_millis(1),
-            delivery_timeout: Duration::from_secs(10),
+            delivery_timeout: Duration::from_secs(8),
             timeout: Duration::from_secs(10),
             session_timeout: Duration::from_secs(10),
             commit_interval: Duration::from_secs(1),

@@ -2,38 +2,29 @@
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
-use async_trait::async_trait;
-use postrider_core::{GroupName, Topic, Transport};
+use postrider_core::Transport;
 use postrider_kafka::{KafkaOptions, transport_with};
-use postrider_testkit::{server::Kafka, transport::TransportFixture, transport_conformance};
+use postrider_testkit::{server::Kafka, transport::NamedTransport, transport_conformance, transport_outages};
 use std::time::Duration;
 
-struct Fixture(String, Transport);
-
-impl Fixture {
-    fn new() -> Self {
-        let options = KafkaOptions::new(Kafka::shared().brokers()).with_partitions(4);
-        Self(Kafka::shared().fresh_name(), transport_with(options).unwrap())
-    }
+/// Topics and groups of its own.
+fn fixture() -> NamedTransport {
+    let server = Kafka::shared();
+    let options = KafkaOptions::new(server.brokers()).with_partitions(8);
+    NamedTransport::new(
+        server.fresh_name(),
+        transport_with(options).unwrap(),
+        Duration::from_secs(4),
+    )
 }
 
-#[async_trait]
-impl TransportFixture for Fixture {
-    fn transport(&self) -> Transport {
-        self.1.clone()
-    }
-    fn topic(&self, name: &str) -> Topic {
-        Topic::parse(format!("{}.{name}", self.0)).unwrap()
-    }
-    fn group(&self, name: &str) -> GroupName {
-        GroupName::parse(format!("{}.{name}", self.0)).unwrap()
-    }
-    async fn advance(&self, duration: Duration) {
-        tokio::time::sleep(duration).await;
-    }
-    fn quiet(&self) -> Duration {
-        Duration::from_secs(4)
-    }
+fn soon_told(server: &Kafka) -> Transport {
+    let seconds = Duration::from_secs;
+    let options = KafkaOptions::new(server.brokers())
+        .with_partitions(4)
+        .with_session_timeout(seconds(2));
+    transport_with(options.with_timeout(seconds(3)).with_delivery_timeout(seconds(3))).unwrap()
 }
 
-transport_conformance!(Fixture::new());
+transport_conformance!(fixture());
+transport_outages!(Kafka::start(), soon_told);

@@ -18,6 +18,9 @@ pub struct RabbitMqOptions {
     pub window: usize,
     /// The most time that connecting, declaring and closing may take, each; 10 s by default.
     pub timeout: Duration,
+    /// How long the broker may take to confirm a message; 8 s by default, less than the relay waits for a call. A queue that has
+    /// lost its majority confirms nothing.
+    pub confirm_timeout: Duration,
     /// Between heartbeats, which tell a hung peer from a quiet one; 10 s by default. A paused member keeps its partitions
     /// for up to twice as long.
     pub heartbeat: Duration,
@@ -40,6 +43,7 @@ impl Default for RabbitMqOptions {
             declares: true,
             window: 1000,
             timeout: Duration::from_secs(10),
+            confirm_timeout: Duration::from_secs(8),
             heartbeat: Duration::from_secs(10),
             balance_interval: Duration::from_millis(200),
             format: Format::Binary,
@@ -86,6 +90,12 @@ impl RabbitMqOptions {
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
+        self
+    }
+    /// Sets how long the broker may take to confirm a message.
+    #[must_use]
+    pub fn with_confirm_timeout(mut self, timeout: Duration) -> Self {
+        self.confirm_timeout = timeout;
         self
     }
     /// Sets the time between heartbeats.
@@ -142,6 +152,9 @@ impl RabbitMqOptions {
         if self.timeout.is_zero() {
             return wrong("timeout", "more than nothing".to_owned());
         }
+        if self.confirm_timeout < Duration::from_millis(100) {
+            return wrong("confirm_timeout", "at least 100 ms".to_owned());
+        }
         let seconds = self.heartbeat.as_secs();
         if !(1..=3600).contains(&seconds) {
             return wrong("heartbeat", "between 1 s and an hour".to_owned());
@@ -163,6 +176,7 @@ impl fmt::Debug for RabbitMqOptions {
             .field("declares", &self.declares)
             .field("window", &self.window)
             .field("timeout", &self.timeout)
+            .field("confirm_timeout", &self.confirm_timeout)
             .field("heartbeat", &self.heartbeat)
             .field("balance_interval", &self.balance_interval)
             .field("format", &self.format)

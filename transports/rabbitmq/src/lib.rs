@@ -11,7 +11,7 @@
 //! | `<group>:each:<id>` | a broadcast | everything, for one member; gone with it, or 10 minutes after it died |
 //! | `<group>:retry:<ms>:<queue>` | both | messages that wait for a retry, dead-lettered back by the broker |
 //! | `<group>:dead` | both | dead letters, for groups without an event log |
-//! | `<group>:members`, `<group>:<n>:lease` | an ordered group | who is there, and who has which partition; never any messages |
+//! | `<group>:members`, `<group>:hungry`, `<group>:<n>:lease` | an ordered group | who is there, who has too little, and who has which partition; never any messages |
 //!
 //! A plain client publishes to the exchange with the routing key `<topic>`; its messages arrive at an unordered group, and at
 //! the first partition of an ordered one. What it needs to write of the rest is in [`wire`](postrider_core::wire): attributes

@@ -19,7 +19,7 @@ use lapin::{
     types::FieldTable,
 };
 use postrider_core::{Error, Message, PublishError, Publisher, Reachability, wire::Format};
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use std::{
     collections::VecDeque,
     pin::Pin,
@@ -28,12 +28,14 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, Wake, Waker},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::sync::{mpsc, oneshot};
 
 type Outcome = Result<(), PublishError>;
 
+/// So many windows full of messages may be unconfirmed for too long before the connection is given up.
+const MOST_LATE: usize = 4;
 /// Calls that may wait for the task.
 const CALLS: usize = 1024;
 
@@ -212,6 +214,12 @@ struct Link {
     /// Calls that are not wholly handed over, in order.
     waiting: VecDeque<u64>,
     in_flight: FuturesUnordered<Confirming>,
+    /// In the order they were handed over, those that are answered among them.
+    unanswered: VecDeque<(Instant, Place)>,
+    /// Answered before they were confirmed, which they may still be.
+    late: FxHashSet<Place>,
+    /// The longest that a confirm may take.
+    patience: Duration,
     /// Resolved, and not yet believed.
     resolved: Vec<Resolved>,
     /// What was returned, by id and routing key: how often, and the broker's reason.
@@ -247,6 +255,9 @@ impl Link {
             last_call: 0,
             waiting: VecDeque::new(),
             in_flight: FuturesUnordered::new(),
+            unanswered: VecDeque::new(),
+            late: FxHashSet::default(),
+            patience: options.confirm_timeout,
             resolved: Vec::new(),
             returned: FxHashMap::default(),
         })
@@ -255,6 +266,8 @@ impl Link {
     /// Works until the connection is lost, or nobody is left to work for.
     async fn serve(mut self, first: Job, jobs: &mut mpsc::Receiver<Job>) {
         self.begin(first);
+        let mut looks = tokio::time::interval(self.patience / 10);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             self.hand_over();
             // What was confirmed while it was handed over is told before anything is waited for.
@@ -284,6 +297,12 @@ impl Link {
                     Some(job) => self.begin(job),
                     None => return,
                 },
+                _ = looks.tick() => {
+                    self.give_up();
+                    if self.late.len() > MOST_LATE * self.window {
+                        return self.fail_all(&PublishError::connection("RabbitMQ confirms too little"));
+                    }
+                }
             }
             if !self.channel.status().connected() {
                 return self.fail_all(&PublishError::connection("the channel to RabbitMQ has been closed"));
@@ -318,24 +337,54 @@ impl Link {
         self.calls.insert(self.last_call, call);
     }
 
+    /// Answers what has not been confirmed for too long: it keeps nobody waiting, and no place in the window.
+    fn give_up(&mut self) {
+        let now = Instant::now();
+        while let Some((since, place)) = self.unanswered.front().copied() {
+            let is_answered = self
+                .calls
+                .get(&place.0)
+                .is_none_or(|call| call.outcomes[place.1].is_some());
+            if !is_answered {
+                if now.saturating_duration_since(since) < self.patience {
+                    return;
+                }
+                self.late.insert(place);
+                let patience = self.patience;
+                self.answer(place, Err(PublishError::destination(format!(
+                    "RabbitMQ did not confirm it within {patience:?}, though it is there: a queue may have lost its majority"
+                ))));
+            }
+            self.unanswered.pop_front();
+        }
+    }
+
     /// Hands over as much as the window lets.
     fn hand_over(&mut self) {
-        while self.in_flight.len() < self.window {
+        let now = Instant::now();
+        while self.in_flight.len() < self.window + self.late.len() {
             let Some(&number) = self.waiting.front() else { return };
             let Some(call) = self.calls.get_mut(&number) else {
                 self.waiting.pop_front();
                 continue;
             };
             // Who has gone does not want the rest to be sent.
-            if call.reply.is_closed() || call.sent == call.outcomes.len() {
-                if call.reply.is_closed() {
+            if call.reply.is_closed() {
+                call.left -= call.outcomes.len() - call.sent;
+                call.outcomes.truncate(call.sent);
+                if call.left == 0 {
                     self.calls.remove(&number);
                 }
                 self.waiting.pop_front();
                 continue;
             }
+            if call.sent == call.outcomes.len() {
+                self.waiting.pop_front();
+                continue;
+            }
             let place = (number, call.sent);
             call.sent += 1;
+            self.unanswered.push_back((now, place));
             let (exchange, key, (properties, payload)) = match &call.work {
                 Work::Messages(messages) => {
                     let message = &messages[place.1];
@@ -424,6 +473,7 @@ impl Link {
     }
 
     fn confirmed(&mut self, (place, sent): (Place, Sent), result: lapin::Result<Confirmation>) {
+        self.late.remove(&place);
         // Whoever called may be gone; what was returned is told of all the same.
         let returned = match (&result, self.returned.entry(sent)) {
             (Ok(_), std::collections::hash_map::Entry::Occupied(mut known)) => {

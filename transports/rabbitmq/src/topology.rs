@@ -41,6 +41,11 @@ pub(crate) fn members_queue(group: &GroupName) -> String {
     format!("{group}:members")
 }
 
+/// Its consumers are members that have less than their part.
+pub(crate) fn hungry_queue(group: &GroupName) -> String {
+    format!("{group}:hungry")
+}
+
 /// The queue of one member of a broadcast.
 pub(crate) fn broadcast_queue(group: &GroupName) -> String {
     format!("{group}:each:{}", MessageId::new())
@@ -200,6 +205,8 @@ impl<'a> Declaring<'a> {
                 error
             }
         })?;
+        let classic = table(&[("x-queue-type", text("classic"))]);
+        self.queue(&hungry_queue(group), classic).await?;
         for partition in 0..partitions {
             let name = partition_queue(group, partition);
             let single = [("x-single-active-consumer", AMQPValue::Boolean(true))];

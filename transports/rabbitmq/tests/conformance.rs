@@ -2,39 +2,22 @@
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
-use async_trait::async_trait;
-use postrider_core::{GroupName, Topic, Transport};
+use postrider_core::Transport;
 use postrider_rabbitmq::{RabbitMqOptions, transport_with};
-use postrider_testkit::{server::RabbitMq, transport::TransportFixture, transport_conformance};
+use postrider_testkit::{server::RabbitMq, transport::NamedTransport, transport_conformance, transport_outages};
 use std::time::Duration;
 
-struct Fixture(String, Transport);
-
-impl Fixture {
-    fn new() -> Self {
-        let name = RabbitMq::shared().fresh_name();
-        let options = RabbitMqOptions::new(RabbitMq::shared().url()).with_exchange(&name);
-        Self(name, transport_with(options).unwrap())
-    }
+/// Everything under an exchange of its own.
+fn fixture() -> NamedTransport {
+    let server = RabbitMq::shared();
+    let name = server.fresh_name();
+    let options = RabbitMqOptions::new(server.url()).with_exchange(&name);
+    NamedTransport::new(name, transport_with(options).unwrap(), Duration::from_secs(1))
 }
 
-#[async_trait]
-impl TransportFixture for Fixture {
-    fn transport(&self) -> Transport {
-        self.1.clone()
-    }
-    fn topic(&self, name: &str) -> Topic {
-        Topic::parse(format!("{}.{name}", self.0)).unwrap()
-    }
-    fn group(&self, name: &str) -> GroupName {
-        GroupName::parse(format!("{}.{name}", self.0)).unwrap()
-    }
-    async fn advance(&self, duration: Duration) {
-        tokio::time::sleep(duration).await;
-    }
-    fn quiet(&self) -> Duration {
-        Duration::from_secs(1)
-    }
+fn soon_told(server: &RabbitMq) -> Transport {
+    transport_with(RabbitMqOptions::new(server.url()).with_heartbeat(Duration::from_secs(1))).unwrap()
 }
 
-transport_conformance!(Fixture::new());
+transport_conformance!(fixture());
+transport_outages!(RabbitMq::start(), soon_told);

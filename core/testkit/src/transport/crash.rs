@@ -27,10 +27,18 @@ pub trait Server {
     fn kill(&mut self);
     /// Starts it again, on the same data.
     fn restart(&mut self);
+    /// How long after something was declared a crash may still undo it, whatever was confirmed since.
+    fn forgets_within(&self) -> Duration {
+        Duration::ZERO
+    }
+    /// Lets it stand still.
+    fn pause(&mut self);
+    /// Lets it go on.
+    fn resume(&mut self);
 }
 
 macro_rules! server {
-    ($type:ident, $address:ident) => {
+    ($type:ident, $address:ident, $forgets_within:expr) => {
         impl Server for crate::server::$type {
             fn address(&self) -> String {
                 self.$address().to_string()
@@ -41,11 +49,21 @@ macro_rules! server {
             fn restart(&mut self) {
                 crate::server::$type::restart(self);
             }
+            fn forgets_within(&self) -> Duration {
+                $forgets_within
+            }
+            fn pause(&mut self) {
+                crate::server::$type::pause(self);
+            }
+            fn resume(&mut self) {
+                crate::server::$type::resume(self);
+            }
         }
     };
 }
-server!(RabbitMq, url);
-server!(Kafka, brokers);
+// Which quorum queues there are it writes with a delay of three seconds: one that is younger has no leader after a crash.
+server!(RabbitMq, url, Duration::from_secs(4));
+server!(Kafka, brokers, Duration::ZERO);
 
 const KEYS: usize = 60;
 const MEMBERS: usize = 3;

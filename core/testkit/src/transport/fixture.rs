@@ -62,6 +62,45 @@ impl TransportFixture for ClockedTransport {
     }
 }
 
+/// A transport over a broker that others use too, under names of its own.
+#[derive(Debug)]
+pub struct NamedTransport {
+    name: String,
+    transport: Transport,
+    quiet: Duration,
+}
+
+impl NamedTransport {
+    /// `name` is nobody else's; `quiet` is as [`TransportFixture::quiet`] says.
+    #[must_use]
+    pub fn new(name: impl Into<String>, transport: Transport, quiet: Duration) -> Self {
+        Self {
+            name: name.into(),
+            transport,
+            quiet,
+        }
+    }
+}
+
+#[async_trait]
+impl TransportFixture for NamedTransport {
+    fn transport(&self) -> Transport {
+        self.transport.clone()
+    }
+    fn topic(&self, name: &str) -> Topic {
+        Topic::parse(format!("{}.{name}", self.name)).expect("a name of the kit's own")
+    }
+    fn group(&self, name: &str) -> GroupName {
+        GroupName::parse(format!("{}.{name}", self.name)).expect("a name of the kit's own")
+    }
+    async fn advance(&self, duration: Duration) {
+        tokio::time::sleep(duration).await;
+    }
+    fn quiet(&self) -> Duration {
+        self.quiet
+    }
+}
+
 /// A member of a group, with the shorthands a test wants.
 pub(super) struct Member {
     intake: Intake,

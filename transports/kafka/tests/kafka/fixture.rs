@@ -1,9 +1,11 @@
 //! Names of a test's own on the broker that the tests share.
 
-use postrider_core::{Delivery, GroupName, Intake, Message, Settling, Subscription, Taken, Topic, Transport};
+use postrider_core::{GroupName, Message, Subscription, Topic, Transport};
 use postrider_kafka::{KafkaOptions, transport_with};
 use postrider_testkit::server::Kafka;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+pub(crate) use postrider_testkit::transport::{join, send as publish, take, text};
 
 pub(crate) struct Fixture {
     pub(crate) name: String,
@@ -48,34 +50,4 @@ impl Fixture {
             None => message,
         }
     }
-}
-
-pub(crate) async fn join(transport: &Transport, subscription: &Subscription) -> (Intake, Settling) {
-    let subscriber = transport.subscriber(subscription).unwrap();
-    subscriber.subscribe(subscription).await.unwrap().split()
-}
-
-pub(crate) async fn publish(transport: &Transport, batch: &[Message]) {
-    for outcome in transport.publisher().unwrap().publish(batch).await {
-        outcome.unwrap();
-    }
-}
-
-/// `count` deliveries, or what has come within `limit`.
-pub(crate) async fn take(intake: &mut Intake, count: usize, limit: Duration) -> Vec<Delivery> {
-    let until = Instant::now() + limit;
-    let mut taken = Vec::new();
-    while taken.len() < count {
-        let left = until.saturating_duration_since(Instant::now());
-        match tokio::time::timeout(left, intake.next(count - taken.len())).await {
-            Ok(Ok(Taken::Batch(batch))) => taken.extend(batch),
-            Ok(_) => {}
-            Err(_) => break,
-        }
-    }
-    taken
-}
-
-pub(crate) fn text(delivery: &Delivery) -> String {
-    String::from_utf8_lossy(delivery.message().payload()).into_owned()
 }

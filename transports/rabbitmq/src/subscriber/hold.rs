@@ -54,6 +54,8 @@ struct State {
     settled_before: FxHashSet<MessageId>,
     /// Nothing more is handed out.
     is_leaving: bool,
+    /// And somebody else is to have it.
+    is_given_up: bool,
     is_gone: bool,
 }
 
@@ -126,6 +128,16 @@ impl Hold {
     /// Hands out nothing more. `false` if it did not before.
     pub(super) fn leave(&self) -> bool {
         !std::mem::replace(&mut self.state().is_leaving, true)
+    }
+
+    /// The same, so that somebody else gets it.
+    pub(super) fn give_up(&self) -> bool {
+        self.state().is_given_up = true;
+        self.leave()
+    }
+
+    pub(super) fn is_given_up(&self) -> bool {
+        self.state().is_given_up
     }
 
     /// What is settled from now on is in vain.

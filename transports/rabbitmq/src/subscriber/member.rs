@@ -7,23 +7,24 @@
 
 use super::{Change, Shared, hold::Hold};
 use crate::{
-    connection::{close_soon, failed, is_reply},
-    topology::{Declaring, lease_queue, members_queue, partition_queue},
+    connection::{close_soon, failed, is_reply, within},
+    topology::{Declaring, hungry_queue, lease_queue, members_queue, partition_queue},
 };
 use futures_util::{Stream, StreamExt as _};
 use lapin::{
     Channel, Connection, Consumer, Event,
-    options::{BasicConsumeOptions, QueueDeclareOptions, QueueDeleteOptions},
+    options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions, QueueDeleteOptions},
     types::FieldTable,
 };
 use postrider_core::{
     Assignment, Error, MessageId, Result,
     partition::{Hold as _, fair_share},
 };
-use rustc_hash::FxHashSet;
+use rustc_hash::{FxHashMap, FxHashSet};
 use std::{
+    hash::BuildHasher as _,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -32,6 +33,8 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How long an acknowledgement waits for others.
 const ACKNOWLEDGE_AFTER: Duration = Duration::from_millis(3);
+/// Between tries of a partition that cannot be consumed.
+const TRIED_AGAIN_AFTER: Duration = Duration::from_secs(5);
 /// Between looks at queues that may have been deleted, where nothing else is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -49,6 +52,8 @@ struct Sharing {
     /// Its channel is its own: a refusal closes it.
     leasing: Option<Channel>,
     _mark: Consumer,
+    /// Its mark among those that have less than their part.
+    hungry: Option<Consumer>,
     /// Where the search for free partitions begins, so that members do not all try the same first.
     first: usize,
 }
@@ -88,6 +93,10 @@ pub(super) async fn run(shared: &Shared, first: Member) {
 }
 
 impl Shared {
+    fn broken(&self) -> MutexGuard<'_, FxHashMap<usize, Instant>> {
+        self.broken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lose_all(&self) {
         for hold in self.holds.take() {
             hold.lose();
@@ -104,6 +113,18 @@ impl Drop for Member {
 }
 
 impl Member {
+    /// The first time: a partition that cannot be consumed is passed over.
+    pub(super) async fn first(shared: &Shared) -> Result<Self> {
+        loop {
+            let broken = shared.broken().len();
+            let joined = Self::join(shared).await;
+            if joined.is_ok() || shared.broken().len() == broken {
+                return joined;
+            }
+            shared.lose_all();
+        }
+    }
+
     pub(super) async fn join(shared: &Shared) -> Result<Self> {
         let group = &shared.subscription.group;
         let connection = Arc::new(shared.broker.connect(&format!("group {group}")).await?);
@@ -136,6 +157,7 @@ impl Member {
                     control,
                     leasing: None,
                     _mark: mark.map_err(failed("joining the members of the group"))?,
+                    hungry: None,
                     first: usize::try_from(Assignment::fresh().0).unwrap_or(0) + std::process::id() as usize,
                 });
                 member.balance(shared).await
@@ -156,8 +178,15 @@ impl Member {
         partition: Option<usize>,
         settled_before: FxHashSet<MessageId>,
     ) -> Result<()> {
-        let opened = Hold::open(&self.connection, shared, queue, partition, settled_before).await;
-        let (hold, consumer) = opened.map_err(failed("consuming a queue"))?;
+        let opening = async {
+            let opened = Hold::open(&self.connection, shared, queue, partition, settled_before).await;
+            opened.map_err(failed("consuming a queue"))
+        };
+        let opened = within(shared.broker.options().timeout / 2, "consuming a queue", opening).await;
+        if let (Some(partition), Err(_)) = (partition, &opened) {
+            shared.broken().insert(partition, Instant::now());
+        }
+        let (hold, consumer) = opened?;
         let hold = Arc::new(hold);
         shared.holds.add(hold.clone());
         shared.tell(Change::Opened(hold, consumer));
@@ -231,7 +260,7 @@ impl Member {
                 shared.holds.remove(hold.assignment());
                 shared.tell(Change::Lost(hold.assignment()));
             } else if hold.is_idle() {
-                keeps = hold.partition.is_none() || self.keeps(shared).await?;
+                keeps = !hold.is_given_up() && (hold.partition.is_none() || self.keeps(shared).await?);
                 settled = hold.end().await.map_err(failed("handing over a queue"))?;
                 shared.holds.remove(hold.assignment());
             } else {
@@ -245,8 +274,8 @@ impl Member {
         Ok(())
     }
 
-    /// How many partitions are this member's part.
-    async fn share(&self, shared: &Shared) -> Result<usize> {
+    /// How many partitions are this member's part: the least and the most.
+    async fn share(&self, shared: &Shared) -> Result<(usize, usize)> {
         let members = self.consumers(&members_queue(&shared.subscription.group)).await?;
         Ok(fair_share(
             shared.broker.options().partitions,
@@ -270,8 +299,8 @@ impl Member {
 
     /// Whether all partitions that it has are its part.
     async fn keeps(&self, shared: &Shared) -> Result<bool> {
-        let share = self.share(shared).await?;
-        Ok(shared.holds.all().len() <= share)
+        let (_, most) = self.share(shared).await?;
+        Ok(shared.holds.all().len() <= most)
     }
 
     /// Gives up what is more than its part, and takes what is free of it.
@@ -279,29 +308,67 @@ impl Member {
         if self.sharing.is_none() {
             return Ok(());
         }
-        let share = self.share(shared).await?;
+        let group = &shared.subscription.group;
+        let (least, most) = self.share(shared).await?;
         let mut staying = shared.holds.all();
         let held: Vec<usize> = staying.iter().filter_map(|hold| hold.partition).collect();
         staying.retain(|hold| !hold.is_leaving());
-        for hold in staying.iter().skip(share) {
-            if hold.leave() {
+        let mut keeps = most;
+        if least < most && staying.len() == most && self.consumers(&hungry_queue(group)).await? > 0 && coin() {
+            keeps = least;
+        }
+        for hold in staying.iter().skip(keeps) {
+            if hold.give_up() {
                 shared.tell(Change::Revoked(hold.assignment()));
                 shared.stir.notify_one();
             }
         }
         let partitions = shared.broker.options().partitions;
-        let mut room = share.saturating_sub(held.len());
+        let mut room = keeps.saturating_sub(held.len());
         let first = self.sharing.as_ref().map_or(0, |sharing| sharing.first);
         for partition in (0..partitions).map(|n| (first + n) % partitions) {
             if room == 0 {
-                return Ok(());
+                break;
             }
-            let queue = partition_queue(&shared.subscription.group, partition);
-            if held.contains(&partition) || self.consumers(&queue).await? > 0 || !self.lease(shared, partition).await? {
+            let queue = partition_queue(group, partition);
+            let broken = shared.broken().get(&partition).map(Instant::elapsed);
+            if held.contains(&partition) || broken.is_some_and(|since| since < TRIED_AGAIN_AFTER) {
                 continue;
             }
+            if self.consumers(&queue).await? > 0 || !self.lease(shared, partition).await? {
+                continue;
+            }
+            if broken.is_some() && !is_sound(shared, &queue).await {
+                shared.broken().insert(partition, Instant::now());
+                self.free(shared, partition).await?;
+                continue;
+            }
+            shared.broken().remove(&partition);
             room -= 1;
             self.open(shared, queue, Some(partition), FxHashSet::default()).await?;
+        }
+        self.say_hungry(shared, keeps.saturating_sub(room) < least).await
+    }
+
+    /// Says to the others whether it has less than its part.
+    async fn say_hungry(&mut self, shared: &Shared, is_hungry: bool) -> Result<()> {
+        let Some(sharing) = &mut self.sharing else {
+            return Ok(());
+        };
+        let name = hungry_queue(&shared.subscription.group);
+        match sharing.hungry.take() {
+            None if is_hungry => {
+                let options = BasicConsumeOptions::default();
+                let mark = sharing
+                    .control
+                    .basic_consume(name.into(), "".into(), options, FieldTable::default());
+                sharing.hungry = Some(mark.await.map_err(failed("asking for a partition"))?);
+            }
+            Some(mark) if !is_hungry => {
+                let ended = sharing.control.basic_cancel(mark.tag(), BasicCancelOptions::default());
+                ended.await.map_err(failed("asking for no partition"))?;
+            }
+            unchanged => sharing.hungry = unchanged,
         }
         Ok(())
     }
@@ -367,6 +434,41 @@ impl Member {
             tracing::warn!(group = %shared.subscription.group, error = error.to_chain(), "the group was not left in order");
         }
     }
+}
+
+/// So that not everyone who may gives one up.
+fn coin() -> bool {
+    std::hash::RandomState::new().hash_one(()).is_multiple_of(2)
+}
+
+/// Whether a queue can be consumed, tried on a connection of its own: where it cannot, the broker ends the connection. What
+/// it hands out meanwhile goes back to its place.
+async fn is_sound(shared: &Shared, queue: &str) -> bool {
+    let trying = async {
+        let connection = Arc::new(shared.broker.connect("trying a queue").await?);
+        let tried = async {
+            let channel = connection.create_channel().await?;
+            channel.basic_qos(1, BasicQosOptions::default()).await?;
+            let options = BasicConsumeOptions::default();
+            let consumer = channel.basic_consume(queue.into(), "".into(), options, FieldTable::default());
+            let consumer = consumer.await?;
+            connection.close(200, "OK".into()).await?;
+            drop(consumer);
+            Ok(())
+        };
+        let tried = tried.await.map_err(failed("trying a queue"));
+        close_soon(connection);
+        tried
+    };
+    let tried = within(shared.broker.options().timeout / 4, "trying a queue", trying).await;
+    if let Err(error) = &tried {
+        tracing::warn!(
+            queue,
+            error = error.to_chain(),
+            "a queue cannot be consumed: it may have lost its majority"
+        );
+    }
+    tried.is_ok()
 }
 
 async fn delete(channel: &Channel, queue: &str) -> lapin::Result<()> {

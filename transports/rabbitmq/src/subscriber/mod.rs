@@ -14,12 +14,13 @@ use feed::{RabbitMqDeliveries, RabbitMqSettler};
 use hold::Hold;
 use member::Member;
 use postrider_core::{Assignment, Error, ErrorKind, Feed, Result, Subscriber, Subscription, partition::Holds};
+use rustc_hash::FxHashMap;
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::sync::{Notify, mpsc, watch};
 
@@ -51,13 +52,14 @@ impl Subscriber for RabbitMqSubscriber {
             publisher: self.publisher.clone(),
             copies: CopyQueues::default(),
             holds: Holds::default(),
+            broken: Mutex::default(),
             changes: sender,
             stir: Notify::new(),
             closing: AtomicBool::new(false),
             is_ended,
         });
         // The first time in the caller's own time, so that whoever subscribes hears what is wrong.
-        let member = Member::join(&shared).await?;
+        let member = Member::first(&shared).await?;
         let handle = Arc::new(Handle(shared.clone()));
         tokio::spawn(async move {
             member::run(&shared, member).await;
@@ -80,6 +82,8 @@ struct Shared {
     publisher: RabbitMqPublisher,
     copies: CopyQueues,
     holds: Holds<Hold>,
+    /// Partitions that could not be consumed, and when.
+    broken: Mutex<FxHashMap<usize, Instant>>,
     changes: mpsc::UnboundedSender<Change>,
     /// Something has changed that the task is to look at.
     stir: Notify,

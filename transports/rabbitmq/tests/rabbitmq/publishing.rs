@@ -1,6 +1,8 @@
 use crate::fixture::{Fixture, join, publish, take, text};
 use lapin::options::{ExchangeDeleteOptions, QueueDeclareOptions};
-use postrider_core::{ErrorKind, Message, PublishError, PublishErrorKind, Reachability, Scope, Topic};
+use postrider_core::{
+    Delivery, ErrorKind, Message, PublishError, PublishErrorKind, Reachability, Scope, Topic, partition::slot_of,
+};
 use postrider_rabbitmq::transport_with;
 use postrider_testkit::{run, run_within, server::RabbitMq};
 use std::{
@@ -174,78 +176,6 @@ fn a_broker_that_cannot_be_reached_is_told_without_the_password() {
     });
 }
 
-/// Killed with messages on their way: what was confirmed is there, and the publisher comes back by itself.
-#[test]
-fn what_was_confirmed_outlives_the_broker() {
-    run_within(Duration::from_secs(120), async {
-        let mut server = RabbitMq::start();
-        let fixture = Fixture::on(&server);
-        let transport = fixture.transport();
-        let subscription = fixture.ordered().unordered().with_max_in_flight(500);
-        let (mut intake, settling) = join(&transport, &subscription).await;
-        let publisher = transport.publisher().unwrap().clone();
-        let name = fixture.message(None, "x");
-        let publishing = tokio::spawn(async move {
-            let (mut confirmed, mut away, mut back) = (BTreeSet::new(), None, None);
-            for call in 0.. {
-                let batch: Vec<Message> = (0..100)
-                    .map(|n| Message::new(name.topic().clone(), "test.v1", format!("{call}.{n}")).with_source("test"))
-                    .collect();
-                for (n, outcome) in publisher.publish(&batch).await.into_iter().enumerate() {
-                    match outcome {
-                        Ok(()) => {
-                            confirmed.insert(format!("{call}.{n}"));
-                            if away.is_some() {
-                                back.get_or_insert_with(Instant::now);
-                            }
-                        }
-                        Err(error) => {
-                            assert!(matches!(error.kind(), PublishErrorKind::Unavailable(_)), "{error:?}");
-                            away.get_or_insert_with(Instant::now);
-                        }
-                    }
-                }
-                if back.is_some_and(|at: Instant| at.elapsed() > Duration::from_secs(1)) {
-                    println!("back after {:?}", back.unwrap() - away.unwrap());
-                    return confirmed;
-                }
-                if away.is_some() && back.is_none() {
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
-            }
-            unreachable!()
-        });
-        tokio::time::sleep(Duration::from_millis(1500)).await;
-        let killing = tokio::task::spawn_blocking(move || {
-            server.kill();
-            server.restart();
-            server
-        });
-        let mut got = BTreeSet::new();
-        let (mut repeats, mut quiet) = (0, 0);
-        loop {
-            let taken = take(&mut intake, 200, Duration::from_secs(2)).await;
-            if publishing.is_finished() && taken.is_empty() {
-                quiet += 1;
-                // The member may still be on its way back.
-                if quiet == 8 {
-                    break;
-                }
-            }
-            repeats += taken.iter().filter(|delivery| !got.insert(text(delivery))).count();
-            // Those of the life before are refused, and come again.
-            settling
-                .settle(taken.into_iter().map(postrider_core::Delivery::ack).collect())
-                .await;
-        }
-        let confirmed = publishing.await.unwrap();
-        let lost: Vec<&String> = confirmed.difference(&got).collect();
-        println!("{} confirmed, {} got, {repeats} repeats", confirmed.len(), got.len());
-        assert!(lost.is_empty(), "{} lost, {:?} first", lost.len(), lost[0]);
-        drop(killing.await.unwrap());
-    });
-}
-
 /// While the broker is low on memory it takes nothing, and says so.
 #[test]
 fn a_blocked_broker_is_told_at_once() {
@@ -313,5 +243,63 @@ fn a_confirm_that_comes_at_once_is_told() {
             let published = tokio::time::timeout(Duration::from_secs(2), publisher.publish(&batch));
             assert!(published.await.is_ok_and(|outcomes| outcomes[0].is_ok()), "{n}");
         }
+    });
+}
+
+/// A queue that has lost its majority confirms nothing and gives nothing: nobody else waits for it, in sending or receiving.
+#[test]
+fn a_queue_without_its_majority_stops_only_itself() {
+    run_within(Duration::from_secs(120), async {
+        let mut server = RabbitMq::start();
+        let fixture = Fixture::on(&server);
+        let options = fixture.options().with_confirm_timeout(Duration::from_secs(2));
+        let transport = transport_with(options).unwrap();
+        let (intake, settling) = join(&transport, &fixture.ordered()).await;
+        let batch: Vec<Message> = (0..200).map(|n| fixture.message(Some(&n.to_string()), "x")).collect();
+        publish(&transport, &batch).await;
+        let partition = |message: &Message| slot_of(message.key(), message.id()) / 8;
+        let queue = format!("{{'%2F_{}:3', node()}}", fixture.name);
+        server.ctl(&["eval", &format!("ra:stop_server(quorum_queues, {queue}).")]);
+        let began = Instant::now();
+        let outcomes = transport.publisher().unwrap().publish(&batch).await;
+        println!("told after {:?}", began.elapsed());
+        for (message, outcome) in batch.iter().zip(&outcomes) {
+            let expected = if partition(message) == 3 { DESTINATION } else { None };
+            assert_eq!(kind(outcome), expected, "{outcome:?}");
+        }
+        assert!(format!("{outcomes:?}").contains("majority"));
+        // Whoever joins now gets what the other queues have.
+        drop((intake, settling));
+        let (mut intake, settling) = join(&transport, &fixture.ordered()).await;
+        let others = batch.iter().filter(|message| partition(message) != 3).count();
+        let mut got = 0;
+        while got < 2 * others {
+            let taken = take(&mut intake, 50, Duration::from_secs(20)).await;
+            assert!(!taken.is_empty(), "{got} of {}", 2 * others);
+            got += taken.len();
+            settling.settle(taken.into_iter().map(Delivery::ack).collect()).await;
+        }
+        println!("the other queues' messages are there after {:?}", began.elapsed());
+        server.ctl(&["eval", &format!("ra:restart_server(quorum_queues, {queue}).")]);
+        let began = Instant::now();
+        while transport
+            .publisher()
+            .unwrap()
+            .publish(&batch)
+            .await
+            .iter()
+            .any(Result::is_err)
+        {
+            assert!(began.elapsed() < Duration::from_secs(40), "it does not come back");
+        }
+        let of_queue = |deliveries: &[Delivery]| deliveries.iter().filter(|d| partition(d.message()) == 3).count();
+        let (mut of_it, until) = (0, Instant::now() + Duration::from_secs(40));
+        while of_it < 2 * (200 - others) && Instant::now() < until {
+            let taken = take(&mut intake, 50, Duration::from_secs(1)).await;
+            of_it += of_queue(&taken);
+            settling.settle(taken.into_iter().map(Delivery::ack).collect()).await;
+        }
+        println!("everything is there {:?} after it is back", began.elapsed());
+        assert!(of_it >= 2 * (200 - others), "{of_it} of {}", 2 * (200 - others));
     });
 }
