@@ -257,6 +257,15 @@ impl Feed {
         }
     }
 
+    /// Wraps the outcomes' side, to meter it or to inject faults.
+    #[must_use]
+    pub fn map_settler<S: Settler>(self, wrap: impl FnOnce(Arc<dyn Settler>) -> S) -> Self {
+        Self {
+            deliveries: self.deliveries,
+            settler: Arc::new(wrap(self.settler)),
+        }
+    }
+
     /// The engine's two sides.
     #[must_use]
     pub fn split(self) -> (Intake, Settling) {

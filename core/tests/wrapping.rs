@@ -1,4 +1,5 @@
-//! A log wrapped in another, to meter it and to make it slow: everything goes on working, transactions included.
+//! A log wrapped in another, to meter it and to make it slow: everything goes on working, transactions included. And a
+//! transport that takes no dead letters.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -6,7 +7,8 @@ mod world;
 
 use async_trait::async_trait;
 use postrider_core::{
-    Bus, EventBus, EventLog, Mailbox, PublishError, Result, Topic,
+    Bus, Context, DeliveryTag, Disposition, Error, ErrorKind, Event, EventBus, EventLog, Feed, GroupName, HandlerError,
+    HandlerResult, Mailbox, PublishError, Result, Settler, Subscriber, Subscription, Topic, Transport,
     clock::{Clock, ManualClock},
     log::{
         Claim, Claimed, EventLogStore, Lent, LogCapabilities, NewRecord, Purge, Session, SessionOptions, SettleReport,
@@ -14,6 +16,7 @@ use postrider_core::{
     },
     memory::{MemoryLog, MemoryTransport},
 };
+use serde::{Deserialize, Serialize};
 use std::{
     collections::HashSet,
     sync::{
@@ -230,4 +233,72 @@ async fn parts_that_are_missing_are_refused_by_name() {
     bus.publish(event("t", None, "x")).await.unwrap();
     let wrong = Lent::exclusive(&mut 1_u8).get_mut::<String>().unwrap_err();
     assert_eq!(wrong.kind(), postrider_core::ErrorKind::WrongTransaction);
+}
+
+#[derive(Debug, Serialize, Deserialize, Event)]
+#[event(crate = "postrider_core", name = "noted")]
+struct Noted {
+    id: u32,
+}
+
+/// Takes no dead letter: what is to be one comes again.
+#[derive(Debug)]
+struct NoDeadLetters<S>(S);
+
+#[async_trait]
+impl<S: Subscriber> Subscriber for NoDeadLetters<S> {
+    async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
+        let feed = self.0.subscribe(subscription).await?;
+        Ok(feed.map_settler(NoDeadLetters))
+    }
+}
+
+#[async_trait]
+impl<S: Settler> Settler for NoDeadLetters<S> {
+    async fn settle(&self, batch: &[(DeliveryTag, Disposition)]) -> Vec<Result<()>> {
+        let mut outcomes = Vec::new();
+        for (tag, disposition) in batch {
+            let is_dead = *disposition == Disposition::DeadLetter;
+            let said = if is_dead { Disposition::Release } else { *disposition };
+            let settled = self.0.settle(&[(*tag, said)]).await.remove(0);
+            outcomes.push(if is_dead {
+                Err(Error::new(ErrorKind::Unavailable, "not stored"))
+            } else {
+                settled
+            });
+        }
+        outcomes
+    }
+    async fn close(&self, deadline: Duration) -> Result<()> {
+        self.0.close(deadline).await
+    }
+}
+
+/// A dead letter that cannot be stored comes again at longer and longer intervals, and is never lost.
+#[tokio::test]
+async fn what_cannot_be_settled_does_not_spin() {
+    let clock = ManualClock::shared();
+    let broker = MemoryTransport::on_clock(clock.clone());
+    let transport = Transport::from(broker.clone()).map_subscriber(NoDeadLetters);
+    let bus = Bus::builder()
+        .transport(transport)
+        .clock(clock.clone())
+        .source("test")
+        .build()
+        .unwrap();
+    bus.start().await.unwrap();
+    let failing = async |_: &Noted, _: &mut Context| -> HandlerResult { Err(HandlerError::permanent("never")) };
+    let running = bus.subscribe::<Noted>("g").handler(failing).start().await.unwrap();
+    bus.publish_direct(&Noted { id: 1 }).await.unwrap();
+    for _ in 0..1200 {
+        for _ in 0..50 {
+            tokio::task::yield_now().await;
+        }
+        clock.advance(Duration::from_millis(100));
+    }
+    // In two minutes: after 0.5, 1, 2, 4, 8, 16 and then every 30 seconds.
+    let report = running.report();
+    assert!((7..=11).contains(&report.delivered), "{report:?}");
+    assert!(broker.dead_letters(&GroupName::new("g")).is_empty());
+    bus.shutdown(secs(1)).await.unwrap();
 }

@@ -37,6 +37,8 @@ pub(super) struct Shared {
 const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Between tries to reach a transport or a log that failed.
 const PAUSE: Duration = Duration::from_millis(500);
+/// And while a transport fails to take outcomes, which makes messages come again at once: twice as long each time, up to this.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 pub(super) struct Worker {
     pub(super) shared: Arc<Shared>,
@@ -74,7 +76,8 @@ impl InHand {
 impl Worker {
     pub(super) async fn run(mut self) {
         let mut hand = InHand::default();
-        let mut settle: Option<BoxFuture<'static, usize>> = None;
+        let mut settle: Option<BoxFuture<'static, bool>> = None;
+        let mut next_pause = PAUSE;
         let mut is_stopping = false;
         let mut pause: Option<BoxFuture<'static, ()>> = None;
         loop {
@@ -103,9 +106,17 @@ impl Worker {
                         self.finished(&mut hand, finished);
                     }
                 }
-                _ = ready(&mut settle), if settle.is_some() => {
+                failed = ready(&mut settle), if settle.is_some() => {
                     settle = None;
                     hand.being_settled = 0;
+                    if failed {
+                        let clock = self.shared.clock.clone();
+                        let length = next_pause;
+                        next_pause = (next_pause * 2).min(LONGEST_PAUSE);
+                        pause = Some(async move { clock.sleep(length).await }.boxed());
+                    } else {
+                        next_pause = PAUSE;
+                    }
                 }
                 () = ready(&mut pause), if pause.is_some() => pause = None,
                 taken = self.intake.next(room), if takes => match taken {
@@ -135,7 +146,8 @@ impl Worker {
         }
     }
 
-    fn settle(&self, hand: &mut InHand) -> BoxFuture<'static, usize> {
+    /// Tells the broker the outcomes. Gives whether it failed to do what they say.
+    fn settle(&self, hand: &mut InHand) -> BoxFuture<'static, bool> {
         let batch = std::mem::take(&mut hand.settlements);
         hand.being_settled = batch.len();
         let (settling, shared) = (self.settling.clone(), self.shared.clone());
@@ -145,7 +157,8 @@ impl Worker {
             if let Some(error) = errors.first() {
                 tracing::warn!(group = %shared.group, messages = errors.len(), error = error.to_chain(), "outcomes were not taken: the messages come again");
             }
-            errors.len()
+            // A partition that has gone to somebody else is nobody's failure.
+            errors.iter().any(|error| error.kind() != ErrorKind::LeaseLost)
         }
         .boxed()
     }

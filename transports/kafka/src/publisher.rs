@@ -335,9 +335,10 @@ impl Publisher for KafkaPublisher {
             Err(error) => return Reachability::Down(PublishError::connection(error)),
         };
         let timeout = self.shared.cluster.options().timeout;
-        match off_thread(move || producer.client().fetch_cluster_id(timeout)).await {
-            Ok(Some(_)) => Reachability::Up,
-            Ok(None) => Reachability::Down(PublishError::connection("no Kafka broker answers")),
+        // Its cluster's id the client would remember.
+        match off_thread(move || producer.client().fetch_metadata(None, timeout).map(drop)).await {
+            Ok(Ok(())) => Reachability::Up,
+            Ok(Err(error)) => Reachability::Down(PublishError::connection(failed("asking brokers")(error))),
             Err(error) => Reachability::Down(PublishError::connection(error)),
         }
     }

@@ -209,7 +209,7 @@ pub async fn a_feed_outlives_the_broker<S: Server>(mut server: S, transport: Tra
         let missing: Vec<&String> = expected.iter().filter(|text| !got.contains(text)).collect();
         assert!(missing.is_empty(), "{missing:?} never came: {refused} refused, {got:?}");
         println!(
-            "{group}: told within {told:?}; after the restart confirms were back after {published:?}, deliveries after {received:?}; {refused} of 10 acknowledgements refused"
+            "{group}: told within {told:?}; after the restart confirms were back after {published:?}, deliveries after {received:?}; {refused} settlements refused"
         );
         settling.close(CLOSE).await.expect("a close");
     }

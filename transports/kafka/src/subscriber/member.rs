@@ -112,6 +112,9 @@ pub(super) fn start(shared: Arc<Shared>, ended: watch::Sender<bool>) -> Result<(
     let from = if broadcast {
         ends_of(&consumer, &topics, options.timeout).map_err(failed("looking where topics end"))?
     } else {
+        // Whoever subscribes hears if there is no broker; joining the group says nothing.
+        let found = consumer.fetch_metadata(topics.first().copied(), options.timeout);
+        found.map_err(failed("looking for a topic"))?;
         FxHashMap::default()
     };
     consumer.subscribe(&topics).map_err(failed("joining the group"))?;

@@ -1,7 +1,7 @@
 use crate::fixture::{Fixture, join, publish, take, text};
 use futures_util::StreamExt as _;
 use lapin::options::{BasicConsumeOptions, BasicNackOptions, BasicQosOptions, QueueDeclareOptions};
-use postrider_core::{Delivery, Message, Taken};
+use postrider_core::{Delivery, Message, Taken, partition::slot_of};
 use postrider_testkit::{run, run_within, server::RabbitMq};
 use std::time::Duration;
 
@@ -150,61 +150,68 @@ fn a_member_that_takes_nothing_holds_little() {
     });
 }
 
-/// What the transport does not do, and why: handing a queue over by cancelling the consumer puts what is unsettled behind
-/// what follows it, and so does giving it back by a nack where others consume.
+/// A plain member of the group of a fixture: the queue of the key `k`, twenty messages of it, and nobody else.
+async fn plain_members(fixture: &Fixture) -> [(lapin::Connection, lapin::Channel, lapin::Consumer); 2] {
+    let transport = fixture.transport();
+    // It declares the queues, and has no member.
+    let (intake, settling) = join(&transport, &fixture.ordered()).await;
+    settling.close(SOON).await.unwrap();
+    drop(intake);
+    publish(&transport, &numbers(fixture, 20)).await;
+    let partition = slot_of(Some("k"), fixture.message(None, "").id()) / 8;
+    let queue = format!("{}:{partition}", fixture.name);
+    let consume = async |tag: &str| {
+        let (connection, channel) = fixture.plain().await;
+        channel.basic_qos(10, BasicQosOptions::default()).await.unwrap();
+        let options = BasicConsumeOptions::default();
+        let consumer = channel.basic_consume(queue.as_str().into(), tag.into(), options, Default::default());
+        let consumer = consumer.await.unwrap();
+        (connection, channel, consumer)
+    };
+    [consume("first").await, consume("second").await]
+}
+
+async fn next(consumer: &mut lapin::Consumer) -> (u64, usize) {
+    let delivery = consumer.next().await.unwrap().unwrap();
+    let n = String::from_utf8(delivery.data).unwrap();
+    (delivery.delivery_tag, n.parse().unwrap())
+}
+
+/// What the transport does not do, and why: the next consumer begins behind what a cancelled one has not settled, which comes
+/// after it.
 #[test]
 fn handing_over_by_cancel_is_what_breaks_order() {
     run(async {
         let fixture = Fixture::new();
-        let transport = fixture.transport();
-        // It declares the queues, and has no member.
-        let (intake, settling) = join(&transport, &fixture.ordered()).await;
-        settling.close(SOON).await.unwrap();
-        drop(intake);
-        publish(&transport, &numbers(&fixture, 20)).await;
-        let partition = usize::from(postrider_core::partition::slot_of(
-            Some("k"),
-            fixture.message(None, "").id(),
-        )) * 8
-            / 64;
-        let queue = format!("{}:{partition}", fixture.name);
-        let consume = async |tag: &str| {
-            let (connection, channel) = fixture.plain().await;
-            channel.basic_qos(10, BasicQosOptions::default()).await.unwrap();
-            let consumer = channel
-                .basic_consume(
-                    queue.as_str().into(),
-                    tag.into(),
-                    BasicConsumeOptions::default(),
-                    Default::default(),
-                )
-                .await
-                .unwrap();
-            (connection, channel, consumer)
-        };
-        let (_first, first_channel, mut first) = consume("first").await;
-        let (_second, second_channel, mut second) = consume("second").await;
-        let text = |delivery: lapin::message::Delivery| String::from_utf8(delivery.data).unwrap();
-        let mut got = Vec::new();
-        for _ in 0..10 {
-            got.push(text(first.next().await.unwrap().unwrap()));
+        let [(_first, first_channel, mut first), (_second, _, mut second)] = plain_members(&fixture).await;
+        for n in 0..10 {
+            assert_eq!(next(&mut first).await.1, n);
         }
-        assert_eq!(got, (0..10).map(|n| n.to_string()).collect::<Vec<_>>());
-        first_channel
-            .basic_cancel("first".into(), Default::default())
-            .await
-            .unwrap();
-        let next = text(second.next().await.unwrap().unwrap());
-        assert_eq!(next, "10", "the second begins behind what the first has not settled");
-        // Given back now, it comes behind: overtaken.
-        let all = BasicNackOptions {
-            multiple: true,
+        let cancelled = first_channel.basic_cancel("first".into(), Default::default());
+        cancelled.await.unwrap();
+        assert_eq!(next(&mut second).await.1, 10);
+    });
+}
+
+/// Nor this: what is given back by a nack comes behind what its channel has already got of what follows it.
+#[test]
+fn giving_back_by_nack_is_what_breaks_order() {
+    run(async {
+        let fixture = Fixture::new();
+        let [(_first, channel, mut first), _second] = plain_members(&fixture).await;
+        let (tag, n) = next(&mut first).await;
+        assert_eq!(n, 0);
+        let back = BasicNackOptions {
+            multiple: false,
             requeue: true,
         };
-        first_channel.basic_nack(10, all).await.unwrap();
-        second_channel
-            .basic_ack(0, lapin::options::BasicAckOptions { multiple: true })
-            .await
-            .unwrap();
+        channel.basic_nack(tag, back).await.unwrap();
+        let after: Vec<usize> = [next(&mut first).await.1, next(&mut first).await.1].to_vec();
+        assert_eq!(after, [1, 2], "the one given back is overtaken");
+        // And comes at last.
+        let mut rest = Vec::new();
+        while !rest.contains(&0) {
+            rest.push(next(&mut first).await.1);
+        }
     });
 }
