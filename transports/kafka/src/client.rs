@@ -22,9 +22,25 @@ impl Cluster {
         &self.0
     }
 
+    /// Whether the client knows what it is told.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.config().create_native_config().map(drop).map_err(|why| {
+            let text = "librdkafka does not know a property, or takes no such value for it";
+            let error = Error::new(ErrorKind::Config, text);
+            // Not its own words, which have the value in them.
+            match why {
+                KafkaError::ClientConfig(_, _, name, _) => error.with("property", name),
+                _ => error,
+            }
+        })
+    }
+
     pub(crate) fn config(&self) -> ClientConfig {
         let options = self.options();
         let mut config = ClientConfig::new();
+        for (name, value) in &options.properties {
+            config.set(name, value);
+        }
         config
             .set("bootstrap.servers", &options.brokers)
             .set("client.id", &options.client_id)

@@ -40,7 +40,44 @@ pub struct KafkaOptions {
     pub ca_file: Option<String>,
     /// User and password, and how they are told: `PLAIN`, `SCRAM-SHA-256`, `SCRAM-SHA-512`.
     pub login: Option<Login>,
+    /// Anything else that librdkafka can be told, such as `compression.type`: names and values as its documentation has them.
+    /// What an option of this transport says, or a promise rests on, is refused. Values are never shown.
+    pub properties: Vec<(String, String)>,
 }
+
+/// What this transport says itself.
+const OWN: [&str; 30] = [
+    "acks",
+    "auto.commit.interval.ms",
+    "auto.offset.reset",
+    "bootstrap.servers",
+    "client.id",
+    "delivery.timeout.ms",
+    "enable.auto.commit",
+    "enable.auto.offset.store",
+    "enable.idempotence",
+    "enable.partition.eof",
+    "fetch.queue.backoff.ms",
+    "group.id",
+    "group.protocol",
+    "heartbeat.interval.ms",
+    "linger.ms",
+    "message.timeout.ms",
+    "metadata.broker.list",
+    "partition.assignment.strategy",
+    "partitioner",
+    "queue.buffering.max.messages",
+    "queue.buffering.max.ms",
+    "request.required.acks",
+    "sasl.mechanism",
+    "sasl.mechanisms",
+    "sasl.password",
+    "sasl.username",
+    "security.protocol",
+    "session.timeout.ms",
+    "ssl.ca.location",
+    "transactional.id",
+];
 
 /// Who to be.
 #[derive(Clone, PartialEq, Eq)]
@@ -96,6 +133,7 @@ impl Default for KafkaOptions {
             tls: false,
             ca_file: None,
             login: None,
+            properties: Vec::new(),
         }
     }
 }
@@ -189,6 +227,13 @@ impl KafkaOptions {
         self
     }
 
+    /// Tells librdkafka something else: a name and a value as its documentation has them.
+    #[must_use]
+    pub fn with_property(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.properties.push((name.into(), value.into()));
+        self
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         let wrong = |option: &'static str, why: &str| {
             Err(
@@ -217,6 +262,10 @@ impl KafkaOptions {
         }
         if self.handover_timeout > Duration::from_secs(240) {
             return wrong("handover_timeout", "at most 4 minutes, since Kafka waits for 5");
+        }
+        if let Some((name, _)) = self.properties.iter().find(|(name, _)| OWN.contains(&name.as_str())) {
+            let why = format!("`{name}` is an option of the transport, or what its promises rest on");
+            return wrong("properties", &why);
         }
         let needs_tls = self.tls
             || self
@@ -254,6 +303,10 @@ impl fmt::Debug for KafkaOptions {
             .field("tls", &self.tls)
             .field("ca_file", &self.ca_file)
             .field("login", &self.login)
+            .field(
+                "properties",
+                &self.properties.iter().map(|(name, _)| name).collect::<Vec<_>>(),
+            )
             .finish()
     }
 }

@@ -52,6 +52,7 @@ pub fn transport(brokers: impl Into<String>) -> Result<Transport> {
 pub fn transport_with(options: KafkaOptions) -> Result<Transport> {
     options.check()?;
     let cluster = client::Cluster::new(options);
+    cluster.check()?;
     let publisher = KafkaPublisher::new(cluster.clone());
     let capabilities = Capabilities::default()
         .with_order(Order::Partitioned)

@@ -211,12 +211,14 @@ fn a_partition_that_comes_back_wakes_its_member() {
     });
 }
 
-/// A member that takes nothing for longer than its session goes on being one.
+/// A member that takes nothing for longer than its session, and longer than Kafka lets pass between two polls, goes on being
+/// one: whoever joins meanwhile gets a part, and what the first has in hand is still its own.
 #[test]
 fn a_busy_member_is_no_dead_member() {
     run(async {
         let fixture = Fixture::new();
-        let transport = fixture.transport();
+        let options = fixture.options().with_property("max.poll.interval.ms", "4000");
+        let transport = transport_with(options).unwrap();
         let (mut intake, settling) = join(&transport, &fixture.subscription()).await;
         publish(&transport, &numbers(&fixture, 0..100)).await;
         let taken = take(&mut intake, 10, SOON).await;
@@ -228,13 +230,52 @@ fn a_busy_member_is_no_dead_member() {
                 .is_empty()
         );
         let rest = take(&mut intake, 90, SOON).await;
-        assert_eq!(rest.len(), 90);
+        assert_eq!(rest.len(), 90, "nothing comes twice, and nothing is missing");
         assert!(
             settling
                 .settle(rest.into_iter().map(Delivery::ack).collect())
                 .await
                 .is_empty()
         );
+    });
+}
+
+/// And the other way round: a plain client that polls too seldom loses its partitions, which is what the test above would show.
+#[test]
+fn a_plain_member_that_polls_too_seldom_is_put_out() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let (_intake, settling) = join(&transport, &fixture.subscription()).await;
+        settling.close(Duration::from_secs(10)).await.unwrap();
+        publish(&transport, &numbers(&fixture, 0..100)).await;
+        let plain: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", &fixture.brokers)
+            .set("group.id", &fixture.name)
+            .set("auto.offset.reset", "earliest")
+            .set("session.timeout.ms", "2000")
+            .set("max.poll.interval.ms", "4000")
+            .create()
+            .unwrap();
+        plain.subscribe(&[fixture.topic().as_str()]).unwrap();
+        let began = Instant::now();
+        while plain
+            .poll(Duration::from_millis(100))
+            .is_none_or(|polled| polled.is_err())
+        {
+            assert!(began.elapsed() < SOON, "it gets nothing");
+        }
+        tokio::time::sleep(Duration::from_secs(7)).await;
+        let mut is_put_out = false;
+        for _ in 0..300 {
+            match plain.poll(Duration::from_millis(10)) {
+                Some(Err(error)) => is_put_out |= format!("{error:?}").contains("PollExceeded"),
+                Some(Ok(_)) => {}
+                None if is_put_out => break,
+                None => {}
+            }
+        }
+        assert!(is_put_out);
     });
 }
 

@@ -74,7 +74,20 @@ fn brokers_that_cannot_be_reached_are_told_without_the_password() {
             transport.publisher().unwrap().check().await,
             Reachability::Down(_)
         ));
-        // What is not compiled in is refused, by name.
+        // What the promises rest on is refused, by name, and so is what librdkafka does not know.
+        let options = KafkaOptions::new("127.0.0.1:1").with_property("sasl.oauthbearer.config", "secret");
+        assert!(!format!("{options:?}").contains("secret"));
+        let unknown = transport_with(options.clone().with_property("no.such", "secret")).unwrap_err();
+        assert!(
+            unknown.to_string().contains("no.such") && !format!("{unknown:?}").contains("secret"),
+            "{unknown}"
+        );
+        let error = transport_with(options.with_property("acks", "1")).unwrap_err();
+        assert!(
+            error.kind() == ErrorKind::Config && error.to_string().contains("acks"),
+            "{error}"
+        );
+        // What is not compiled in too.
         let error = transport_with(KafkaOptions::new("h:1").with_tls(None)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Config);
         assert!(error.to_string().contains("kafka-tls"), "{error}");
