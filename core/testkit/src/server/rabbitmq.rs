@@ -31,12 +31,25 @@ struct Own {
     dir: PathBuf,
     bin: PathBuf,
     port: u16,
+    /// Where it speaks TLS.
+    tls_port: u16,
     /// Of the node's own protocol, and of the daemon that knows its port.
     dist: u16,
     epmd: u16,
     pid: u32,
     _keeper: Keeper,
 }
+
+const CONFIG: &str = "\
+vm_memory_high_watermark.absolute = 2GB
+disk_free_limit.absolute = 50MB
+loopback_users = none
+listeners.ssl.default = 127.0.0.1:{tls}
+ssl_options.cacertfile = {dir}/ca.pem
+ssl_options.certfile = {dir}/ca.pem
+ssl_options.keyfile = {dir}/key.pem
+ssl_options.verify = verify_none
+";
 
 const VARIABLE: &str = "POSTRIDER_TEST_RABBITMQ_URL";
 
@@ -58,8 +71,14 @@ impl RabbitMq {
     pub fn start() -> Self {
         let dir = fresh_dir("rabbitmq");
         let (dist, epmd) = (free_port(), free_port());
-        let config =
-            "vm_memory_high_watermark.absolute = 2GB\ndisk_free_limit.absolute = 50MB\nloopback_users = none\n";
+        let tls_port = free_port();
+        let certificate = rcgen::generate_simple_self_signed(["localhost".to_owned(), "127.0.0.1".to_owned()]);
+        let certificate = certificate.expect("a certificate");
+        fs::write(dir.join("ca.pem"), certificate.cert.pem()).expect("its certificate");
+        fs::write(dir.join("key.pem"), certificate.signing_key.serialize_pem()).expect("its key");
+        let config = CONFIG
+            .replace("{tls}", &tls_port.to_string())
+            .replace("{dir}", &dir.display().to_string());
         fs::write(dir.join("rabbitmq.conf"), config).expect("its configuration");
         fs::write(dir.join("enabled_plugins"), "[].").expect("its plugins");
         fs::write(dir.join("server.log"), "").expect("a log file");
@@ -70,6 +89,7 @@ impl RabbitMq {
         let mut own = Own {
             bin: programs(),
             port: free_port(),
+            tls_port,
             dist,
             epmd,
             pid: 0,
@@ -88,6 +108,20 @@ impl RabbitMq {
         match &self.place {
             Place::Own(own) => format!("amqp://guest:guest@127.0.0.1:{}/%2f", own.port),
             Place::Given(url) => url.clone(),
+        }
+    }
+
+    /// Its address for TLS, and the certificate to trust.
+    #[must_use]
+    pub fn tls(&self) -> (String, PathBuf) {
+        match &self.place {
+            Place::Own(own) => (
+                format!("amqps://guest:guest@localhost:{}/%2f", own.tls_port),
+                own.dir.join("ca.pem"),
+            ),
+            Place::Given(_) => {
+                panic!("a broker that {VARIABLE} names has no certificate that is known: use RabbitMq::start()")
+            }
         }
     }
 

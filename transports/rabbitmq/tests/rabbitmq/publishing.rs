@@ -3,7 +3,7 @@ use lapin::options::{ExchangeDeleteOptions, QueueDeclareOptions};
 use postrider_core::{
     Delivery, ErrorKind, Message, PublishError, PublishErrorKind, Reachability, Scope, Topic, partition::slot_of,
 };
-use postrider_rabbitmq::transport_with;
+use postrider_rabbitmq::{RabbitMqOptions, transport_with};
 use postrider_testkit::{run, run_within, server::RabbitMq};
 use std::{
     collections::BTreeSet,
@@ -144,7 +144,7 @@ fn what_is_declared_otherwise_is_told() {
 #[test]
 fn a_broker_that_cannot_be_reached_is_told_without_the_password() {
     run(async {
-        let options = postrider_rabbitmq::RabbitMqOptions::new("amqp://u:secret@127.0.0.1:1/%2f");
+        let options = RabbitMqOptions::new("amqp://u:secret@127.0.0.1:1/%2f");
         let transport = transport_with(options).unwrap();
         let message = Message::new(Topic::new("t"), "t.v1", "x");
         let outcome = transport.publisher().unwrap().publish(&[message]).await;
@@ -162,7 +162,7 @@ fn a_broker_that_cannot_be_reached_is_told_without_the_password() {
         // Wrong passwords too.
         let fixture = Fixture::new();
         let wrong = fixture.url.replace("guest:guest", "guest:secret");
-        let transport = transport_with(postrider_rabbitmq::RabbitMqOptions::new(wrong)).unwrap();
+        let transport = transport_with(RabbitMqOptions::new(wrong)).unwrap();
         let outcome = transport
             .publisher()
             .unwrap()
@@ -173,6 +173,38 @@ fn a_broker_that_cannot_be_reached_is_told_without_the_password() {
             shown.contains("refuses the connection") && !shown.contains("secret"),
             "{shown}"
         );
+    });
+}
+
+/// Over TLS, with an authority of one's own to trust; a certificate that nobody vouches for is refused.
+#[test]
+fn tls_is_spoken_and_certificates_are_checked() {
+    run(async {
+        let server = RabbitMq::start();
+        let fixture = Fixture::on(&server);
+        let (url, ca_file) = server.tls();
+        let options = RabbitMqOptions::new(&url).with_exchange(&fixture.name);
+        let trusting = transport_with(options.clone().with_ca_file(&ca_file)).unwrap();
+        let (mut intake, _settling) = join(&trusting, &fixture.ordered()).await;
+        publish(&trusting, &[fixture.message(Some("k"), "over TLS")]).await;
+        let got = take(&mut intake, 1, Duration::from_secs(5)).await;
+        assert_eq!(got.iter().map(text).collect::<Vec<_>>(), ["over TLS"]);
+        let doubting = transport_with(options).unwrap();
+        let outcome = doubting
+            .publisher()
+            .unwrap()
+            .publish(&[fixture.message(None, "x")])
+            .await;
+        assert_eq!(kind(&outcome[0]), CONNECTION);
+        assert!(
+            format!("{outcome:?}").to_lowercase().contains("certificate"),
+            "{outcome:?}"
+        );
+        // Certificates without TLS, and none where they should be.
+        let plain = RabbitMqOptions::new(server.url()).with_ca_file(&ca_file);
+        assert!(transport_with(plain).unwrap_err().to_string().contains("amqps://"));
+        let missing = RabbitMqOptions::new(&url).with_ca_file("no/such.pem");
+        assert!(transport_with(missing).unwrap_err().to_string().contains("no/such.pem"));
     });
 }
 
