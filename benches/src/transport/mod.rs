@@ -8,6 +8,7 @@ use anyhow::{Context as _, bail};
 use postrider::{
     Bus, Context, Delivery, Event, HandlerResult, Message, RelayOptions, Subscription, Taken, Topic, Transport,
     postgres::PostgresLog,
+    relay::{SendOrder, TopicOptions, TopicPattern},
 };
 use postrider_testkit::server::Postgres;
 use std::{
@@ -192,14 +193,29 @@ async fn filled(broker: &impl Broker, work: &Work, ordered: bool) -> anyhow::Res
 }
 
 #[derive(serde::Serialize, serde::Deserialize, Event)]
-#[event(name = "bench.carried", key = |e: &Self| e.n % 1000)]
+#[event(name = "bench.carried", key = |e: &Self| e.n % e.keys)]
 struct Carried {
     n: u64,
+    keys: u64,
     text: String,
 }
 
-/// From an outbox on Postgres, over the broker, to a handler.
-async fn end_to_end(broker: &impl Broker, count: usize, bytes: usize) -> anyhow::Result<Duration> {
+/// What goes from an outbox on Postgres, over the broker, to a handler.
+#[derive(Debug, Clone, Copy)]
+struct Carry {
+    count: usize,
+    bytes: usize,
+    keys: u64,
+    order: SendOrder,
+}
+
+async fn end_to_end(broker: &impl Broker, carry: Carry) -> anyhow::Result<Duration> {
+    let Carry {
+        count,
+        bytes,
+        keys,
+        order,
+    } = carry;
     static SERVER: OnceLock<Postgres> = OnceLock::new();
     let server = SERVER.get_or_init(|| Postgres::start_with(&["max_wal_size=4GB", "shared_buffers=1GB"]));
     let options = postrider::postgres::PostgresOptions::default().with_schema(server.fresh_name());
@@ -208,7 +224,8 @@ async fn end_to_end(broker: &impl Broker, count: usize, bytes: usize) -> anyhow:
     let relay = RelayOptions::default()
         .with_batch_size(1000)
         .with_max_in_flight(8000)
-        .with_retention(Duration::ZERO);
+        .with_retention(Duration::ZERO)
+        .topic(TopicPattern::parse("*")?, TopicOptions::default().with_order(order));
     let bus = Bus::builder()
         .log(log)
         .transport(broker.transport()?)
@@ -216,8 +233,13 @@ async fn end_to_end(broker: &impl Broker, count: usize, bytes: usize) -> anyhow:
         .source("bench")
         .build()?;
     bus.migrate().await?;
-    let text = "x".repeat(bytes.saturating_sub(24));
-    let events: Vec<Carried> = (0..count as u64).map(|n| Carried { n, text: text.clone() }).collect();
+    let text = "x".repeat(bytes.saturating_sub(36));
+    let event = |n| Carried {
+        n,
+        keys,
+        text: text.clone(),
+    };
+    let events: Vec<Carried> = (0..count as u64).map(event).collect();
     for batch in events.chunks(1000) {
         bus.publish_all(batch).await?;
     }
@@ -324,7 +346,48 @@ fn cases(
             rounds,
             count,
             || runtime.block_on(async { broker.publish_raw(&Work::new(count, bytes)?).await }),
-            || runtime.block_on(end_to_end(broker, count, bytes)),
+            || {
+                runtime.block_on(end_to_end(
+                    broker,
+                    Carry {
+                        count,
+                        bytes,
+                        keys: 1000,
+                        order: SendOrder::Strict,
+                    },
+                ))
+            },
+        )?;
+    }
+    // The raw client cannot do better than one at a time either, if the one before is to be confirmed first.
+    for (order, tasks, name_of_it) in [(SendOrder::Strict, 1, "strict"), (SendOrder::Pipelined, 0, "pipelined")] {
+        let count = size.of(if tasks == 1 { 4_000 } else { 40_000 });
+        let work = move || Work::new(count, 256);
+        table.compare(
+            name,
+            format!("one hot key, {name_of_it} (left: raw publish)"),
+            "/s",
+            rounds,
+            count,
+            || {
+                runtime.block_on(async {
+                    match tasks {
+                        0 => broker.publish_raw(&work()?).await,
+                        tasks => broker.publish_raw_from(&work()?, tasks).await,
+                    }
+                })
+            },
+            || {
+                runtime.block_on(end_to_end(
+                    broker,
+                    Carry {
+                        count,
+                        bytes: 256,
+                        keys: 1,
+                        order,
+                    },
+                ))
+            },
         )?;
     }
     Ok(())

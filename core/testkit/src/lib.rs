@@ -105,26 +105,31 @@ macro_rules! transport_conformance {
 }
 
 /// One test for each behaviour a transport has to show while its broker is away; the arguments are an expression that starts
-/// a [`Server`](transport::Server) of a test's own, and a function of a reference to it that makes the transport.
+/// a [`Server`](transport::Server) of a test's own, a function of a reference to it that makes the transport, and attributes
+/// that the tests get.
 #[cfg(unix)]
 #[macro_export]
 macro_rules! transport_outages {
-    ($start:expr, $transport:expr) => {
-        $crate::transport_outages!(@each $start, $transport;
+    ($start:expr, $transport:expr $(, #[$attribute:meta])*) => {
+        $crate::transport_outages!(@each [$(#[$attribute])*] $start, $transport;
             what_was_confirmed_outlives_the_broker
             a_feed_outlives_the_broker
             a_broker_that_stands_still_is_told
         );
     };
-    (@each $start:expr, $transport:expr; $($name:ident)*) => {$(
+    (@each $attributes:tt $start:expr, $transport:expr; $($name:ident)*) => {$(
+        $crate::transport_outages!(@one $attributes $start, $transport; $name);
+    )*};
+    (@one [$(#[$attribute:meta])*] $start:expr, $transport:expr; $name:ident) => {
         #[test]
+        $(#[$attribute])*
         fn $name() {
             let server = $start;
             let transport = $transport(&server);
             let longest = std::time::Duration::from_secs(240);
             $crate::run_within(longest, $crate::transport::$name(server, transport));
         }
-    )*};
+    };
 }
 
 /// Runs a test on a runtime of two threads, for at most a minute.

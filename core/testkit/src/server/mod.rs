@@ -27,7 +27,8 @@ pub(crate) fn free_port() -> u16 {
 }
 
 /// A name that no other test uses.
-pub(crate) fn fresh_name() -> String {
+#[must_use]
+pub fn fresh_name() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     format!("test_{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }

@@ -39,6 +39,7 @@ fn committed(fixture: &Fixture) -> BTreeMap<i32, i64> {
 
 /// Committing the highest offset that is finished would pass over what is not.
 #[test]
+#[cfg_attr(feature = "mock", ignore = "it takes a real group of real members")]
 fn nothing_is_committed_past_a_gap() {
     run(async {
         let fixture = Fixture::new();
@@ -78,6 +79,7 @@ fn nothing_is_committed_past_a_gap() {
 
 /// What was given back comes again, and what was settled behind it does not.
 #[test]
+#[cfg_attr(feature = "mock", ignore = "it takes a real group of real members")]
 fn a_released_message_comes_again_alone() {
     run(async {
         let fixture = Fixture::new();
@@ -99,6 +101,7 @@ fn a_released_message_comes_again_alone() {
 
 /// With work in hand: it is finished first, the partition goes then, and nothing comes twice.
 #[test]
+#[cfg_attr(feature = "mock", ignore = "it takes a real group of real members")]
 fn a_partition_is_handed_over_when_its_work_is_done() {
     run(async {
         let fixture = Fixture::new();
@@ -166,6 +169,7 @@ fn a_partition_is_handed_over_when_its_work_is_done() {
 /// A partition that comes back to a member that had it wakes that member again: of a partition there is one queue with one
 /// callback, whoever else has a handle on it.
 #[test]
+#[cfg_attr(feature = "mock", ignore = "it takes a real group of real members")]
 fn a_partition_that_comes_back_wakes_its_member() {
     run(async {
         let fixture = Fixture::new();
@@ -214,6 +218,7 @@ fn a_partition_that_comes_back_wakes_its_member() {
 /// A member that takes nothing for longer than its session, and longer than Kafka lets pass between two polls, goes on being
 /// one: whoever joins meanwhile gets a part, and what the first has in hand is still its own.
 #[test]
+#[cfg_attr(feature = "mock", ignore = "it takes a real group of real members")]
 fn a_busy_member_is_no_dead_member() {
     run(async {
         let fixture = Fixture::new();
@@ -242,6 +247,7 @@ fn a_busy_member_is_no_dead_member() {
 
 /// And the other way round: a plain client that polls too seldom loses its partitions, which is what the test above would show.
 #[test]
+#[cfg_attr(feature = "mock", ignore = "it takes a real group of real members")]
 fn a_plain_member_that_polls_too_seldom_is_put_out() {
     run(async {
         let fixture = Fixture::new();
@@ -281,6 +287,7 @@ fn a_plain_member_that_polls_too_seldom_is_put_out() {
 
 /// The client's own drop waits for its threads, which nobody on the runtime should.
 #[test]
+#[cfg_attr(feature = "mock", ignore = "it takes a real group of real members")]
 fn dropping_a_feed_stops_nobody() {
     run(async {
         let fixture = Fixture::new();

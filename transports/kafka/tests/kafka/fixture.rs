@@ -1,8 +1,9 @@
 //! Names of a test's own on the broker that the tests share.
 
+use crate::broker;
 use postrider_core::{GroupName, Message, Subscription, Topic, Transport};
 use postrider_kafka::{KafkaOptions, transport_with};
-use postrider_testkit::server::Kafka;
+use postrider_testkit::server::fresh_name;
 use std::time::Duration;
 
 pub(crate) use postrider_testkit::transport::{join, send as publish, take, text};
@@ -14,18 +15,14 @@ pub(crate) struct Fixture {
 
 impl Fixture {
     pub(crate) fn new() -> Self {
-        Self::on(Kafka::shared())
-    }
-
-    pub(crate) fn on(server: &Kafka) -> Self {
         Self {
-            name: server.fresh_name(),
-            brokers: server.brokers(),
+            name: fresh_name(),
+            brokers: broker::options().brokers,
         }
     }
 
     pub(crate) fn options(&self) -> KafkaOptions {
-        KafkaOptions::new(&self.brokers)
+        broker::options()
             .with_partitions(4)
             .with_session_timeout(Duration::from_secs(2))
     }

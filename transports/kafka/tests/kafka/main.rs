@@ -2,6 +2,8 @@
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
+#[path = "../broker/mod.rs"]
+mod broker;
 mod consuming;
 mod fixture;
 mod publishing;

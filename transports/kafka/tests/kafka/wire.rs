@@ -62,6 +62,7 @@ fn a_plain_client_reads_what_the_golden_files_say() {
 }
 
 #[test]
+#[cfg_attr(feature = "mock", ignore = "it takes a real group of real members")]
 fn records_of_a_plain_client_are_taken() {
     run(async {
         let fixture = Fixture::new();
