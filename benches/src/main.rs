@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout)]
 
 mod engine;
+mod peers;
 mod postgres;
 mod sqlite;
 mod table;

@@ -1,6 +1,6 @@
 //! The Postgres log beside bare SQL on the same server, through the same driver. It starts its own server.
 
-use crate::{Size, engine::NoOp, table::Table};
+use crate::{Size, engine::NoOp, peers, table::Table};
 use async_trait::async_trait;
 use postrider::{
     Bus, Event, Message, MessageId, PublishError, Publisher, Reachability, RelayOptions, Transport,
@@ -382,30 +382,10 @@ async fn drain_ours(server: &Postgres, drain: &Drain) -> anyhow::Result<Duration
     Ok(took)
 }
 
-/// How long another outbox takes on the same server: a program of its own workspace, since its driver clashes with ours.
+/// How long another outbox takes on the same server.
 fn drain_peer(server: &Postgres, which: &str, rows: usize, batch: usize) -> anyhow::Result<Duration> {
-    let mut peer = std::process::Command::new("cargo");
-    peer.args([
-        "run",
-        "-q",
-        "--release",
-        "--manifest-path",
-        "benches/peers/Cargo.toml",
-        "--target-dir",
-        "target/peers",
-        "--",
-    ]);
-    let output = peer
-        .args([&server.url(), which, &rows.to_string(), &batch.to_string()])
-        .output()?;
-    anyhow::ensure!(
-        output.status.success(),
-        "{which}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Ok(Duration::from_secs_f64(
-        String::from_utf8_lossy(&output.stdout).trim().parse()?,
-    ))
+    let mut peer = peers::cargo("benches/peers/Cargo.toml");
+    peers::run(peer.args([&server.url(), which, &rows.to_string(), &batch.to_string()]))
 }
 
 /// When each message was committed, or came to the publisher.

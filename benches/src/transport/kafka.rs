@@ -82,6 +82,10 @@ async fn confirmed(sent: DeliveryFuture) -> anyhow::Result<()> {
 impl Broker for KafkaBroker {
     const WINDOW: usize = 10_000;
 
+    fn address(&self) -> String {
+        self.server.brokers()
+    }
+
     fn transport(&self) -> anyhow::Result<Transport> {
         let options = postrider::kafka::KafkaOptions::new(self.server.brokers()).with_partitions(4);
         Ok(postrider::kafka::transport_with(options)?)

@@ -3,7 +3,7 @@
 mod kafka;
 mod rabbitmq;
 
-use crate::{Size, table::Table};
+use crate::{Size, peers, table::Table};
 use anyhow::{Context as _, bail};
 use postrider::{
     Bus, Context, Delivery, Event, HandlerResult, Message, RelayOptions, Subscription, Taken, Topic, Transport,
@@ -19,10 +19,20 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Other libraries, and the brokers they know.
+const RUST_PEERS: [(&str, &[&str]); 4] = [
+    ("ruststream", &["rabbitmq", "kafka"]),
+    ("mq-bridge", &["rabbitmq", "kafka"]),
+    ("omniqueue", &["rabbitmq"]),
+    ("sea-streamer", &["kafka"]),
+];
+
 /// What a bench needs of a broker, and of its raw client.
 trait Broker {
     /// How many unconfirmed messages the raw client has on their way, and ours.
     const WINDOW: usize;
+    /// Where it is.
+    fn address(&self) -> String;
     /// A fresh transport of ours.
     fn transport(&self) -> anyhow::Result<Transport>;
     /// Publishes to `topic`, confirmed, with the strategy that is fastest.
@@ -387,6 +397,76 @@ fn cases(
                         order,
                     },
                 ))
+            },
+        )?;
+    }
+    if size.peers {
+        beside_peers(name, broker, count, rounds, table, runtime)?;
+    }
+    Ok(())
+}
+
+/// Other projects on the same broker, and ours doing the same.
+fn beside_peers(
+    name: &'static str,
+    broker: &impl Broker,
+    count: usize,
+    rounds: usize,
+    table: &mut Table,
+    runtime: &tokio::runtime::Runtime,
+) -> anyhow::Result<()> {
+    let address = broker.address();
+    let watermill = |tuning: &'static str| {
+        let address = address.clone();
+        move |what: &str, count: usize| {
+            let mut peer = std::process::Command::new("go");
+            peer.args(["run", ".", name, &address, what, tuning, &count.to_string(), "256"]);
+            peers::run(peer.current_dir("benches/peers/watermill"))
+        }
+    };
+    let rust = |peer: &'static str| {
+        let address = address.clone();
+        move |what: &str, count: usize| {
+            let mut program = peers::cargo("benches/peers/transports/Cargo.toml");
+            peers::run(program.args([peer, name, &address, what, &count.to_string(), "256"]))
+        }
+    };
+    type Peer = Box<dyn Fn(&str, usize) -> anyhow::Result<Duration>>;
+    // As it comes it waits for each message, so there are fewer.
+    let mut all: Vec<(String, usize, Peer)> = vec![
+        (
+            "Watermill as it comes".to_owned(),
+            count / 10,
+            Box::new(watermill("default")),
+        ),
+        ("Watermill at its best".to_owned(), count, Box::new(watermill("tuned"))),
+    ];
+    for peer in RUST_PEERS.into_iter().filter(|peer| peer.1.contains(&name)) {
+        all.push((peer.0.to_owned(), count / 2, Box::new(rust(peer.0))));
+    }
+    for (peer, count, run) in &all {
+        table.compare(
+            name,
+            format!("publish 256 B, {peer} (left)"),
+            "/s",
+            rounds,
+            *count,
+            || run("publish", *count),
+            || runtime.block_on(async { publish_ours(broker, &Work::new(*count, 256)?).await }),
+        )?;
+        table.compare(
+            name,
+            format!("consume 256 B, {peer} (left)"),
+            "/s",
+            rounds,
+            *count,
+            || run("consume", *count),
+            || {
+                runtime.block_on(async {
+                    let work = Work::new(*count, 256)?;
+                    let subscription = filled(broker, &work, false).await?;
+                    consume_ours(broker, &work, &subscription).await
+                })
             },
         )?;
     }

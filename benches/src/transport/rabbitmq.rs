@@ -77,6 +77,10 @@ async fn publish(channel: Channel, exchange: String, topic: String, n: usize, pa
 impl Broker for RabbitMqBroker {
     const WINDOW: usize = 1000;
 
+    fn address(&self) -> String {
+        self.server.url()
+    }
+
     fn transport(&self) -> anyhow::Result<Transport> {
         let options = postrider::rabbitmq::RabbitMqOptions::new(self.server.url()).with_exchange(&self.exchange);
         Ok(postrider::rabbitmq::transport_with(options)?)

@@ -100,7 +100,17 @@ pub async fn publish_kafka(work: Work) -> anyhow::Result<Duration> {
 async fn consume<S: Subscriber + BatchSubscriber>(mut subscriber: S, count: usize) -> anyhow::Result<Duration>
 where S::Batch: IntoIterator<Item = S::Message> {
     let mut began = None;
-    if knob("BATCH", 0) > 0 {
+    if knob("READY", 0) > 0 {
+        let chunks = subscriber.stream().ready_chunks(knob("READY", 0));
+        pin_mut!(chunks);
+        let mut got = 0;
+        while got < count {
+            let some = chunks.next().await.context("m")?;
+            began.get_or_insert_with(Instant::now);
+            got += some.len();
+            futures_util::future::try_join_all(some.into_iter().map(async |m| { let m = m?; std::hint::black_box((m.payload(), m.headers())); anyhow::Ok(m.ack().await?) })).await?;
+        }
+    } else if knob("BATCH", 0) > 0 {
         let batches = subscriber.batches(NonZeroUsize::new(knob("BATCH", 0)).unwrap());
         pin_mut!(batches);
         let mut got = 0;
