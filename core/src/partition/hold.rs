@@ -96,16 +96,16 @@ impl<H: Hold> Holds<H> {
         let mut parts: Vec<Part<H>> = Vec::new();
         for (n, (tag, disposition)) in batch.iter().enumerate() {
             let (assignment, position) = tag.parts();
-            let known = parts.iter().position(|part| part.hold.assignment() == assignment);
-            let at = match (known, self.get(assignment)) {
-                (Some(at), _) => at,
-                (None, Some(hold)) => {
+            let known = parts.iter().rposition(|part| part.hold.assignment() == assignment);
+            let at = match known {
+                Some(at) => at,
+                None => {
+                    let Some(hold) = self.get(assignment) else {
+                        outcomes[n] = Some(Err(not_outstanding(position)));
+                        continue;
+                    };
                     parts.push(Part::of(hold));
                     parts.len() - 1
-                }
-                (None, None) => {
-                    outcomes[n] = Some(Err(not_outstanding(position)));
-                    continue;
                 }
             };
             let said = match disposition {
