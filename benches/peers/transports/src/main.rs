@@ -1,18 +1,20 @@
 //! Other messaging libraries of Rust, measured on a broker that is running: `postrider-transport-peers <peer>
 //! <rabbitmq|kafka> <address> <publish|consume> <count> <bytes>` prints the seconds. `--list` tells the peers.
 //!
-//! The same for all: a fresh durable queue (or a topic of four partitions), made before the clock starts; the headers and
-//! keys of our own bench, as far as a peer can carry them; uncompressed; two worker threads. After the clock has stopped, a
-//! plain client looks whether everything has arrived, or has been acknowledged: if not, the run fails.
+//! The same for all: a fresh durable queue (or a topic of four partitions), made before the clock starts; much
+//! the headers and keys of our own bench, as far as a peer can carry them; uncompressed; two worker threads. After the clock
+//! has stopped, a plain client looks whether everything has arrived, or has been acknowledged: if not, the run fails.
 
 mod bridge;
+mod kafka;
+mod list;
 mod omni;
-mod plain;
+mod rabbitmq;
 mod rust_stream;
 mod sea;
 
 use anyhow::{Context as _, bail};
-use futures_util::{FutureExt as _, future::BoxFuture};
+use list::{PEERS, Peer};
 use std::time::{Duration, SystemTime};
 
 /// The headers of every message, besides its key.
@@ -43,82 +45,6 @@ impl Work {
     }
 }
 
-fn knob(name: &str, default: usize) -> usize {
-    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
-}
-
-type Measure = fn(Work) -> BoxFuture<'static, anyhow::Result<Duration>>;
-
-struct Peer {
-    name: &'static str,
-    version: &'static str,
-    broker: &'static str,
-    remark: &'static str,
-    /// The type of the queue it consumes from; it publishes to a quorum queue in any case.
-    consumes: &'static str,
-    /// To the broker's last confirm. One message more goes before, for the connection to be warm.
-    publish: Measure,
-    /// From the first message to the acknowledgement of the last.
-    consume: Measure,
-}
-
-const PEERS: [Peer; 6] = [
-    Peer {
-        name: "ruststream",
-        version: "0.7.7/ruststream-lapin-0.7.2",
-        broker: "rabbitmq",
-        remark: "confirmed, persistent, quorum queue; each message acked",
-        consumes: "quorum",
-        publish: |work| rust_stream::publish_rabbitmq(work).boxed(),
-        consume: |work| rust_stream::consume_rabbitmq(work).boxed(),
-    },
-    Peer {
-        name: "ruststream",
-        version: "0.7.7/ruststream-rdkafka-0.7.1",
-        broker: "kafka",
-        remark: "acks=all, idempotent; offsets stored by each ack, committed in the background and at the end",
-        consumes: "",
-        publish: |work| rust_stream::publish_kafka(work).boxed(),
-        consume: |work| rust_stream::consume_kafka(work).boxed(),
-    },
-    Peer {
-        name: "mq-bridge",
-        version: "1.3.0",
-        broker: "rabbitmq",
-        remark: "confirmed, persistent, quorum queue; consumes from a durable CLASSIC queue only (it declares its queue without x-queue-type); each message acked",
-        consumes: "classic",
-        publish: |work| bridge::publish_rabbitmq(work).boxed(),
-        consume: |work| bridge::consume_rabbitmq(work).boxed(),
-    },
-    Peer {
-        name: "mq-bridge",
-        version: "1.3.0",
-        broker: "kafka",
-        remark: "acks=all, idempotent; a commit for each batch, whose answer it does not wait for",
-        consumes: "",
-        publish: |work| bridge::publish_kafka(work).boxed(),
-        consume: |work| bridge::consume_kafka(work).boxed(),
-    },
-    Peer {
-        name: "omniqueue",
-        version: "0.3.0",
-        broker: "rabbitmq",
-        remark: "publishes UNCONFIRMED (it has no publisher confirms), persistent, quorum queue, no headers; each message acked",
-        consumes: "quorum",
-        publish: |work| omni::publish(work).boxed(),
-        consume: |work| omni::consume(work).boxed(),
-    },
-    Peer {
-        name: "sea-streamer",
-        version: "1.0.0-rc.2",
-        broker: "kafka",
-        remark: "acks=all, idempotent; offsets stored after each batch, committed in the background and at the end",
-        consumes: "",
-        publish: |work| sea::publish(work).boxed(),
-        consume: |work| sea::consume(work).boxed(),
-    },
-];
-
 async fn measure(peer: &Peer, job: &str, work: Work) -> anyhow::Result<Duration> {
     let publishes = match job {
         "publish" => true,
@@ -126,21 +52,26 @@ async fn measure(peer: &Peer, job: &str, work: Work) -> anyhow::Result<Duration>
         other => bail!("unknown job {other:?}: known are `publish` and `consume`"),
     };
     let rabbitmq = peer.broker == "rabbitmq";
-    match rabbitmq {
-        true => plain::rabbitmq_prepare(&work, if publishes { "quorum" } else { std::env::var("KIND").ok().map_or(peer.consumes, |k| k.leak()) }).await?,
-        false => plain::kafka_prepare(&work).await?,
+    if rabbitmq {
+        rabbitmq::prepare(&work, if publishes { "quorum" } else { peer.consumes }).await?;
+    } else {
+        kafka::prepare(&work).await?;
     }
-    if !publishes {
-        match rabbitmq {
-            true => plain::rabbitmq_fill(&work).await?,
-            false => plain::kafka_fill(&work).await?,
+    let took = if publishes {
+        tokio::spawn((peer.publish)(work.clone())).await??
+    } else {
+        if rabbitmq {
+            rabbitmq::fill(&work).await?;
+        } else {
+            kafka::fill(&work).await?;
         }
-    }
-    let took = tokio::spawn(if publishes { peer.publish } else { peer.consume }(work.clone())).await??;
+        tokio::spawn((peer.consume)(work.clone())).await??
+    };
     match (rabbitmq, publishes) {
-        (true, _) => plain::rabbitmq_check(&work, if publishes { work.count + 1 } else { 0 }).await?,
-        (false, true) => plain::kafka_check(&work, work.count + 1, false).await?,
-        (false, false) => plain::kafka_check(&work, work.count, true).await?,
+        (true, true) => rabbitmq::check(&work, work.count + 1).await?,
+        (true, false) => rabbitmq::check(&work, 0).await?,
+        (false, true) => kafka::check(&work, work.count + 1, false).await?,
+        (false, false) => kafka::check(&work, work.count, true).await?,
     }
     Ok(took)
 }
@@ -151,7 +82,10 @@ fn main() -> anyhow::Result<()> {
     match arguments[..] {
         ["--list"] => {
             for peer in &PEERS {
-                println!("{} {} {} publish,consume {}", peer.name, peer.version, peer.broker, peer.remark);
+                println!(
+                    "{} {} {} publish,consume {}",
+                    peer.name, peer.version, peer.broker, peer.remark
+                );
             }
         }
         [name, broker, address, job, count, bytes] => {
@@ -164,7 +98,10 @@ fn main() -> anyhow::Result<()> {
                 count: count.parse()?,
                 bytes: bytes.parse()?,
             };
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()?;
             println!("{}", runtime.block_on(measure(peer, job, work))?.as_secs_f64());
         }
         _ => bail!("usage: <peer> <rabbitmq|kafka> <address> <publish|consume> <count> <bytes>, or --list"),

@@ -95,6 +95,8 @@ pub(super) fn start(shared: Arc<Shared>, ended: watch::Sender<bool>) -> Result<(
         // Of each partition; the rest stays where it is.
         .set("queued.max.messages.kbytes", "8192")
         .set("queued.min.messages", (shared.subscription.max_in_flight.saturating_mul(20)).clamp(10_000, 100_000).to_string())
+        // New partitions are noticed soon.
+        .set("topic.metadata.refresh.interval.ms", "30000")
         .set("fetch.wait.max.ms", "100");
     if options.new_group_protocol {
         config.set("group.protocol", "consumer");
@@ -109,12 +111,12 @@ pub(super) fn start(shared: Arc<Shared>, ended: watch::Sender<bool>) -> Result<(
     }
     let consumer = Consumer::from_config_and_context(&config, Rebalances::default()).map_err(failed("connecting"))?;
     let topics: Vec<&str> = shared.subscription.topics.iter().map(Topic::as_str).collect();
+    // Whoever subscribes hears if there is no broker; joining the group says nothing. And a topic that brokers do not know yet
+    // would be assigned minutes later.
+    let partitions = partitions_of(&consumer, &topics, options.timeout).map_err(failed("looking for topics"))?;
     let from = if broadcast {
-        ends_of(&consumer, &topics, options.timeout).map_err(failed("looking where topics end"))?
+        ends_of(&consumer, partitions, options.timeout).map_err(failed("looking where topics end"))?
     } else {
-        // Whoever subscribes hears if there is no broker; joining the group says nothing.
-        let found = consumer.fetch_metadata(topics.first().copied(), options.timeout);
-        found.map_err(failed("looking for a topic"))?;
         FxHashMap::default()
     };
     consumer.subscribe(&topics).map_err(failed("joining the group"))?;
@@ -138,17 +140,33 @@ pub(super) fn start(shared: Arc<Shared>, ended: watch::Sender<bool>) -> Result<(
 /// A topic and a partition of it.
 type Place = (String, i32);
 
-/// Where the partitions of these topics end.
-fn ends_of(consumer: &Consumer, topics: &[&str], limit: Duration) -> KafkaResult<FxHashMap<Place, i64>> {
-    let mut ends = FxHashMap::default();
+/// The partitions of these topics, which were declared: brokers may hear of that a moment later.
+fn partitions_of(consumer: &Consumer, topics: &[&str], limit: Duration) -> KafkaResult<Vec<Place>> {
+    let until = Instant::now() + limit;
+    let mut partitions = Vec::new();
     for topic in topics {
-        let metadata = consumer.fetch_metadata(Some(topic), limit)?;
-        for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
-            let (_, end) = consumer.fetch_watermarks(topic, partition.id(), limit)?;
-            ends.insert(((*topic).to_owned(), partition.id()), end);
+        let before = partitions.len();
+        loop {
+            let metadata = consumer.fetch_metadata(Some(topic), limit)?;
+            let found = metadata.topics().iter().flat_map(|topic| topic.partitions());
+            partitions.extend(found.map(|partition| ((*topic).to_owned(), partition.id())));
+            if partitions.len() > before || Instant::now() >= until {
+                break;
+            }
+            // Nobody else has this consumer yet: it waits by polling.
+            let _ = consumer.poll(SOON);
         }
     }
-    Ok(ends)
+    Ok(partitions)
+}
+
+/// Where these partitions end.
+fn ends_of(consumer: &Consumer, partitions: Vec<Place>, limit: Duration) -> KafkaResult<FxHashMap<Place, i64>> {
+    let end = |place: Place| {
+        let (_, end) = consumer.fetch_watermarks(&place.0, place.1, limit)?;
+        Ok((place, end))
+    };
+    partitions.into_iter().map(end).collect()
 }
 
 struct Member {
