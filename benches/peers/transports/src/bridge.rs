@@ -4,8 +4,8 @@
 //! - RabbitMQ, publish: 1000 `send` calls at once 13 to 18 k; `send_batch` of 50 to 500, together 1000 on their way, 10 to
 //!   17 k, in each comparison less.
 //! - RabbitMQ, consume, from a classic queue: batches of 500 12.6 k, of 100 10.5 k; commits awaited later, or a prefetch of
-//!   100 to 10,000, are no better. (The other peers get 9 to 15 k from a classic queue, where they get 18 to 30 k from a
-//!   quorum queue: this one is not slower than they are.)
+//!   100 to 10,000, are no better. (The other peers get 9 to 15 k from a classic queue, where they get 18 to 28 k from a
+//!   quorum queue: it is the queue that is slower here.)
 //! - Kafka, publish: `send_batch` of 500, two at once, 75 k; of 250 69 k; up to 10,000 on their way no better; `send` 57 k; a
 //!   linger of 5 ms 61 k. lz4, its default, gives 88 k with a payload of one letter: off, as the others are uncompressed.
 //! - Kafka, consume: batches of 500, 1000 or 2000 200 k; with librdkafka's default `fetch.queue.backoff.ms` 130 k.

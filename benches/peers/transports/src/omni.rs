@@ -45,7 +45,7 @@ pub async fn publish(work: Work) -> anyhow::Result<Duration> {
     let calls = stream::iter(0..work.count).map(|_| async { producer.send_raw(&work.payload()).await });
     calls.buffer_unordered(1000).try_collect::<()>().await?;
     let took = began.elapsed();
-    // Its connection has to live until the broker has everything.
+    // Dropped at once it lost its last message in one run of eight, though each call had returned without an error.
     std::mem::forget(producer);
     Ok(took)
 }
