@@ -158,6 +158,7 @@ fn accidents<S: Server>(
         assert!(began.elapsed() < Duration::from_secs(60), "nothing is received");
         std::thread::sleep(Duration::from_millis(20));
     }
+    std::thread::sleep(server.forgets_within());
     let (mut kills, mut pauses, mut ends, mut crashes) = (0, 0, 0, 0);
     let until = Instant::now() + length;
     while Instant::now() < until {
