@@ -27,20 +27,11 @@ type broker interface {
 	declare(name string)
 	publishing(mode string) (publishers []message.Publisher, goroutines, batch int)
 	subscribe(mode, name string) (message.Subscriber, []<-chan *message.Message)
-	unacked(name string, count int) int // By the broker's account, once nobody is subscribed.
+	unacked(name string, count int) int // By the broker: what is back in the queue, or not committed.
 	remove(name string)
 }
 
-func makeMessages(count, size int) []*message.Message {
-	messages := make([]*message.Message, count)
-	for n := range messages {
-		messages[n] = message.NewMessage(watermill.NewUUID(), bytes.Repeat([]byte("x"), size))
-		messages[n].Metadata = message.Metadata{"type": "bench.v1", "source": "bench", "key": fmt.Sprint("key-", n%1000)}
-	}
-	return messages
-}
-
-// publish takes the time from the first call of Publish to the return of the last.
+// publish takes the time from the first call of Publish to the last return, each being when the broker has confirmed.
 func publish(b broker, mode, name string, messages, warmUp []*message.Message) time.Duration {
 	publishers, goroutines, batch := b.publishing(mode)
 	for _, publisher := range publishers {
@@ -52,7 +43,6 @@ func publish(b broker, mode, name string, messages, warmUp []*message.Message) t
 	for i := range goroutines {
 		group.Go(func() {
 			for n := i * batch; n < len(messages); n += goroutines * batch {
-				// It returns once the broker has confirmed them.
 				check(publishers[i%len(publishers)].Publish(name, messages[n:min(n+batch, len(messages))]...))
 			}
 		})
@@ -63,11 +53,12 @@ func publish(b broker, mode, name string, messages, warmUp []*message.Message) t
 
 // consume takes the time from the first message that a handler gets to the ack of the last.
 func consume(b broker, mode, name string, count int) time.Duration {
-	subscriber, subscriptions := b.subscribe(mode, name)
 	var first sync.Once
 	var began time.Time
 	var received atomic.Int64
 	done := make(chan time.Duration, 1)
+	defer time.AfterFunc(120*time.Second, func() { log.Fatalln("only", received.Load(), "messages arrived") }).Stop()
+	subscriber, subscriptions := b.subscribe(mode, name)
 	for _, messages := range subscriptions {
 		go func() {
 			for m := range messages {
@@ -79,18 +70,11 @@ func consume(b broker, mode, name string, count int) time.Duration {
 			}
 		}()
 	}
-	timeout := time.AfterFunc(120*time.Second, func() { log.Fatalln("only", received.Load(), "messages arrived") })
 	took := <-done
-	timeout.Stop()
-	// Ack tells the subscriber only, which then tells the broker, unless it is closed in between.
-	time.Sleep(200 * time.Millisecond)
+	time.Sleep(500 * time.Millisecond) // Ack tells the subscriber only, which then tells the broker, unless it is closed.
 	check(subscriber.Close())
-	unacked := b.unacked(name, count)
-	for try := 0; unacked != 0 && try < 50; try++ {
-		time.Sleep(100 * time.Millisecond)
-		unacked = b.unacked(name, count)
-	}
-	if n := received.Load(); n != int64(count) || unacked != 0 {
+	time.Sleep(500 * time.Millisecond)
+	if n, unacked := received.Load(), b.unacked(name, count); n != int64(count) || unacked != 0 {
 		log.Fatalln(n, "messages arrived, and the broker has no ack of", unacked)
 	}
 	return took
@@ -102,11 +86,16 @@ func main() {
 		log.Fatalln("watermill <rabbitmq|kafka> <address> <publish|consume> <default|tuned|transactional> <count> <bytes>")
 	}
 	kind, address, action, mode := os.Args[1], os.Args[2], os.Args[3], os.Args[4]
-	messages := makeMessages(must(strconv.Atoi(os.Args[5])), must(strconv.Atoi(os.Args[6])))
+	messages := make([]*message.Message, must(strconv.ParseUint(os.Args[5], 10, 31)))
+	payload := bytes.Repeat([]byte("x"), int(must(strconv.ParseUint(os.Args[6], 10, 31))))
 	b := map[string]broker{"rabbitmq": rabbitMQ{address}, "kafka": kafkaBroker{address}}[kind]
-	known := slices.Contains([]string{"publish default", "publish tuned", "consume default", "consume tuned"}, action+" "+mode)
-	if b == nil || !known && kind+action+mode != "rabbitmqpublishtransactional" {
-		log.Fatalln("unknown:", kind, action, mode)
+	known := slices.Contains([]string{"publish", "consume"}, action) && slices.Contains([]string{"default", "tuned"}, mode)
+	if b == nil || len(messages) == 0 || !known && kind+action+mode != "rabbitmqpublishtransactional" {
+		log.Fatalln("unknown:", kind, action, mode, len(messages))
+	}
+	for n := range messages {
+		messages[n] = message.NewMessage(watermill.NewUUID(), bytes.Clone(payload))
+		messages[n].Metadata = message.Metadata{"type": "bench.v1", "source": "bench", "key": fmt.Sprint("key-", n%1000)}
 	}
 	name := fmt.Sprintf("watermill-%d-%d", os.Getpid(), time.Now().UnixNano())
 	b.declare(name)
