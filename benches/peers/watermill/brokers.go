@@ -50,7 +50,7 @@ func (r rabbitMQ) publishing(mode string) (publishers []message.Publisher, gorou
 
 // By default it has a prefetch of 1: 0.8 k. A subscription hands out one message at a time, and acks each. Prefetch x
 // subscriptions: 1000 x 4 25.9 k (kept), 5000 x 1 24.5 k, 5000 x 2 24.9 k (medians of 12 x 50,000). Earlier, when that
-// was 20.3 k: 100 x 1 10 k, 1000 x 1 18 k, 1000 x 16 18.8 k, 2000 x 1 19.6 k, 2000 x 4 15.9 k, 5000 x 1 18.7 k.
+// was 20 to 23 k: 100 x 1 10 k, 1000 x 1 18 k, 1000 x 16 18.8 k, 2000 x 1 19.6 k, 2000 x 4 15.9 k, 5000 x 1 18.7 k.
 func (r rabbitMQ) subscribe(mode, name string) (message.Subscriber, []<-chan *message.Message) {
 	config, subscriptions := r.config(), make([]<-chan *message.Message, 1)
 	if mode == "tuned" {
@@ -97,10 +97,10 @@ func (k kafkaBroker) publishing(mode string) (publishers []message.Publisher, go
 	return publishers, goroutines, 1
 }
 
-// One subscription has all 4 partitions, each with a goroutine that waits for the ack of its message. Offsets are
-// committed every second, by default, so the last commit does not count. Quietest rounds of 200,000 or 300,000: as it
-// comes 162 k, ChannelBufferSize 4096 228 k (kept), 4 goroutines that ack 158 k, larger fetches 195 k, Fetch.Min 100 kB
-// 187 k. 2 or 4 subscriptions 209 k, but their members join one after the other, and messages came twice.
+// One subscription has all 4 partitions, each with a goroutine that waits for the ack of its message. The commit once a
+// second, as it comes, may be after the clock. Nothing helped beyond noise; medians of 5 x 200,000 and of 5 x 300,000: as it
+// comes 129 k and 84 k, ChannelBufferSize 4096 104 k and 87 k (kept, for the least CPU time), 4 goroutines that ack 90 k,
+// 4 subscriptions 128 k and 87 k, but their members join one after the other, and messages came twice.
 func (k kafkaBroker) subscribe(mode, name string) (message.Subscriber, []<-chan *message.Message) {
 	consumer := kafka.DefaultSaramaSubscriberConfig()
 	consumer.Consumer.Offsets.Initial = sarama.OffsetOldest

@@ -19,6 +19,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+const ONLY_PUBLISHES: &str = "Watermill in transactions";
+
 /// Other libraries, and the brokers they know.
 const RUST_PEERS: [(&str, &[&str]); 4] = [
     ("ruststream", &["rabbitmq", "kafka"]),
@@ -439,8 +441,13 @@ fn beside_peers(
             count / 10,
             Box::new(watermill("default")),
         ),
-        ("Watermill at its best".to_owned(), count, Box::new(watermill("tuned"))),
+        ("Watermill tuned".to_owned(), count, Box::new(watermill("tuned"))),
     ];
+    if name == "rabbitmq" {
+        // For callers that have batches.
+        let transactions = Box::new(watermill("transactional"));
+        all.push((ONLY_PUBLISHES.to_owned(), count, transactions));
+    }
     for peer in RUST_PEERS.into_iter().filter(|peer| peer.1.contains(&name)) {
         all.push((peer.0.to_owned(), count / 2, Box::new(rust(peer.0))));
     }
@@ -454,6 +461,9 @@ fn beside_peers(
             || run("publish", *count),
             || runtime.block_on(async { publish_ours(broker, &Work::new(*count, 256)?).await }),
         )?;
+        if peer == ONLY_PUBLISHES {
+            continue;
+        }
         table.compare(
             name,
             format!("consume 256 B, {peer} (left)"),
