@@ -88,7 +88,7 @@ impl<E: Event, S, At> Subscribing<E, S, At> {
     }
 
     /// Gives every instance of the application every event, from when it has started until it stops, in place of a share:
-    /// for caches to be told, and screens to be refreshed. Nothing waits for an instance that is not there.
+    /// for caches to be told, and screens to be refreshed. Nothing waits for an instance that is not there. Where the transport cannot, `start` refuses.
     pub fn broadcast(mut self) -> Self {
         self.about.broadcast = true;
         self

@@ -86,7 +86,10 @@ impl<H: Hold> Holds<H> {
     }
 
     /// Settles deliveries, hold by hold, those of each in the order given, after their copies are stored. One outcome
-    /// each, and the assignments that end with it.
+    /// each, in the order of the batch, and the assignments that end with it, which the driver tells as revoked.
+    ///
+    /// What has no hold any more is [`not_outstanding`]; of what could not be copied the error is told, and the original is
+    /// released. Dropped before it ends, copies may be stored whose originals come again: nothing is lost.
     pub async fn settle(
         &self,
         batch: &[(DeliveryTag, Disposition)],

@@ -22,25 +22,33 @@ impl Cluster {
         &self.0
     }
 
+    /// The same, and what else the client is to be told: last, so that it counts.
+    pub(crate) fn with_properties(&self, mut config: ClientConfig) -> ClientConfig {
+        for (name, value) in &self.options().properties {
+            config.set(name, value);
+        }
+        config
+    }
+
     /// Whether the client knows what it is told.
     pub(crate) fn check(&self) -> Result<()> {
-        self.config().create_native_config().map(drop).map_err(|why| {
-            let text = "librdkafka does not know a property, or takes no such value for it";
-            let error = Error::new(ErrorKind::Config, text);
-            // Not its own words, which have the value in them.
-            match why {
-                KafkaError::ClientConfig(_, _, name, _) => error.with("property", name),
-                _ => error,
-            }
-        })
+        self.with_properties(self.config())
+            .create_native_config()
+            .map(drop)
+            .map_err(|why| {
+                let text = "librdkafka does not know a property, or takes no such value for it";
+                let error = Error::new(ErrorKind::Config, text);
+                // Not its own words, which have the value in them.
+                match why {
+                    KafkaError::ClientConfig(_, _, name, _) => error.with("property", name),
+                    _ => error,
+                }
+            })
     }
 
     pub(crate) fn config(&self) -> ClientConfig {
         let options = self.options();
         let mut config = ClientConfig::new();
-        for (name, value) in &options.properties {
-            config.set(name, value);
-        }
         config
             .set("bootstrap.servers", &options.brokers)
             .set("client.id", &options.client_id)
@@ -116,5 +124,19 @@ pub(crate) fn failed(doing: &'static str) -> impl Fn(KafkaError) -> Error + Clon
             _ => ErrorKind::Unavailable,
         };
         Error::new(kind, "Kafka failed").with("doing", doing).because(why)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_else_the_client_is_told_counts() {
+        let options = KafkaOptions::new("h:1").with_property("reconnect.backoff.ms", "7");
+        let cluster = Cluster::new(options);
+        assert_eq!(cluster.config().get("reconnect.backoff.ms"), Some("50"));
+        let config = cluster.with_properties(cluster.config());
+        assert_eq!(config.get("reconnect.backoff.ms"), Some("7"));
     }
 }

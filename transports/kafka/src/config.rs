@@ -227,7 +227,8 @@ impl KafkaOptions {
         self
     }
 
-    /// Tells librdkafka something else: a name and a value as its documentation has them.
+    /// Tells librdkafka something else: a name and a value as its documentation has them. It counts for publishing and
+    /// receiving alike. What is not known, or may not be said, is refused when the transport is made.
     #[must_use]
     pub fn with_property(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.properties.push((name.into(), value.into()));

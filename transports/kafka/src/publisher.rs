@@ -138,7 +138,8 @@ impl KafkaPublisher {
             .set("linger.ms", format!("{:.3}", options.linger.as_secs_f64() * 1000.0))
             .set("message.timeout.ms", options.delivery_timeout.as_millis().to_string())
             .set("queue.buffering.max.messages", "100000");
-        let made = Producer::from_config_and_context(&config, Confirms).map_err(failed("connecting"))?;
+        let made = Producer::from_config_and_context(&self.shared.cluster.with_properties(config), Confirms)
+            .map_err(failed("connecting"))?;
         Ok(producer.insert(Arc::new(made)).clone())
     }
 

@@ -79,7 +79,7 @@ impl Topology {
             return Ok(());
         }
         let admin = self.admin.get_or_try_init(|| async {
-            let config = self.cluster.config();
+            let config = self.cluster.with_properties(self.cluster.config());
             let made = off_thread(move || AdminClient::from_config_and_context(&config, Quiet)).await?;
             made.map(Arc::new).map_err(failed("connecting"))
         });

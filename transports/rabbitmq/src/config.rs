@@ -18,7 +18,8 @@ pub struct RabbitMqOptions {
     pub window: usize,
     /// The most time that connecting, declaring and closing may take, each; 10 s by default.
     pub timeout: Duration,
-    /// How long the broker may take to confirm a message; 8 s by default, less than the relay waits for a call. A queue that has
+    /// How long the broker may take to confirm a message; 8 s by default, less than the relay waits for a call, and 100 ms at
+    /// least. After that its destination counts as unavailable; it may be stored all the same. A queue that has
     /// lost its majority confirms nothing.
     pub confirm_timeout: Duration,
     /// Between heartbeats, which tell a hung peer from a quiet one; 10 s by default. A paused member keeps its partitions

@@ -17,7 +17,7 @@ use rustc_hash::FxHashMap;
 use std::{
     collections::{BTreeSet, VecDeque},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -44,6 +44,20 @@ pub(super) struct Rebalances {
 /// Partitions that are assigned, or else revoked.
 type Wanted = (bool, Vec<Place>);
 
+impl Rebalances {
+    fn wanted(&self) -> MutexGuard<'_, VecDeque<Wanted>> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Gives partitions up, as the group's protocol has it.
+fn unassign(consumer: &Consumer, list: &TopicPartitionList) -> KafkaResult<()> {
+    match consumer.rebalance_protocol() {
+        RebalanceProtocol::Cooperative => consumer.incremental_unassign(list),
+        _ => consumer.unassign(),
+    }
+}
+
 impl ClientContext for Rebalances {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
         log(level, facility, text);
@@ -56,10 +70,7 @@ impl ClientContext for Rebalances {
 impl ConsumerContext for Rebalances {
     fn rebalance(&self, consumer: &BaseConsumer<Self>, what: RDKafkaRespErr, list: &mut TopicPartitionList) {
         if self.closing.load(Ordering::Acquire) {
-            let _ = match consumer.rebalance_protocol() {
-                RebalanceProtocol::Cooperative => consumer.incremental_unassign(list),
-                _ => consumer.unassign(),
-            };
+            let _ = unassign(consumer, list);
             return;
         }
         let elements = list.elements();
@@ -67,8 +78,7 @@ impl ConsumerContext for Rebalances {
             .iter()
             .map(|element| (element.topic().to_owned(), element.partition()));
         let is_assigned = what == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS;
-        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
-        wanted.push_back((is_assigned, partitions.collect()));
+        self.wanted().push_back((is_assigned, partitions.collect()));
     }
 }
 
@@ -109,11 +119,12 @@ pub(super) fn start(shared: Arc<Shared>, ended: watch::Sender<bool>) -> Result<(
                 millis(Duration::from_millis(500).min(options.session_timeout / 3)),
             );
     }
-    let consumer = Consumer::from_config_and_context(&config, Rebalances::default()).map_err(failed("connecting"))?;
+    let consumer = Consumer::from_config_and_context(&shared.cluster.with_properties(config), Rebalances::default());
+    let consumer = consumer.map_err(failed("connecting"))?;
     let topics: Vec<&str> = shared.subscription.topics.iter().map(Topic::as_str).collect();
     // Whoever subscribes hears if there is no broker; joining the group says nothing. And a topic that brokers do not know yet
     // would be assigned minutes later.
-    let partitions = partitions_of(&consumer, &topics, options.timeout).map_err(failed("looking for topics"))?;
+    let partitions = partitions_of(&consumer, &topics, options.timeout)?;
     let from = if broadcast {
         ends_of(&consumer, partitions, options.timeout).map_err(failed("looking where topics end"))?
     } else {
@@ -141,20 +152,26 @@ pub(super) fn start(shared: Arc<Shared>, ended: watch::Sender<bool>) -> Result<(
 type Place = (String, i32);
 
 /// The partitions of these topics, which were declared: brokers may hear of that a moment later.
-fn partitions_of(consumer: &Consumer, topics: &[&str], limit: Duration) -> KafkaResult<Vec<Place>> {
+fn partitions_of(consumer: &Consumer, topics: &[&str], limit: Duration) -> Result<Vec<Place>> {
     let until = Instant::now() + limit;
     let mut partitions = Vec::new();
     for topic in topics {
         let before = partitions.len();
-        loop {
-            let metadata = consumer.fetch_metadata(Some(topic), limit)?;
+        while partitions.len() == before {
+            let metadata = consumer.fetch_metadata(Some(topic), limit);
+            let metadata = metadata.map_err(|why| failed("looking for a topic")(why).with("topic", topic))?;
             let found = metadata.topics().iter().flat_map(|topic| topic.partitions());
             partitions.extend(found.map(|partition| ((*topic).to_owned(), partition.id())));
-            if partitions.len() > before || Instant::now() >= until {
-                break;
+            if partitions.len() == before && Instant::now() >= until {
+                let text = "the topic has been declared on Kafka, but brokers do not know it yet: try again";
+                return Err(Error::new(ErrorKind::Unavailable, text)
+                    .with("topic", topic)
+                    .with("timeout", format!("{limit:?}")));
             }
-            // Nobody else has this consumer yet: it waits by polling.
-            let _ = consumer.poll(SOON);
+            if partitions.len() == before {
+                // Nobody else has this consumer yet: it waits by polling.
+                let _ = consumer.poll(SOON);
+            }
         }
     }
     Ok(partitions)
@@ -219,15 +236,7 @@ impl Member {
             }
             self.finish_revoking();
             if self.revoking.is_none() {
-                let wanted = {
-                    let mut wanted = self
-                        .consumer
-                        .context()
-                        .wanted
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner);
-                    wanted.pop_front()
-                };
+                let wanted = self.consumer.context().wanted().pop_front();
                 match wanted {
                     Some((true, partitions)) => self.assign(&partitions),
                     Some((false, partitions)) => self.revoke(partitions),
@@ -337,12 +346,7 @@ impl Member {
             }
         }
         self.commit();
-        let list = self.list(&revoking.partitions);
-        let unassigned = match self.consumer.rebalance_protocol() {
-            RebalanceProtocol::Cooperative => self.consumer.incremental_unassign(&list),
-            _ => self.consumer.unassign(),
-        };
-        if let Err(error) = unassigned {
+        if let Err(error) = unassign(&self.consumer, &self.list(&revoking.partitions)) {
             tracing::warn!(%error, "partitions cannot be given up");
         }
         self.revoking = None;
@@ -361,17 +365,8 @@ impl Member {
     /// Goes back to what was released, once nothing is out of its partition.
     fn begin_again(&self) {
         let revoked = self.revoking.as_ref().map_or(&[][..], |revoking| &revoking.partitions);
-        let idle: Vec<Arc<Hold>> = {
-            let holds = self.shared.holds.all();
-            let of_others = |hold: &Hold| {
-                let is = |(topic, partition): &Place| topic == hold.topic.as_str() && *partition == hold.partition;
-                revoked.iter().any(is)
-            };
-            let ready = holds
-                .iter()
-                .filter(|hold| hold.is_leaving() && hold.is_idle() && !of_others(hold));
-            ready.cloned().collect()
-        };
+        let mut idle = self.shared.holds.all();
+        idle.retain(|hold| hold.is_leaving() && hold.is_idle() && !is_of(hold, revoked));
         for hold in idle {
             let Some((from, settled)) = hold.begins_again() else {
                 continue;
@@ -398,29 +393,11 @@ impl Member {
         self.shared.holds.take().iter().for_each(|hold| hold.lose());
         self.commit();
         // What the coordinator still waits for is done now.
-        let undone = {
-            let mut wanted = self
-                .consumer
-                .context()
-                .wanted
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            std::mem::take(&mut *wanted)
-        };
-        let revoked = undone
-            .into_iter()
-            .filter(|(is_assigned, _)| !is_assigned)
-            .map(|(_, partitions)| partitions);
-        for partitions in self
-            .revoking
-            .iter()
-            .map(|revoking| revoking.partitions.clone())
-            .chain(revoked)
-        {
-            let _ = match self.consumer.rebalance_protocol() {
-                RebalanceProtocol::Cooperative => self.consumer.incremental_unassign(&self.list(&partitions)),
-                _ => self.consumer.unassign(),
-            };
+        let undone = std::mem::take(&mut *self.consumer.context().wanted());
+        let revoked = undone.into_iter().filter(|(is_assigned, _)| !is_assigned);
+        let revoking = self.revoking.iter().map(|revoking| revoking.partitions.clone());
+        for partitions in revoking.chain(revoked.map(|(_, partitions)| partitions)) {
+            let _ = unassign(&self.consumer, &self.list(&partitions));
         }
         // Here and not where the last handle is dropped, which may be long after.
         match self.consumer.close_queue() {
@@ -439,11 +416,11 @@ impl Member {
 
 fn holds_of(shared: &Shared, partitions: &[Place]) -> Vec<Arc<Hold>> {
     let mut holds = shared.holds.all();
-    let is_of = |hold: &Arc<Hold>| {
-        partitions
-            .iter()
-            .any(|(topic, partition)| topic == hold.topic.as_str() && *partition == hold.partition)
-    };
-    holds.retain(is_of);
+    holds.retain(|hold| is_of(hold, partitions));
     holds
+}
+
+fn is_of(hold: &Hold, partitions: &[Place]) -> bool {
+    let is = |(topic, partition): &Place| topic == hold.topic.as_str() && *partition == hold.partition;
+    partitions.iter().any(is)
 }
