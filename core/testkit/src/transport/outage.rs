@@ -142,9 +142,14 @@ async fn publish_until(publisher: Arc<dyn Publisher>, stop: Arc<AtomicBool>) -> 
 /// the same feed, and what a member had in hand is settled, or refused and comes again.
 pub async fn a_feed_outlives_the_broker<S: Server>(mut server: S, transport: Transport) {
     let publisher = transport.publisher().expect("a publisher").clone();
-    for (unordered, group) in [(false, "ordered"), (true, "unordered")] {
-        let mut wanted = subscription(group);
-        wanted.ordered = !unordered;
+    for (wanted, group) in [
+        (subscription("ordered"), "ordered"),
+        (subscription("unordered").unordered(), "unordered"),
+        (subscription("broadcast").broadcast(), "broadcast"),
+    ] {
+        if wanted.broadcast && !transport.capabilities().broadcast {
+            continue;
+        }
         let (mut intake, settling) = join(&transport, &wanted).await;
         let (closing, closing_settling) = join(&transport, &subscription("closing")).await;
         tokio::time::sleep(server.forgets_within()).await;

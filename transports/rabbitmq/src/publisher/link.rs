@@ -1,4 +1,4 @@
-//! Publishing: one task, one connection, one channel, many unconfirmed messages.
+//! One connection, one channel, many unconfirmed messages.
 //!
 //! Messages are handed over one behind the other without waiting for the socket (the first poll of the client's future
 //! hands them over), and confirms are taken as they come. A message that reached no queue is *returned* before it is
@@ -6,25 +6,25 @@
 //! message's. So a confirm is believed only after everything that was resolved together with it has been looked at, and
 //! what was returned is found by its message id.
 
+use super::{Job, Outcome, Work, unavailable};
 use crate::{
     connection::{Broker, close_soon, failed, within},
     topology::{Declaring, routing_key},
-    wire::{self, Copied},
+    wire,
 };
-use async_trait::async_trait;
 use futures_util::{FutureExt as _, Stream, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
     Channel, Confirmation, Connection, Event, ExchangeKind,
     options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions},
     types::FieldTable,
 };
-use postrider_core::{Error, Message, PublishError, Publisher, Reachability, wire::Format};
+use postrider_core::{PublishError, wire::Format};
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::{
     collections::VecDeque,
     pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, Wake, Waker},
@@ -32,106 +32,8 @@ use std::{
 };
 use tokio::sync::{mpsc, oneshot};
 
-type Outcome = Result<(), PublishError>;
-
 /// So many windows full of messages may be unconfirmed for too long before the connection is given up.
 const MOST_LATE: usize = 4;
-/// Calls that may wait for the task.
-const CALLS: usize = 1024;
-
-/// The sending side. Clones share one connection, which is made when it is first used.
-#[derive(Debug, Clone)]
-pub(crate) struct RabbitMqPublisher {
-    shared: Arc<Shared>,
-}
-
-#[derive(Debug)]
-struct Shared {
-    broker: Broker,
-    /// To the task, which may end with the runtime that it was started on.
-    jobs: Mutex<Option<mpsc::Sender<Job>>>,
-}
-
-/// A call.
-struct Job {
-    work: Work,
-    reply: oneshot::Sender<Vec<Outcome>>,
-}
-
-enum Work {
-    /// To the exchange.
-    Messages(Vec<Message>),
-    /// To a queue, as something else than the message.
-    Copy(Box<(Message, String, Copied)>),
-    /// Nothing: whether there is a connection.
-    Check,
-}
-
-impl Work {
-    fn len(&self) -> usize {
-        match self {
-            Self::Messages(messages) => messages.len(),
-            Self::Copy(_) | Self::Check => 1,
-        }
-    }
-}
-
-impl RabbitMqPublisher {
-    pub(crate) fn new(broker: Broker) -> Self {
-        Self {
-            shared: Arc::new(Shared {
-                broker,
-                jobs: Mutex::default(),
-            }),
-        }
-    }
-
-    async fn run(&self, work: Work) -> Vec<Outcome> {
-        let count = work.len();
-        let jobs = {
-            let mut jobs = self.shared.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-            match &*jobs {
-                Some(jobs) if !jobs.is_closed() => jobs.clone(),
-                _ => {
-                    let (sender, receiver) = mpsc::channel(CALLS);
-                    tokio::spawn(drive(self.shared.broker.clone(), receiver));
-                    jobs.insert(sender).clone()
-                }
-            }
-        };
-        let (reply, outcomes) = oneshot::channel();
-        let sent = jobs.send(Job { work, reply }).await;
-        match (sent, outcomes.await) {
-            (Ok(()), Ok(outcomes)) => outcomes,
-            // The runtime it was started on has ended.
-            _ => vec![Err(PublishError::connection("the publishing task has ended")); count],
-        }
-    }
-
-    /// Publishes a copy to a queue. `Ok` once it is stored there.
-    pub(crate) async fn copy(&self, message: Message, queue: String, copied: Copied) -> Outcome {
-        let outcomes = self.run(Work::Copy(Box::new((message, queue, copied)))).await;
-        outcomes.into_iter().next().unwrap_or(Ok(()))
-    }
-}
-
-#[async_trait]
-impl Publisher for RabbitMqPublisher {
-    async fn publish(&self, batch: &[Message]) -> Vec<Outcome> {
-        if batch.is_empty() {
-            return Vec::new();
-        }
-        self.run(Work::Messages(batch.to_vec())).await
-    }
-
-    async fn check(&self) -> Reachability {
-        match self.run(Work::Check).await.into_iter().next() {
-            Some(Err(error)) => Reachability::Down(error),
-            _ => Reachability::Up,
-        }
-    }
-}
-
 /// Asks the broker something, on a channel that a refusal may close.
 async fn ask(connection: &Connection, exchange: &str, limit: Duration) -> postrider_core::Result<()> {
     within(limit, "asking RabbitMQ", async {
@@ -148,27 +50,6 @@ async fn ask(connection: &Connection, exchange: &str, limit: Duration) -> postri
             .map_err(failed("closing a channel"))
     })
     .await
-}
-
-fn unavailable(error: Error) -> PublishError {
-    PublishError::connection(error)
-}
-
-/// The task: one connection after another, each made for a call that needs it.
-async fn drive(broker: Broker, mut jobs: mpsc::Receiver<Job>) {
-    while let Some(job) = jobs.recv().await {
-        match Link::open(&broker).await {
-            Ok(link) => link.serve(job, &mut jobs).await,
-            Err(error) => {
-                let error = unavailable(error);
-                // Those who called meanwhile need not wait for a try of their own.
-                let waiting = std::iter::from_fn(|| jobs.try_recv().ok());
-                for job in std::iter::once(job).chain(waiting) {
-                    let _ = job.reply.send(vec![Err(error.clone()); job.work.len()]);
-                }
-            }
-        }
-    }
 }
 
 /// Which message of which call.
@@ -198,7 +79,7 @@ struct Call {
     sent: usize,
 }
 
-struct Link {
+pub(super) struct Link {
     connection: Arc<Connection>,
     /// The most time that anything may take.
     limit: Duration,
@@ -227,7 +108,7 @@ struct Link {
 }
 
 impl Link {
-    async fn open(broker: &Broker) -> postrider_core::Result<Self> {
+    pub(super) async fn open(broker: &Broker) -> postrider_core::Result<Self> {
         let connection = Arc::new(broker.connect("publisher").await?);
         let events = Box::pin(connection.events_listener());
         let channel = broker
@@ -264,7 +145,7 @@ impl Link {
     }
 
     /// Works until the connection is lost, or nobody is left to work for.
-    async fn serve(mut self, first: Job, jobs: &mut mpsc::Receiver<Job>) {
+    pub(super) async fn serve(mut self, first: Job, jobs: &mut mpsc::Receiver<Job>) {
         self.begin(first);
         let mut looks = tokio::time::interval(self.patience / 10);
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

@@ -1,0 +1,129 @@
+//! Publishing: calls go to one task, which has one connection after another.
+
+mod link;
+
+use crate::{connection::Broker, wire::Copied};
+use async_trait::async_trait;
+use link::Link;
+use postrider_core::{Error, Message, PublishError, Publisher, Reachability};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::{mpsc, oneshot};
+
+type Outcome = Result<(), PublishError>;
+
+/// Calls that may wait for the task.
+const CALLS: usize = 1024;
+
+/// The sending side. Clones share one connection, which is made when it is first used.
+#[derive(Debug, Clone)]
+pub(crate) struct RabbitMqPublisher {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    broker: Broker,
+    /// To the task, which may end with the runtime that it was started on.
+    jobs: Mutex<Option<mpsc::Sender<Job>>>,
+}
+
+/// A call.
+struct Job {
+    work: Work,
+    reply: oneshot::Sender<Vec<Outcome>>,
+}
+
+enum Work {
+    /// To the exchange.
+    Messages(Vec<Message>),
+    /// To a queue, as something else than the message.
+    Copy(Box<(Message, String, Copied)>),
+    /// Nothing: whether there is a connection.
+    Check,
+}
+
+impl Work {
+    fn len(&self) -> usize {
+        match self {
+            Self::Messages(messages) => messages.len(),
+            Self::Copy(_) | Self::Check => 1,
+        }
+    }
+}
+
+impl RabbitMqPublisher {
+    pub(crate) fn new(broker: Broker) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                broker,
+                jobs: Mutex::default(),
+            }),
+        }
+    }
+
+    async fn run(&self, work: Work) -> Vec<Outcome> {
+        let count = work.len();
+        let jobs = {
+            let mut jobs = self.shared.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+            match &*jobs {
+                Some(jobs) if !jobs.is_closed() => jobs.clone(),
+                _ => {
+                    let (sender, receiver) = mpsc::channel(CALLS);
+                    tokio::spawn(drive(self.shared.broker.clone(), receiver));
+                    jobs.insert(sender).clone()
+                }
+            }
+        };
+        let (reply, outcomes) = oneshot::channel();
+        let sent = jobs.send(Job { work, reply }).await;
+        match (sent, outcomes.await) {
+            (Ok(()), Ok(outcomes)) => outcomes,
+            // The runtime it was started on has ended.
+            _ => vec![Err(PublishError::connection("the publishing task has ended")); count],
+        }
+    }
+
+    /// Publishes a copy to a queue. `Ok` once it is stored there.
+    pub(crate) async fn copy(&self, message: Message, queue: String, copied: Copied) -> Outcome {
+        let outcomes = self.run(Work::Copy(Box::new((message, queue, copied)))).await;
+        outcomes.into_iter().next().unwrap_or(Ok(()))
+    }
+}
+
+#[async_trait]
+impl Publisher for RabbitMqPublisher {
+    async fn publish(&self, batch: &[Message]) -> Vec<Outcome> {
+        if batch.is_empty() {
+            return Vec::new();
+        }
+        self.run(Work::Messages(batch.to_vec())).await
+    }
+
+    async fn check(&self) -> Reachability {
+        match self.run(Work::Check).await.into_iter().next() {
+            Some(Err(error)) => Reachability::Down(error),
+            _ => Reachability::Up,
+        }
+    }
+}
+
+fn unavailable(error: Error) -> PublishError {
+    PublishError::connection(error)
+}
+
+/// The task: one connection after another, each made for a call that needs it.
+async fn drive(broker: Broker, mut jobs: mpsc::Receiver<Job>) {
+    while let Some(job) = jobs.recv().await {
+        match Link::open(&broker).await {
+            Ok(link) => link.serve(job, &mut jobs).await,
+            Err(error) => {
+                let error = unavailable(error);
+                // Those who called meanwhile need not wait for a try of their own.
+                let waiting = std::iter::from_fn(|| jobs.try_recv().ok());
+                for job in std::iter::once(job).chain(waiting) {
+                    let _ = job.reply.send(vec![Err(error.clone()); job.work.len()]);
+                }
+            }
+        }
+    }
+}
