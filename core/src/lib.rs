@@ -28,7 +28,10 @@ pub mod clock;
 pub mod memory;
 
 pub use bus::{Bus, BusBuilder, EventBus, Publish, TaskContext};
-pub use consumer::{Context, Handler, HandlerError, HandlerErrorKind, HandlerResult, Retry, Running};
+pub use consumer::{
+    Context, Handler, HandlerError, HandlerErrorKind, HandlerResult, Middleware, Next, OnFailure, Retry, Running,
+    SubscriptionOptions, Transactional, Verdict,
+};
 pub use error::{Error, ErrorKind, Result};
 pub use event::{AnyEvent, Codec, DynEvent, Event, IntoMessage, Json};
 pub use log::{EventLog, Mailbox};

@@ -1,14 +1,14 @@
 use super::{Bus, Inner, lifecycle::Lifecycle, tasks::Task};
 use crate::{
-    Error, ErrorKind, EventLog, Limits, Message, Result, Topic, Transport,
+    AnyEvent, Error, ErrorKind, EventLog, Limits, Message, Result, Topic, Transport,
     bus::TaskContext,
     clock::{Clock, SystemClock},
+    consumer::{Layer, Middleware, SubscriptionOptions},
     relay::{RelayOptions, Reporter, Wake},
 };
-use std::sync::Arc;
+use std::{collections::HashMap, fmt, sync::Arc};
 
 /// A bus being described.
-#[derive(Debug)]
 #[must_use = "a bus comes into being with `.build()`"]
 pub struct BusBuilder {
     log: Option<EventLog>,
@@ -19,6 +19,8 @@ pub struct BusBuilder {
     relay: RelayOptions,
     seed: Option<u64>,
     tasks: Vec<Task>,
+    layers: Vec<Layer<AnyEvent>>,
+    subscriptions: HashMap<String, SubscriptionOptions>,
 }
 
 impl Default for BusBuilder {
@@ -32,6 +34,8 @@ impl Default for BusBuilder {
             relay: RelayOptions::default(),
             seed: None,
             tasks: Vec::new(),
+            layers: Vec::new(),
+            subscriptions: HashMap::new(),
         }
     }
 }
@@ -77,6 +81,19 @@ impl BusBuilder {
     /// Sets what the chances of backoff are drawn from, for tests that repeat.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = Some(seed);
+        self
+    }
+
+    /// Puts something around the chain of every event type of every subscription, inside of what was put around them before.
+    pub fn middleware(mut self, middleware: impl Middleware) -> Self {
+        self.layers.push(Arc::new(middleware));
+        self
+    }
+
+    /// Sets how the subscription of `group` works, over what its code says: what a configuration file's
+    /// `[subscriptions.<group>]` is read into.
+    pub fn subscription(mut self, group: impl Into<String>, options: SubscriptionOptions) -> Self {
+        self.subscriptions.insert(group.into(), options);
         self
     }
 
@@ -134,6 +151,20 @@ impl BusBuilder {
             wake: Arc::new(Wake::default()),
             reporter: Arc::new(Reporter::default()),
             lifecycle: Lifecycle::new(self.tasks),
+            layers: self.layers,
+            subscriptions: self.subscriptions,
         })))
+    }
+}
+
+impl fmt::Debug for BusBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BusBuilder")
+            .field("log", &self.log)
+            .field("transport", &self.transport)
+            .field("source", &self.source)
+            .field("relay", &self.relay)
+            .field("subscriptions", &self.subscriptions)
+            .finish_non_exhaustive()
     }
 }

@@ -4,10 +4,10 @@ use super::{Bus, TaskContext, tasks::Task};
 use crate::{
     Error, ErrorKind, Mailbox, Result,
     log::{Owner, SessionOptions},
-    relay::{Engine, Parts, clean_up},
+    relay::{Attempts, Engine, Parts, Publishing, RelayOptions, Reporter, Wake, clean_up},
 };
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -69,30 +69,70 @@ impl Bus {
 
     async fn start_relay(&self) -> Result<()> {
         let inner = &self.0;
-        let Some(log) = &inner.log else { return Ok(()) };
-        let (mailbox, options) = (Mailbox::outbox(), inner.relay.clone());
-        let publisher = inner.transport.publisher()?.clone();
+        if inner.log.is_none() {
+            return Ok(());
+        }
+        let publishing = Publishing {
+            publisher: inner.transport.publisher()?.clone(),
+            clock: inner.clock.clone(),
+            timeout: inner.relay.publish_timeout,
+        };
+        let options = (*inner.relay).clone();
+        let wake = inner.wake.clone();
+        let parts = self
+            .relay_parts(Mailbox::outbox(), options, Arc::new(publishing), wake)
+            .await?;
+        let parts = Parts {
+            reporter: inner.reporter.clone(),
+            ..parts
+        };
+        let lifecycle = &inner.lifecycle;
+        self.spawn_relay(parts, None, &TaskTracker::new(), &lifecycle.stop, &lifecycle.kill);
+        Ok(())
+    }
+
+    /// What a relay of `mailbox` works with: with a session of its own.
+    pub(crate) async fn relay_parts(
+        &self,
+        mailbox: Mailbox,
+        options: RelayOptions,
+        attempts: Arc<dyn Attempts>,
+        wake: Arc<Wake>,
+    ) -> Result<Parts> {
+        let inner = &self.0;
+        let log = self.need_log()?.clone();
         let session_options = SessionOptions::new(Owner::new())
             .with_lease(options.lease)
             .with_keep_succeeded(!options.retention.is_zero())
             .with_poll_interval(options.poll_interval);
         let session = log.store().open(&mailbox, &session_options).await?;
-        let engine = Engine::new(Parts {
-            mailbox: mailbox.clone(),
-            options: options.clone(),
-            log: log.clone(),
+        Ok(Parts {
+            mailbox,
+            options: Arc::new(options),
+            log,
             session,
-            publisher,
+            attempts,
             clock: inner.clock.clone(),
-            wake: inner.wake.clone(),
-            reporter: inner.reporter.clone(),
+            wake,
+            reporter: Arc::new(Reporter::default()),
             rng: inner.seed.map_or_else(fastrand::Rng::new, fastrand::Rng::with_seed),
-        });
-        let lifecycle = &inner.lifecycle;
-        self.spawn(engine.run(lifecycle.stop.clone(), lifecycle.kill.clone()));
-        let (store, clock) = (log.store().clone(), inner.clock.clone());
-        self.spawn(clean_up(store, mailbox, options, clock, lifecycle.stop.clone()));
-        Ok(())
+        })
+    }
+
+    /// Starts a relay and the cleaning up behind it.
+    pub(crate) fn spawn_relay(
+        &self,
+        parts: Parts,
+        receipts: Option<Duration>,
+        tasks: &TaskTracker,
+        stop: &CancellationToken,
+        kill: &CancellationToken,
+    ) {
+        let (store, clock) = (parts.log.store().clone(), parts.clock.clone());
+        let (mailbox, options) = (parts.mailbox.clone(), parts.options.clone());
+        let engine = Engine::new(parts);
+        self.spawn(tasks.track_future(engine.run(stop.clone(), kill.clone())));
+        self.spawn(tasks.track_future(clean_up(store, mailbox, options, receipts, clock, stop.clone())));
     }
 
     /// Stops everything, within `deadline`: subscriptions take no more messages and finish those in hand, the relay

@@ -10,16 +10,17 @@ pub use publish::{EventBus, Publish};
 pub use tasks::TaskContext;
 
 use crate::{
-    Error, ErrorKind, Event, EventLog, IntoMessage, Limits, Mailbox, Message, MessageId, Result, Transport,
+    AnyEvent, Error, ErrorKind, Event, EventLog, GroupName, IntoMessage, Limits, Mailbox, Message, MessageId, Result,
+    Transport,
     clock::Clock,
-    consumer::{Empty, NoState, Subscribing},
+    consumer::{Empty, Layer, NoState, Subscribing, SubscriptionOptions},
     log::{Lent, LogTx, NewRecord, TransactionOf},
     message::Text,
     relay::{RelayOptions, RelayReport, Reporter, Wake},
 };
 use async_trait::async_trait;
 use lifecycle::Lifecycle;
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 /// The bus. Clones are handles on the same bus.
 ///
@@ -27,7 +28,6 @@ use std::{sync::Arc, time::Duration};
 #[derive(Debug, Clone)]
 pub struct Bus(Arc<Inner>);
 
-#[derive(Debug)]
 struct Inner {
     log: Option<EventLog>,
     transport: Transport,
@@ -39,6 +39,18 @@ struct Inner {
     wake: Arc<Wake>,
     reporter: Arc<Reporter>,
     lifecycle: Lifecycle,
+    layers: Vec<Layer<AnyEvent>>,
+    subscriptions: HashMap<String, SubscriptionOptions>,
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Bus")
+            .field("source", &self.source)
+            .field("log", &self.log)
+            .field("transport", &self.transport)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Bus {
@@ -174,6 +186,18 @@ impl Bus {
     #[must_use]
     pub fn relay_report(&self) -> RelayReport {
         self.0.reporter.report()
+    }
+
+    pub(crate) fn layers(&self) -> &[Layer<AnyEvent>] {
+        &self.0.layers
+    }
+
+    pub(crate) fn subscription_options(&self, group: &GroupName) -> Option<&SubscriptionOptions> {
+        self.0.subscriptions.get(group.as_str())
+    }
+
+    pub(crate) fn relay_options(&self) -> &RelayOptions {
+        &self.0.relay
     }
 
     pub(crate) fn clock(&self) -> &Arc<dyn Clock> {

@@ -1,110 +1,182 @@
-//! A chain of steps for one event type, and what becomes of a message that goes through it.
+//! A chain of steps for one event type, the middleware around it, and what becomes of a message that goes through it.
 
-use super::{Context, HandlerError, HandlerErrorKind, HandlerResult, Retry, handler::Run};
+use super::{
+    Context, HandlerError, HandlerErrorKind, HandlerResult, Retry, Verdict,
+    context::Tools,
+    durable,
+    gate::Gate,
+    handler::Run,
+    middleware::{Endpoint, Layer, Next, Panicked},
+};
 use crate::{
-    Codec as _, Event, Message, Topic,
-    clock::{Clock, Timestamp},
-    log::AttemptError,
+    AnyEvent, Codec as _, Error, ErrorKind, Event, Message, Result, Topic, clock::Timestamp, log::AttemptError,
 };
 use async_trait::async_trait;
-use futures_util::FutureExt as _;
-use std::{any::type_name, fmt, marker::PhantomData, panic::AssertUnwindSafe};
+use futures_util::{FutureExt as _, future::BoxFuture};
+use std::{any::type_name, borrow::Cow, fmt, num::NonZeroUsize, panic::AssertUnwindSafe, time::Duration};
 use tokio_util::sync::CancellationToken;
+
+/// What the failure of a step means for its chain.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OnFailure {
+    /// The attempt has failed: the steps before it are compensated, in reverse.
+    #[default]
+    Stop,
+    /// The same, and the step itself is compensated first: for one that may have done a part.
+    StopAndCompensateSelf,
+    /// It is logged, and the chain goes on. In a transaction its writes are undone, by a savepoint.
+    Ignore,
+}
 
 /// One step: a handler and how it is taken back.
 pub(super) struct Step<E> {
-    pub(super) name: &'static str,
+    pub(super) name: Cow<'static, str>,
     pub(super) run: Box<dyn Run<E>>,
     pub(super) compensate: Option<Box<dyn Run<E>>>,
+    pub(super) timeout: Option<Duration>,
+    pub(super) order: Option<i32>,
+    pub(super) on_failure: OnFailure,
 }
 
-/// The steps of one event type.
-pub(super) struct Chain<E> {
-    steps: Vec<Step<E>>,
-    event: PhantomData<fn() -> E>,
+impl<E> Step<E> {
+    /// Runs it, or its compensation; a panic is a failure like any other.
+    pub(super) async fn guarded(&self, run: &dyn Run<E>, event: &E, ctx: &mut Context) -> HandlerResult {
+        // What a panicking handler leaves behind is its own state, which it shares with its other calls anyway.
+        let clock = self.timeout.map(|_| ctx.tools().clock.clone());
+        let call = AssertUnwindSafe(async { run.run(event, ctx).await }).catch_unwind();
+        let ended = match (self.timeout, clock) {
+            (Some(longest), Some(clock)) => tokio::select! {
+                biased;
+                ended = call => ended,
+                () = clock.sleep(longest) => {
+                    let text = format!("the step {} took longer than {longest:?}", self.name);
+                    return Err(HandlerError::from(text));
+                }
+            },
+            _ => call.await,
+        };
+        ended.unwrap_or_else(|panic| Err(Panicked::error(&self.name, &*panic)))
+    }
+}
+
+/// The steps of a chain, in order.
+pub(super) struct Steps<E> {
+    pub(super) steps: Vec<Step<E>>,
+    pub(super) is_durable: bool,
+}
+
+impl<E: Sync + 'static> Steps<E> {
+    /// In the order that is declared, or else as they were written.
+    pub(super) fn new(mut steps: Vec<Step<E>>, is_durable: bool) -> Result<Self> {
+        let declared = steps.iter().filter(|step| step.order.is_some()).count();
+        if declared > 0 && declared < steps.len() {
+            let without = steps.iter().find(|step| step.order.is_none());
+            let text =
+                "some steps of a chain declare their order and others do not: declare all, or write them in order";
+            return Err(Error::new(ErrorKind::Config, text).with("without", without.map_or("", |step| &step.name)));
+        }
+        steps.sort_by_key(|step| step.order);
+        if let Some(two) = steps
+            .windows(2)
+            .find(|two| declared > 0 && two[0].order == two[1].order)
+        {
+            let text = "two steps of a chain declare the same order";
+            return Err(Error::new(ErrorKind::Config, text)
+                .with("order", two[0].order.unwrap_or_default())
+                .with("steps", format!("{}, {}", two[0].name, two[1].name)));
+        }
+        Ok(Self { steps, is_durable })
+    }
+
+    /// The steps in order; if one fails, what ran is compensated, now or after the rollback of the transaction.
+    async fn run(&self, ctx: &mut Context, event: &E) -> HandlerResult {
+        if self.is_durable {
+            return durable::run(self, ctx, event).await;
+        }
+        ctx.begin_steps();
+        for (at, step) in self.steps.iter().enumerate() {
+            let is_optional = step.on_failure == OnFailure::Ignore;
+            let savepoint = if is_optional { ctx.set_savepoint().await? } else { None };
+            let Err(error) = step.guarded(&*step.run, event, ctx).await else {
+                ctx.release(savepoint).await?;
+                ctx.ran.push(at);
+                continue;
+            };
+            if is_optional {
+                let (message, group) = (ctx.message().id(), ctx.group());
+                tracing::warn!(%message, %group, step = %step.name, error = error.to_chain(), "a step failed that may: the chain goes on");
+                ctx.return_to(savepoint).await?;
+                continue;
+            }
+            if step.on_failure == OnFailure::StopAndCompensateSelf {
+                ctx.ran.push(at);
+            }
+            // In a transaction it is for whoever rolls back to call for the compensations.
+            return Err(match ctx.has_transaction() {
+                true => error,
+                false => self.take_back(ctx, event, error).await,
+            });
+        }
+        Ok(())
+    }
+
+    /// The compensations of what ran, in reverse. One that fails stops no other.
+    async fn take_back(&self, ctx: &mut Context, event: &E, mut error: HandlerError) -> HandlerError {
+        while let Some(step) = ctx.ran.pop().and_then(|at| self.steps.get(at)) {
+            let Some(compensation) = &step.compensate else { continue };
+            if let Err(second) = step.guarded(&**compensation, event, ctx).await {
+                let (message, group) = (ctx.message().id(), ctx.group());
+                tracing::error!(%message, %group, step = %step.name, error = second.to_chain(), "a compensation failed; the others run all the same");
+                error.add(format!(
+                    "the compensation of {} failed: {}",
+                    step.name,
+                    second.to_chain()
+                ));
+            }
+        }
+        error
+    }
+}
+
+impl<E: Sync + 'static> Endpoint<E> for Steps<E> {
+    fn call<'a>(&'a self, ctx: &'a mut Context, event: &'a E) -> BoxFuture<'a, HandlerResult> {
+        Box::pin(self.run(ctx, event))
+    }
+    fn compensate<'a>(
+        &'a self,
+        ctx: &'a mut Context,
+        event: &'a E,
+        error: HandlerError,
+    ) -> BoxFuture<'a, HandlerError> {
+        Box::pin(self.take_back(ctx, event, error))
+    }
 }
 
 /// What became of a message.
 #[derive(Debug)]
 pub(super) enum Handled {
     Done,
-    /// Not finished when the subscription was stopped.
+    /// Not finished when the subscription was stopped, or asked to go back.
     Released,
+    /// To wait in the inbox.
+    Parked {
+        /// `None`: as long as the backoff says.
+        after: Option<Duration>,
+        attempts: u32,
+        errors: Vec<AttemptError>,
+    },
+    /// To wait behind another of its key.
+    HeldBack,
+    /// To wait with the broker.
+    Retried {
+        after: Duration,
+    },
     /// A dead letter, with its attempts and errors.
     Dead {
         attempts: u32,
         errors: Vec<AttemptError>,
     },
-}
-
-/// What a chain is tried again by.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct HandledBy<'a> {
-    pub(super) retry: &'a Retry,
-    pub(super) clock: &'a dyn Clock,
-    /// Ends the waits between attempts, never an attempt.
-    pub(super) stop: &'a CancellationToken,
-}
-
-/// A chain as a subscription holds it.
-#[async_trait]
-pub(super) trait AnyChain: fmt::Debug + Send + Sync {
-    fn kind(&self) -> std::borrow::Cow<'static, str>;
-    fn name(&self) -> &'static str;
-    fn topic(&self) -> Topic;
-    fn keyed(&self) -> bool;
-    /// Decodes the message and takes it through the steps, until they have succeeded or the attempts are used up.
-    async fn handle(&self, ctx: &mut Context, by: &HandledBy<'_>) -> Handled;
-}
-
-impl<E: Event> Chain<E> {
-    pub(super) fn new(steps: Vec<Step<E>>) -> Self {
-        Self {
-            steps,
-            event: PhantomData,
-        }
-    }
-
-    /// The steps in order; if one fails, the compensations of those before it in reverse.
-    async fn attempt(&self, event: &E, ctx: &mut Context) -> HandlerResult {
-        for (at, step) in self.steps.iter().enumerate() {
-            let Err(error) = guarded(step.name, &*step.run, event, ctx).await else {
-                continue;
-            };
-            for done in self.steps[..at].iter().rev() {
-                let Some(compensation) = &done.compensate else { continue };
-                if let Err(second) = guarded(done.name, &**compensation, event, ctx).await {
-                    let message = ctx.message().id();
-                    tracing::error!(%message, group = %ctx.group(), step = done.name, error = second.to_chain(), "a compensation failed; the others run all the same");
-                }
-            }
-            return Err(error);
-        }
-        Ok(())
-    }
-}
-
-/// Runs a step; its panic is a failure like any other.
-async fn guarded<E>(name: &'static str, step: &dyn Run<E>, event: &E, ctx: &mut Context) -> HandlerResult {
-    // What a panicking handler leaves behind is its own state, which it shares with its other calls anyway.
-    let run = AssertUnwindSafe(async { step.run(event, ctx).await });
-    run.catch_unwind().await.unwrap_or_else(|panic| {
-        let text = panic
-            .downcast_ref::<&str>()
-            .map(|s| (*s).to_owned())
-            .or_else(|| panic.downcast_ref::<String>().cloned());
-        let text = text.unwrap_or_else(|| "no text".to_owned());
-        Err(HandlerError::from(format!("{name} panicked: {text}")))
-    })
-}
-
-fn decode<E: Event>(message: &Message) -> Result<E, String> {
-    let decoded = std::panic::catch_unwind(|| E::Codec::decode(message.payload()));
-    match decoded {
-        Ok(Ok(event)) => Ok(event),
-        Ok(Err(error)) => Err(error.to_chain()),
-        Err(_) => Err(format!("the decoder of {} panicked", type_name::<E>())),
-    }
 }
 
 impl Handled {
@@ -116,9 +188,429 @@ impl Handled {
     }
 }
 
+/// Where a message came from, and so where it can wait.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Origin {
+    /// The broker.
+    Broker {
+        /// There is an inbox it can be parked in.
+        parks: bool,
+        /// The broker itself can deliver it again after a delay.
+        delays: bool,
+        /// The order of its key counts.
+        ordered: bool,
+    },
+    /// The inbox, which makes one attempt at a time.
+    Inbox,
+}
+
+/// What a chain is run with.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HandledBy<'a> {
+    pub(super) retry: &'a Retry,
+    pub(super) tools: &'a Tools,
+    pub(super) gate: &'a Gate,
+    /// Ends the waits between attempts, never an attempt.
+    pub(super) stop: &'a CancellationToken,
+    pub(super) origin: Origin,
+    /// The attempts made before.
+    pub(super) attempts: u32,
+}
+
+/// How deliveries are gathered that are handled together.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Gathering {
+    pub(super) max: NonZeroUsize,
+    /// How long to wait for more; not at all where they only share what is there at once.
+    pub(super) wait: Duration,
+}
+
+/// A chain as a subscription holds it.
+#[async_trait]
+pub(super) trait AnyChain: fmt::Debug + Send + Sync {
+    fn kind(&self) -> Cow<'static, str>;
+    fn name(&self) -> &'static str;
+    fn topic(&self) -> Topic;
+    fn keyed(&self) -> bool;
+    /// Whether it asks the inbox by itself.
+    fn admits(&self) -> bool {
+        false
+    }
+    /// Whether its messages are taken into the inbox first, and handled from there.
+    fn is_durable(&self) -> bool {
+        false
+    }
+    /// How deliveries are handled together, if they are.
+    fn gathering(&self) -> Option<Gathering> {
+        None
+    }
+    /// Decodes the message and takes it through the steps, until they have succeeded, or it has to wait, or it is dead.
+    async fn handle(&self, ctx: &mut Context, by: &HandledBy<'_>) -> Handled;
+    /// Several together: one outcome each.
+    async fn handle_together(&self, batch: Vec<(Context, HandledBy<'_>)>) -> Vec<Handled> {
+        let mut outcomes = Vec::with_capacity(batch.len());
+        for (mut ctx, by) in batch {
+            outcomes.push(self.handle(&mut ctx, &by).await);
+        }
+        outcomes
+    }
+}
+
+/// An event as the middleware around its chain needs it.
+enum Decoded<E> {
+    Plain(E),
+    Any(AnyEvent),
+}
+
+impl<E: Event> Decoded<E> {
+    fn typed(&self) -> Option<&E> {
+        match self {
+            Self::Plain(event) => Some(event),
+            Self::Any(event) => event.downcast_ref(),
+        }
+    }
+}
+
+/// The chain of one event type.
+pub(super) struct Chain<E: Event> {
+    /// Around every event of the bus or subscription: the outermost.
+    for_all: Vec<Layer<AnyEvent>>,
+    stack: Vec<Layer<E>>,
+    steps: Steps<E>,
+}
+
+impl<E: Event> Chain<E> {
+    pub(super) fn new(for_all: Vec<Layer<AnyEvent>>, stack: Vec<Layer<E>>, steps: Steps<E>) -> Self {
+        Self { for_all, stack, steps }
+    }
+
+    /// Whether what was said of it can be had together.
+    pub(super) fn checked(self) -> Result<Self> {
+        if self.steps.is_durable && self.sharing().is_some() {
+            let text = "a durable chain has a transaction for each step: `Transactional` cannot go around it";
+            return Err(Error::new(ErrorKind::Config, text).with("type", E::kind()));
+        }
+        Ok(self)
+    }
+
+    /// How many share a transaction, if there is one at all.
+    fn sharing(&self) -> Option<NonZeroUsize> {
+        let of_all = self.for_all.iter().filter_map(|layer| layer.transaction());
+        let typed = self.stack.iter().filter_map(|layer| layer.transaction());
+        of_all.chain(typed).map(|sharing| sharing.max).max()
+    }
+
+    fn decode(&self, message: &Message) -> Result<Decoded<E>, HandlerError> {
+        let event: E = decode(message).map_err(HandlerError::permanent)?;
+        Ok(match self.for_all.is_empty() {
+            true => Decoded::Plain(event),
+            false => Decoded::Any(AnyEvent::new(event)),
+        })
+    }
+
+    /// One attempt, through the middleware and the steps. Nothing of it is left open.
+    async fn attempt(&self, event: &Decoded<E>, ctx: &mut Context) -> HandlerResult {
+        let run = async {
+            match event {
+                Decoded::Plain(event) if self.stack.is_empty() => self.steps.run(ctx, event).await,
+                Decoded::Plain(event) => Next::new(&self.stack, &self.steps).run(ctx, event).await,
+                Decoded::Any(event) => {
+                    Next::new(&self.for_all, self as &dyn Endpoint<AnyEvent>)
+                        .run(ctx, event)
+                        .await
+                }
+            }
+        };
+        let result = AssertUnwindSafe(run).catch_unwind().await;
+        let result = result.unwrap_or_else(|panic| Err(Panicked::error("a middleware", &*panic)));
+        let result = match result {
+            Ok(()) if ctx.has_transaction() && !ctx.is_in_batch => {
+                Err("a middleware left a transaction open: it is rolled back".into())
+            }
+            result => result,
+        };
+        let Err(error) = result else {
+            ctx.ran.clear();
+            return Ok(());
+        };
+        if ctx.is_in_batch {
+            // All of the batch is rolled back and run again, one by one: nothing is taken back for this try.
+            ctx.ran.clear();
+            return Err(error);
+        }
+        ctx.roll_back().await;
+        match event.typed().filter(|_| !ctx.ran.is_empty()) {
+            Some(event) => Err(self.steps.take_back(ctx, event, error).await),
+            None => Err(error),
+        }
+    }
+
+    /// Tells the middleware of a failed attempt, the innermost first.
+    async fn tell(&self, ctx: &mut Context, error: &HandlerError, attempt: u32) {
+        for layer in self.stack.iter().rev() {
+            layer.on_failure(ctx, error, attempt).await;
+        }
+        for layer in self.for_all.iter().rev() {
+            layer.on_failure(ctx, error, attempt).await;
+        }
+    }
+
+    /// Asks the middleware what is to become of the message, the innermost first.
+    async fn verdict(&self, ctx: &mut Context, event: Option<&Decoded<E>>, error: &HandlerError) -> Verdict {
+        let asked = async {
+            let typed = event.and_then(Decoded::typed);
+            for layer in self.stack.iter().rev() {
+                if let Some(verdict) = layer.fallback(ctx, typed, error).await {
+                    return verdict;
+                }
+            }
+            let any = match event {
+                Some(Decoded::Any(event)) => Some(event),
+                _ => None,
+            };
+            for layer in self.for_all.iter().rev() {
+                if let Some(verdict) = layer.fallback(ctx, any, error).await {
+                    return verdict;
+                }
+            }
+            Verdict::DeadLetter
+        };
+        let verdict = AssertUnwindSafe(asked).catch_unwind().await.unwrap_or_else(|_| {
+            tracing::error!("a middleware panicked when it was asked for a verdict: the message is a dead letter");
+            Verdict::DeadLetter
+        });
+        ctx.roll_back().await;
+        verdict
+    }
+
+    async fn handle_event(&self, ctx: &mut Context, by: &HandledBy<'_>) -> Handled {
+        let HandledBy { retry, tools, .. } = *by;
+        let event = match self.decode(ctx.message()) {
+            Ok(event) => event,
+            Err(error) => {
+                let errors = vec![AttemptError::new(tools.clock.now(), by.attempts, error.to_chain())];
+                return match self.verdict(ctx, None, &error).await {
+                    Verdict::DeadLetter => Handled::Dead {
+                        attempts: by.attempts,
+                        errors,
+                    },
+                    verdict => by.carry_out(verdict, by.attempts, errors),
+                };
+            }
+        };
+        let (mut attempts, mut errors) = (by.attempts, Vec::new());
+        loop {
+            let Some(pass) = by.gate.pass(&*tools.clock, by.stop).await else {
+                return Handled::Released;
+            };
+            ctx.begin_attempt(attempts + 1);
+            let Err(error) = self.attempt(&event, ctx).await else {
+                pass.answered();
+                return Handled::Done;
+            };
+            match error.kind() {
+                HandlerErrorKind::HeldBack => {
+                    pass.answered();
+                    return Handled::HeldBack;
+                }
+                HandlerErrorKind::TakenOver => {
+                    pass.answered();
+                    return Handled::Released;
+                }
+                HandlerErrorKind::Unavailable => {
+                    pass.unavailable(&*tools.clock, error.to_chain());
+                    continue;
+                }
+                _ => pass.answered(),
+            }
+            attempts += 1;
+            let (message, group) = (ctx.message().id(), ctx.group());
+            tracing::debug!(%message, %group, attempts, error = error.to_chain(), "the attempt failed");
+            errors.push(AttemptError::new(tools.clock.now(), attempts, error.to_chain()));
+            self.tell(ctx, &error, attempts).await;
+            if error.kind() == HandlerErrorKind::Permanent || attempts >= retry.max_attempts {
+                let verdict = self.verdict(ctx, Some(&event), &error).await;
+                match by.carry_out(verdict, attempts, errors) {
+                    // There is nowhere else to wait.
+                    Handled::Parked {
+                        after, errors: kept, ..
+                    } if !by.parks() => {
+                        errors = kept;
+                        let wait = after.unwrap_or(retry.max_wait);
+                        if by.stop.run_until_cancelled(tools.clock.sleep(wait)).await.is_none() {
+                            return Handled::Released;
+                        }
+                        continue;
+                    }
+                    handled => return handled,
+                }
+            }
+            let told = match error.kind() {
+                HandlerErrorKind::RetryAfter(wait) => Some(wait),
+                _ => None,
+            };
+            let wait = match by.where_to_wait(attempts, told) {
+                Wait::Here(wait) => wait,
+                Wait::Inbox => {
+                    return Handled::Parked {
+                        after: told,
+                        attempts,
+                        errors,
+                    };
+                }
+                Wait::Broker(after) => return Handled::Retried { after },
+            };
+            if by.stop.run_until_cancelled(tools.clock.sleep(wait)).await.is_none() {
+                return Handled::Released;
+            }
+        }
+    }
+
+    /// Several deliveries in one transaction. `None` if that failed, and they are to be handled one by one.
+    async fn handle_in_one_transaction(&self, batch: &mut [(Context, HandledBy<'_>)]) -> Option<Vec<Handled>> {
+        use crate::log::{Admission, Arrival};
+        let tools = batch.first()?.0.tools().clone();
+        let log = tools.log.clone()?;
+        let mut events = Vec::with_capacity(batch.len());
+        for (ctx, _) in batch.iter() {
+            events.push(self.decode(ctx.message()).ok()?);
+        }
+        let mut tx = tools.bus.begin().await.ok()?;
+        let arrivals: Vec<Arrival> = batch.iter().map(|(ctx, _)| Arrival::new(ctx.message())).collect();
+        let admissions = tx.admit(&log, &tools.group, &arrivals).await.ok()?;
+        let mut outcomes = Vec::with_capacity(batch.len());
+        for (((ctx, by), event), admission) in batch.iter_mut().zip(&events).zip(admissions) {
+            match admission {
+                Admission::New => {}
+                Admission::HeldBack => {
+                    outcomes.push(Handled::HeldBack);
+                    continue;
+                }
+                Admission::Duplicate | Admission::Parked => {
+                    outcomes.push(Handled::Done);
+                    continue;
+                }
+            }
+            let pass = by.gate.pass(&*tools.clock, by.stop).await?;
+            ctx.begin_attempt(by.attempts + 1);
+            ctx.lend(tx);
+            ctx.is_in_batch = true;
+            let result = self.attempt(event, ctx).await;
+            tx = ctx.take_transaction()?;
+            if let Err(error) = result {
+                tracing::debug!(message = %ctx.message().id(), error = error.to_chain(), "a batch is rolled back, and handled one by one");
+                drop(pass);
+                let _ = tx.rollback().await;
+                return None;
+            }
+            pass.answered();
+            outcomes.push(Handled::Done);
+        }
+        if let Err(error) = tx.commit().await {
+            // Whether it was committed or not, the receipts tell those who are now handled one by one.
+            tracing::debug!(group = %tools.group, error = error.to_chain(), "the commit of a batch failed: it is handled one by one");
+            return None;
+        }
+        Some(outcomes)
+    }
+}
+
+/// Where a message waits for its next attempt.
+pub(super) enum Wait {
+    Here(Duration),
+    Inbox,
+    Broker(Duration),
+}
+
+impl HandledBy<'_> {
+    fn parks(&self) -> bool {
+        matches!(self.origin, Origin::Inbox | Origin::Broker { parks: true, .. })
+    }
+
+    pub(super) fn where_to_wait(&self, attempts: u32, told: Option<Duration>) -> Wait {
+        let retry = self.retry;
+        let wait = told.unwrap_or_else(|| retry.wait_after(attempts));
+        let is_short = attempts < retry.in_place && wait <= retry.max_wait;
+        match self.origin {
+            Origin::Inbox => Wait::Inbox,
+            Origin::Broker { .. } if is_short => Wait::Here(wait),
+            Origin::Broker { parks: true, .. } => Wait::Inbox,
+            Origin::Broker {
+                delays: true,
+                ordered: false,
+                ..
+            } => Wait::Broker(told.unwrap_or_else(|| retry.backoff.after(attempts, &mut fastrand::Rng::new()))),
+            Origin::Broker { .. } => Wait::Here(wait),
+        }
+    }
+
+    /// What a verdict makes of a message.
+    fn carry_out(&self, verdict: Verdict, attempts: u32, errors: Vec<AttemptError>) -> Handled {
+        match (verdict, self.origin) {
+            (Verdict::Ack, _) => Handled::Done,
+            (Verdict::DeadLetter, _) => Handled::Dead { attempts, errors },
+            (Verdict::Requeue, Origin::Broker { ordered: false, .. } | Origin::Broker { parks: false, .. }) => {
+                Handled::Released
+            }
+            (
+                Verdict::Retry { after },
+                Origin::Broker {
+                    parks: false,
+                    delays: true,
+                    ordered: false,
+                },
+            ) => Handled::Retried { after },
+            (Verdict::Requeue | Verdict::Retry { .. }, _) => Handled::Parked {
+                after: match verdict {
+                    Verdict::Retry { after } => Some(after),
+                    _ => None,
+                },
+                attempts,
+                errors,
+            },
+        }
+    }
+}
+
+pub(super) fn decode<E: Event>(message: &Message) -> Result<E, String> {
+    let decoded = std::panic::catch_unwind(|| E::Codec::decode(message.payload()));
+    match decoded {
+        Ok(Ok(event)) => Ok(event),
+        Ok(Err(error)) => Err(error.to_chain()),
+        Err(_) => Err(format!("the decoder of {} panicked", type_name::<E>())),
+    }
+}
+
+/// From the middleware for all events to that of this type.
+impl<E: Event> Endpoint<AnyEvent> for Chain<E> {
+    fn call<'a>(&'a self, ctx: &'a mut Context, event: &'a AnyEvent) -> BoxFuture<'a, HandlerResult> {
+        Box::pin(async move {
+            match event.downcast_ref::<E>() {
+                Some(event) => Next::new(&self.stack, &self.steps).run(ctx, event).await,
+                None => Err(HandlerError::permanent(
+                    "a middleware handed on an event of another type",
+                )),
+            }
+        })
+    }
+    fn compensate<'a>(
+        &'a self,
+        ctx: &'a mut Context,
+        event: &'a AnyEvent,
+        error: HandlerError,
+    ) -> BoxFuture<'a, HandlerError> {
+        Box::pin(async move {
+            match event.downcast_ref::<E>() {
+                Some(event) => self.steps.take_back(ctx, event, error).await,
+                None => error,
+            }
+        })
+    }
+}
+
 #[async_trait]
 impl<E: Event> AnyChain for Chain<E> {
-    fn kind(&self) -> std::borrow::Cow<'static, str> {
+    fn kind(&self) -> Cow<'static, str> {
         E::kind()
     }
     fn name(&self) -> &'static str {
@@ -130,49 +622,39 @@ impl<E: Event> AnyChain for Chain<E> {
     fn keyed(&self) -> bool {
         E::KEYED
     }
+    fn admits(&self) -> bool {
+        self.sharing().is_some()
+    }
+    fn is_durable(&self) -> bool {
+        self.steps.is_durable
+    }
+    fn gathering(&self) -> Option<Gathering> {
+        let max = self.sharing().filter(|max| max.get() > 1)?;
+        let wait = Duration::ZERO;
+        Some(Gathering { max, wait })
+    }
 
     async fn handle(&self, ctx: &mut Context, by: &HandledBy<'_>) -> Handled {
-        let HandledBy { retry, clock, stop } = *by;
-        let event: E = match decode(ctx.message()) {
-            Ok(event) => event,
-            Err(why) => return Handled::dead(clock.now(), why),
-        };
-        let (mut attempts, mut outages) = (0, 0);
-        let mut errors = Vec::new();
-        loop {
-            ctx.begin_attempt();
-            let Err(error) = self.attempt(&event, ctx).await else {
-                return Handled::Done;
-            };
-            let (message, group) = (ctx.message().id(), ctx.group());
-            let wait = match error.kind() {
-                HandlerErrorKind::Unavailable => {
-                    outages += 1;
-                    tracing::warn!(%message, %group, error = error.to_chain(), "a service is unavailable: no attempt is counted");
-                    retry.wait_after(outages)
-                }
-                kind => {
-                    attempts += 1;
-                    errors.push(AttemptError::new(clock.now(), attempts, error.to_chain()));
-                    tracing::debug!(%message, %group, attempts, error = error.to_chain(), "the chain failed");
-                    if kind == HandlerErrorKind::Permanent || attempts >= retry.max_attempts {
-                        return Handled::Dead { attempts, errors };
-                    }
-                    match kind {
-                        HandlerErrorKind::RetryAfter(wait) => wait,
-                        _ => retry.wait_after(attempts),
-                    }
-                }
-            };
-            if stop.run_until_cancelled(clock.sleep(wait)).await.is_none() {
-                return Handled::Released;
-            }
+        self.handle_event(ctx, by).await
+    }
+
+    async fn handle_together(&self, mut batch: Vec<(Context, HandledBy<'_>)>) -> Vec<Handled> {
+        if batch.len() > 1
+            && let Some(outcomes) = self.handle_in_one_transaction(&mut batch).await
+        {
+            return outcomes;
         }
+        let each = batch.into_iter().map(|(mut ctx, by)| async move {
+            ctx.roll_back().await;
+            self.handle(&mut ctx, &by).await
+        });
+        futures_util::future::join_all(each).await
     }
 }
 
-impl<E> fmt::Debug for Chain<E> {
+impl<E: Event> fmt::Debug for Chain<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.steps.iter().map(|step| step.name)).finish()
+        let names = self.steps.steps.iter().map(|step| &step.name);
+        f.debug_list().entries(names).finish()
     }
 }

@@ -1,30 +1,89 @@
-use crate::{Error, ErrorKind, EventBus, GroupName, IntoMessage, Message, MessageId, Result};
-use std::sync::Arc;
+use super::HandlerError;
+use crate::{
+    Error, ErrorKind, EventBus, EventLog, GroupName, IntoMessage, Message, MessageId, Result, clock::Clock, log::LogTx,
+};
+use std::{
+    any::{Any, TypeId},
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+/// What the handlings of a subscription share.
+#[derive(Debug)]
+pub(super) struct Tools {
+    pub(super) group: GroupName,
+    pub(super) bus: crate::Bus,
+    pub(super) log: Option<EventLog>,
+    pub(super) clock: Arc<dyn Clock>,
+}
 
 /// What a handler knows beside the event.
-#[derive(Debug)]
 pub struct Context {
     message: Message,
-    group: Arc<GroupName>,
+    tools: Arc<Tools>,
     attempt: u32,
+    /// Counts the compensations' counterparts: grows with each new beginning of the chain.
+    round: u64,
     published: u32,
-    bus: Arc<dyn EventBus>,
+    /// How many were published before the first step of this attempt.
+    published_before: Option<u32>,
+    /// Never locked, only reached through `&mut`: so that a context can be shared by reference, which a transaction cannot.
+    tx: Mutex<Option<LogTx>>,
+    has_tx: bool,
+    /// The transaction is the batch's, which has admitted this message and commits.
+    pub(super) is_in_batch: bool,
+    /// It was parked in the inbox, and comes from there.
+    pub(super) was_parked: bool,
+    /// The steps that have run and would have to be taken back, in order.
+    pub(super) ran: Vec<usize>,
+    values: HashMap<TypeId, Box<dyn Any + Send + Sync>>,
 }
 
 impl Context {
-    pub(super) fn new(message: Message, group: Arc<GroupName>, bus: Arc<dyn EventBus>) -> Self {
+    pub(super) fn new(message: Message, tools: Arc<Tools>) -> Self {
         Self {
             message,
-            group,
+            tools,
             attempt: 0,
+            round: 0,
             published: 0,
-            bus,
+            published_before: None,
+            tx: Mutex::new(None),
+            has_tx: false,
+            is_in_batch: false,
+            was_parked: false,
+            ran: Vec::new(),
+            values: HashMap::new(),
         }
     }
 
-    pub(super) fn begin_attempt(&mut self) {
-        self.attempt += 1;
+    pub(super) fn begin_attempt(&mut self, attempt: u32) {
+        self.attempt = attempt;
+        self.round = u64::try_from(self.tools.clock.now().timestamp_micros()).unwrap_or(0);
         self.published = 0;
+        self.published_before = None;
+        self.ran.clear();
+        self.is_in_batch = false;
+    }
+
+    /// A run of the steps begins: what it publishes has the ids of the run before.
+    pub(super) fn begin_steps(&mut self) {
+        self.published = *self.published_before.get_or_insert(self.published);
+        self.ran.clear();
+    }
+
+    pub(super) fn set_round(&mut self, round: u64) {
+        self.round = round;
+    }
+
+    pub(super) fn round(&self) -> u64 {
+        self.round
+    }
+
+    pub(super) fn tools(&self) -> &Arc<Tools> {
+        &self.tools
     }
 
     /// The message the event came in: its id, headers, time.
@@ -35,22 +94,82 @@ impl Context {
     /// The group that handles it.
     #[must_use]
     pub fn group(&self) -> &GroupName {
-        &self.group
+        &self.tools.group
     }
-    /// Which attempt this is, from 1.
+    /// Which attempt this is, from 1. Those before a message was parked in the inbox are counted; those before a crash, or
+    /// before it went to another member without being parked, are not.
     #[must_use]
     pub fn attempt(&self) -> u32 {
         self.attempt
     }
+    /// The bus it came over, for what has no shortcut here. What is published there is not part of the transaction.
+    #[must_use]
+    pub fn bus(&self) -> &crate::Bus {
+        &self.tools.bus
+    }
 
-    /// Publishes an event through the log, in a transaction of its own.
+    /// The connection of the transaction lent by the [`Transactional`](super::Transactional) middleware:
+    /// `let db: &mut PgConnection = ctx.tx()?;`. What is written with it is committed together with the receipt of the
+    /// message and what [`publish`](Context::publish) publishes, or not at all.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] without that middleware; [`ErrorKind::WrongTransaction`] if the log's database uses
+    /// another type of connection.
+    pub fn tx<C: Any>(&mut self) -> Result<&mut C> {
+        self.transaction()?.connection()
+    }
+
+    /// The transaction itself.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if there is none.
+    pub fn transaction(&mut self) -> Result<&mut LogTx> {
+        self.lent().as_mut().ok_or_else(|| {
+            let text = "there is no transaction: add the `Transactional` middleware to this subscription";
+            Error::new(ErrorKind::Unsupported, text)
+        })
+    }
+
+    /// Whether a transaction is lent.
+    #[must_use]
+    pub fn has_transaction(&self) -> bool {
+        self.has_tx
+    }
+
+    fn lent(&mut self) -> &mut Option<LogTx> {
+        self.tx.get_mut().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lends a transaction to what comes behind, for middleware that begins one. Take it back with
+    /// [`take_transaction`](Context::take_transaction); one that is left is rolled back.
+    pub fn lend(&mut self, tx: LogTx) {
+        *self.lent() = Some(tx);
+        self.has_tx = true;
+    }
+
+    /// Takes back the transaction that was lent.
+    pub fn take_transaction(&mut self) -> Option<LogTx> {
+        self.has_tx = false;
+        self.lent().take()
+    }
+
+    /// Publishes an event through the log: in the transaction that is lent, else in one of its own.
     ///
     /// Its id follows from the message's, the group and how many were published before it: a second attempt publishes
-    /// the same event under the same id, so a receiver with an inbox drops the repeat.
+    /// the same event under the same id, so a receiver with an inbox drops the repeat. Its `correlationid` is that of the
+    /// message handled, or that message's id; its `causationid` is that message's id. Headers it has already stay.
     ///
     /// # Errors
     /// As [`Bus::publish`](crate::Bus::publish).
     pub async fn publish(&mut self, event: impl IntoMessage) -> Result<MessageId> {
+        self.publish_after(event, Duration::ZERO).await
+    }
+
+    /// The same after a delay, counted by the log's clock.
+    ///
+    /// # Errors
+    /// As [`publish`](Context::publish).
+    pub async fn publish_after(&mut self, event: impl IntoMessage, delay: Duration) -> Result<MessageId> {
         let n = self.published;
         self.published = n.checked_add(1).ok_or_else(|| {
             Error::new(
@@ -58,7 +177,77 @@ impl Context {
                 "a handler published more events than can be counted",
             )
         })?;
-        let id = MessageId::derived(self.message.id(), &self.group, n);
-        self.bus.publish(event).id(id).await
+        let handled = self.message.id();
+        let mut message = event.into_message()?;
+        if message.header(CORRELATION).is_none() {
+            let correlation = self.message.header(CORRELATION).map(str::to_owned);
+            message = message.with_header(CORRELATION, correlation.unwrap_or_else(|| handled.to_string()));
+        }
+        if message.header(CAUSATION).is_none() {
+            message = message.with_header(CAUSATION, handled.to_string());
+        }
+        let message = message.with_id(MessageId::derived(handled, &self.tools.group, n));
+        let bus: &dyn EventBus = &self.tools.bus;
+        match self.tx.get_mut().unwrap_or_else(PoisonError::into_inner) {
+            Some(tx) => bus.publish_in(tx, message).after(delay).await,
+            None => bus.publish(message).after(delay).await,
+        }
+    }
+
+    /// Keeps a value for what comes behind: middleware hands the tenant, the user, a span to handlers by it. One of each
+    /// type; it lasts until the message is done with.
+    pub fn insert<T: Send + Sync + 'static>(&mut self, value: T) {
+        self.values.insert(TypeId::of::<T>(), Box::new(value));
+    }
+
+    /// The value of this type that was kept.
+    #[must_use]
+    pub fn get<T: Send + Sync + 'static>(&self) -> Option<&T> {
+        self.values.get(&TypeId::of::<T>())?.downcast_ref()
+    }
+
+    /// Rolls back what is still open.
+    pub(super) async fn roll_back(&mut self) {
+        if let Some(tx) = self.take_transaction()
+            && let Err(error) = tx.rollback().await
+        {
+            tracing::debug!(message = %self.message.id(), error = error.to_chain(), "the rollback failed: the transaction is gone all the same");
+        }
+    }
+
+    /// Sets a savepoint in the transaction that is lent, if there is one.
+    pub(super) async fn set_savepoint(&mut self) -> Result<Option<usize>, HandlerError> {
+        match self.lent() {
+            Some(tx) => Ok(Some(tx.set_savepoint().await?)),
+            None => Ok(None),
+        }
+    }
+
+    pub(super) async fn release(&mut self, savepoint: Option<usize>) -> Result<(), HandlerError> {
+        match (self.lent(), savepoint) {
+            (Some(tx), Some(_)) => Ok(tx.release_savepoint().await?),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) async fn return_to(&mut self, savepoint: Option<usize>) -> Result<(), HandlerError> {
+        match (self.lent(), savepoint) {
+            (Some(tx), Some(savepoint)) => Ok(tx.return_to(savepoint).await?),
+            _ => Ok(()),
+        }
+    }
+}
+
+const CORRELATION: &str = "correlationid";
+const CAUSATION: &str = "causationid";
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Context")
+            .field("message", &self.message)
+            .field("group", &self.tools.group)
+            .field("attempt", &self.attempt)
+            .field("transaction", &self.has_tx)
+            .finish_non_exhaustive()
     }
 }

@@ -1,4 +1,4 @@
-use super::{Context, HandlerResult};
+use super::{Context, HandlerResult, OnFailure};
 use futures_util::future::BoxFuture;
 use std::sync::Arc;
 
@@ -14,6 +14,17 @@ pub trait Handler<E>: Send + Sync + 'static {
     fn compensate(&self, event: &E, ctx: &mut Context) -> impl Future<Output = HandlerResult> + Send {
         let _ = (event, ctx);
         async { Ok(()) }
+    }
+
+    /// Where it stands in its chain: the lowest first. All steps of a chain declare it, or none, and then they run as they
+    /// were written.
+    fn order(&self) -> Option<i32> {
+        None
+    }
+
+    /// What its failure means for its chain.
+    fn on_failure(&self) -> OnFailure {
+        OnFailure::Stop
     }
 }
 

@@ -1,5 +1,7 @@
-use crate::{Error, ErrorKind, GroupName, Result, clock::Clock};
+use super::worker::Shared;
+use crate::{Error, ErrorKind, GroupName, Result};
 use std::{
+    fmt,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -8,66 +10,116 @@ use std::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// What a subscription has done since it was started.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct SubscriptionReport {
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// What a subscription has done since it was started.
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+        #[non_exhaustive]
+        pub struct SubscriptionReport {
+            $($(#[$doc])* pub $name: u64,)*
+        }
+
+        #[derive(Debug, Default)]
+        pub(super) struct Counters {
+            $($name: AtomicU64,)*
+        }
+
+        impl Counters {
+            $(pub(super) fn $name(&self, n: usize) {
+                self.$name.fetch_add(n as u64, Ordering::Relaxed);
+            })*
+
+            fn report(&self) -> SubscriptionReport {
+                SubscriptionReport {
+                    $($name: self.$name.load(Ordering::Relaxed),)*
+                }
+            }
+        }
+    };
+}
+
+counters! {
     /// Deliveries, repeats included.
-    pub delivered: u64,
-    /// Messages whose chain succeeded.
-    pub handled: u64,
+    delivered,
+    /// Messages whose chain succeeded, or that a middleware said were done with.
+    handled,
+    /// Messages that were parked in the inbox: to be tried again, or behind one that is.
+    parked,
+    /// Deliveries that were dropped, since the inbox knew them: handled before, waiting already, or a dead letter.
+    dropped,
     /// Messages that became dead letters.
-    pub dead_lettered: u64,
+    dead_lettered,
     /// Messages of types this subscription has no chain for: acknowledged and not handled.
-    pub ignored: u64,
+    ignored,
     /// Deliveries whose outcome the broker did not take: they come back.
-    pub unsettled: u64,
-}
-
-#[derive(Debug, Default)]
-pub(super) struct Counters {
-    pub(super) delivered: AtomicU64,
-    pub(super) handled: AtomicU64,
-    pub(super) dead_lettered: AtomicU64,
-    pub(super) ignored: AtomicU64,
-    pub(super) unsettled: AtomicU64,
-}
-
-impl Counters {
-    pub(super) fn add(counter: &AtomicU64, n: usize) {
-        counter.fetch_add(n as u64, Ordering::Relaxed);
-    }
+    unsettled,
 }
 
 /// A started subscription. It runs until it is stopped or its bus shuts down; dropping this changes nothing.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Running {
-    pub(super) group: Arc<GroupName>,
-    pub(super) counters: Arc<Counters>,
-    pub(super) clock: Arc<dyn Clock>,
-    pub(super) stop: CancellationToken,
+    pub(super) shared: Arc<Shared>,
     pub(super) kill: CancellationToken,
     pub(super) tasks: TaskTracker,
+}
+
+/// Whether a subscription goes on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Flow {
+    /// It takes messages and handles them.
+    Running,
+    /// [`pause`](Running::pause) was called.
+    Paused,
+    /// Something that handlers need is away, or the event log: it waits, and this is why.
+    Waiting(String),
+    /// [`stop`](Running::stop) was called, or the bus is shutting down.
+    Stopped,
 }
 
 impl Running {
     /// The group.
     #[must_use]
     pub fn group(&self) -> &GroupName {
-        &self.group
+        &self.shared.group
     }
 
     /// What it has done.
     #[must_use]
     pub fn report(&self) -> SubscriptionReport {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        SubscriptionReport {
-            delivered: read(&self.counters.delivered),
-            handled: read(&self.counters.handled),
-            dead_lettered: read(&self.counters.dead_lettered),
-            ignored: read(&self.counters.ignored),
-            unsettled: read(&self.counters.unsettled),
+        self.shared.counters.report()
+    }
+
+    /// Whether it goes on.
+    #[must_use]
+    pub fn flow(&self) -> Flow {
+        let gate = &self.shared.gate;
+        if self.shared.stop.is_cancelled() {
+            return Flow::Stopped;
         }
+        match gate.outage() {
+            _ if gate.is_paused() => Flow::Paused,
+            Some(why) => Flow::Waiting(why),
+            None => Flow::Running,
+        }
+    }
+
+    /// Begins no more attempts until [`resume`](Running::resume), neither on deliveries nor from the inbox, and takes no
+    /// more messages; attempts under way go on. The group's other members go on, too.
+    pub fn pause(&self) {
+        self.shared.gate.pause(true);
+    }
+
+    /// Goes on after a [`pause`](Running::pause).
+    pub fn resume(&self) {
+        self.shared.gate.pause(false);
+    }
+
+    /// Changes how many messages may be taken from the broker and not yet settled; at least 1. Fewer than are in hand
+    /// takes effect as those are settled. What the broker sends ahead was decided when the subscription was started.
+    pub fn set_max_in_flight(&self, messages: usize) {
+        self.shared.max_in_flight.store(messages.max(1), Ordering::Relaxed);
+        self.shared.gate.nudge();
     }
 
     /// Takes no more messages, finishes those in hand until `deadline`, settles, and leaves the group. What is not
@@ -76,10 +128,10 @@ impl Running {
     /// # Errors
     /// [`ErrorKind::Unavailable`] if not everything was finished in time.
     pub async fn stop(&self, deadline: Duration) -> Result<()> {
-        self.stop.cancel();
+        self.shared.stop.cancel();
         tokio::select! {
             () = self.tasks.wait() => return Ok(()),
-            () = self.clock.sleep(deadline) => {}
+            () = self.shared.tools.clock.sleep(deadline) => {}
         }
         self.kill.cancel();
         self.tasks.wait().await;
@@ -87,7 +139,17 @@ impl Running {
             ErrorKind::Unavailable,
             "handlers were cut off by the deadline: their messages come again",
         )
-        .with("group", &self.group)
+        .with("group", &self.shared.group)
         .with("deadline", format!("{deadline:?}")))
+    }
+}
+
+impl fmt::Debug for Running {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Running")
+            .field("group", &self.shared.group)
+            .field("flow", &self.flow())
+            .field("report", &self.report())
+            .finish()
     }
 }

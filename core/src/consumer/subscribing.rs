@@ -1,13 +1,27 @@
 use super::{
-    Handler, HandlerFn, Retry, Running, StatefulHandlerFn,
-    chain::{AnyChain, Chain, Step},
+    Batch, Handler, HandlerFn, Layer, Middleware, OnFailure, Retry, Running, StatefulHandlerFn, SubscriptionOptions,
+    batch::{BatchChain, BatchHandlerFn},
+    chain::{AnyChain, Chain, Step, Steps},
+    context::Tools,
+    gate::Gate,
     handler::{Bound, Compensate, Execute, Plain, Run},
+    inbox::FromInbox,
+    options::Unknown,
     running::Counters,
     worker::{Shared, Worker},
 };
-use crate::{Bus, Error, ErrorKind, Event, GroupName, Result, Subscription, Topic};
+use crate::{
+    AnyEvent, Bus, Error, ErrorKind, Event, GroupName, Mailbox, RelayOptions, Result, Subscription, Topic, relay::Wake,
+};
 use rustc_hash::FxHashMap;
-use std::{any::type_name, fmt, marker::PhantomData, sync::Arc};
+use std::{
+    any::type_name,
+    borrow::Cow,
+    fmt,
+    marker::PhantomData,
+    sync::{Arc, atomic::AtomicUsize},
+    time::Duration,
+};
 use tokio_util::task::TaskTracker;
 
 /// A subscription without state.
@@ -25,11 +39,17 @@ pub enum Empty {}
 #[derive(Debug)]
 pub enum AtStep {}
 
+/// Behind a handler of batches, which is alone in its chain.
+#[derive(Debug)]
+pub enum Batched {}
+
 /// A subscription being described; [`start`](Subscribing::start) starts it.
 #[must_use = "a subscription does nothing until `.start().await`"]
 pub struct Subscribing<E: Event, S = NoState, At = Empty> {
     about: About,
     steps: Vec<Step<E>>,
+    stack: Vec<Layer<E>>,
+    is_durable: bool,
     state: S,
     at: PhantomData<fn() -> At>,
 }
@@ -38,26 +58,29 @@ pub struct Subscribing<E: Event, S = NoState, At = Empty> {
 struct About {
     bus: Bus,
     group: String,
-    finished: Vec<Box<dyn AnyChain>>,
-    max_in_flight: usize,
-    ordered: Option<bool>,
-    broadcast: bool,
-    retry: Retry,
+    finished: Vec<Result<Arc<dyn AnyChain>>>,
+    for_all: Vec<Layer<AnyEvent>>,
+    options: SubscriptionOptions,
 }
+
+/// How long receipts are kept unless somebody says otherwise.
+const RECEIPTS: Duration = Duration::from_secs(7 * 24 * 3600);
+/// The most messages of the inbox that are being handled at once.
+const FROM_INBOX_AT_ONCE: usize = 32;
 
 impl<E: Event> Subscribing<E> {
     pub(crate) fn new(bus: Bus, group: impl Into<String>) -> Self {
         Self {
             about: About {
+                for_all: bus.layers().to_vec(),
                 bus,
                 group: group.into(),
                 finished: Vec::new(),
-                max_in_flight: 256,
-                ordered: None,
-                broadcast: false,
-                retry: Retry::default(),
+                options: SubscriptionOptions::default(),
             },
             steps: Vec::new(),
+            stack: Vec::new(),
+            is_durable: false,
             state: NoState(()),
             at: PhantomData,
         }
@@ -68,6 +91,8 @@ impl<E: Event> Subscribing<E> {
         Subscribing {
             about: self.about,
             steps: Vec::new(),
+            stack: self.stack,
+            is_durable: self.is_durable,
             state: With(state.into()),
             at: PhantomData,
         }
@@ -75,28 +100,59 @@ impl<E: Event> Subscribing<E> {
 }
 
 impl<E: Event, S, At> Subscribing<E, S, At> {
+    /// Sets several things at once, over what was said before.
+    pub fn options(mut self, options: &SubscriptionOptions) -> Self {
+        self.about.options = self.about.options.overridden_by(options);
+        self
+    }
+
     /// Sets how many messages may be taken from the broker and not yet settled; 256 unless set.
     pub fn max_in_flight(mut self, messages: usize) -> Self {
-        self.about.max_in_flight = messages;
+        self.about.options.max_in_flight = Some(messages);
         self
     }
 
     /// Does without the order of keys, which keyed events ask for by themselves: faster, and every transport can.
     pub fn unordered(mut self) -> Self {
-        self.about.ordered = Some(false);
+        self.about.options.ordered = Some(false);
         self
     }
 
     /// Gives every instance of the application every event, from when it has started until it stops, in place of a share:
-    /// for caches to be told, and screens to be refreshed. Nothing waits for an instance that is not there. Where the transport cannot, `start` refuses.
+    /// for caches to be told, and screens to be refreshed. Nothing waits for an instance that is not there: it has no inbox,
+    /// so all attempts are made in place. Where the transport cannot, `start` refuses.
     pub fn broadcast(mut self) -> Self {
-        self.about.broadcast = true;
+        self.about.options.broadcast = Some(true);
         self
     }
 
-    /// Sets how a chain is tried again in place.
+    /// Sets how a message is tried again.
     pub fn retry(mut self, retry: Retry) -> Self {
-        self.about.retry = retry;
+        self.about.options.retry = Some(retry);
+        self
+    }
+
+    /// Puts something around the chain of this event type, inside of what was put around it before.
+    pub fn middleware(mut self, middleware: impl Middleware<E>) -> Self {
+        self.stack.push(Arc::new(middleware));
+        self
+    }
+
+    /// Puts something around the chains of all event types of this subscription, those behind `.and()` included, inside of
+    /// what the bus puts around all of its.
+    pub fn middleware_for_all(mut self, middleware: impl Middleware) -> Self {
+        self.about.for_all.push(Arc::new(middleware));
+        self
+    }
+
+    /// Lets the chain of this event type survive the death of its process in the middle of it: it ends all done or all
+    /// compensated, or as a dead letter that says which compensation failed.
+    ///
+    /// Messages are taken into the inbox before they are handled, and each step runs in a transaction of its own
+    /// ([`Context::tx`](super::Context::tx)), so it needs an event log with transactions and an inbox. A step that a process
+    /// died in is taken back, whether it had happened or not: guard effects by a [`Barrier`](super::Barrier).
+    pub fn durable(mut self) -> Self {
+        self.is_durable = true;
         self
     }
 
@@ -104,7 +160,10 @@ impl<E: Event, S, At> Subscribing<E, S, At> {
     pub fn step<H: Handler<E>>(self, handler: H) -> Subscribing<E, S, AtStep> {
         let handler = Arc::new(handler);
         let compensate = Some(Box::new(Compensate(handler.clone())) as Box<dyn Run<E>>);
-        self.push(type_name::<H>(), Box::new(Execute(handler)), compensate)
+        let (order, on_failure) = (handler.order(), handler.on_failure());
+        let mut with_step = self.push(type_name::<H>(), Box::new(Execute(handler)), compensate);
+        with_step.edit(|step| (step.order, step.on_failure) = (order, on_failure));
+        with_step
     }
 
     fn push<T>(
@@ -113,7 +172,14 @@ impl<E: Event, S, At> Subscribing<E, S, At> {
         run: Box<dyn Run<E>>,
         compensate: Option<Box<dyn Run<E>>>,
     ) -> Subscribing<E, S, T> {
-        self.steps.push(Step { name, run, compensate });
+        self.steps.push(Step {
+            name: Cow::Borrowed(name),
+            run,
+            compensate,
+            timeout: None,
+            order: None,
+            on_failure: OnFailure::default(),
+        });
         self.moved()
     }
 
@@ -121,16 +187,38 @@ impl<E: Event, S, At> Subscribing<E, S, At> {
         Subscribing {
             about: self.about,
             steps: self.steps,
+            stack: self.stack,
+            is_durable: self.is_durable,
             state: self.state,
             at: PhantomData,
         }
     }
 
-    fn set_compensation(mut self, compensation: Box<dyn Run<E>>) -> Self {
+    fn edit(&mut self, change: impl FnOnce(&mut Step<E>)) {
         if let Some(step) = self.steps.last_mut() {
-            step.compensate = Some(compensation);
+            change(step);
         }
-        self
+    }
+}
+
+impl<E: Event, S> Subscribing<E, S, Empty> {
+    /// Handles several events at once: `async fn(&[E], &mut BatchContext) -> Vec<HandlerResult>`, one outcome each, in
+    /// order. Those that failed are tried again without the others. At most one event of a key is in a batch, unless the
+    /// subscription is [`unordered`](Subscribing::unordered). Middleware does not go around it.
+    pub fn batch_handler<F: BatchHandlerFn<E>>(mut self, how: Batch, handler: F) -> Subscribing<E, S, Batched> {
+        let misplaced = (!self.stack.is_empty())
+            .then_some("middleware")
+            .or(self.is_durable.then_some("durable()"));
+        self.about.finished.push(match misplaced {
+            None => Ok(Arc::new(BatchChain::<E>::new(how, handler))),
+            Some(what) => Err(
+                Error::new(ErrorKind::Config, "this cannot be said of a handler of batches")
+                    .with("what", what)
+                    .with("type", E::kind()),
+            ),
+        });
+        self.stack.clear();
+        self.moved()
     }
 }
 
@@ -143,8 +231,9 @@ impl<E: Event, At> Subscribing<E, NoState, At> {
 
 impl<E: Event> Subscribing<E, NoState, AtStep> {
     /// How the step before is taken back when a later one fails.
-    pub fn compensate<F: HandlerFn<E>>(self, compensation: F) -> Self {
-        self.set_compensation(Box::new(Plain(compensation)))
+    pub fn compensate<F: HandlerFn<E>>(mut self, compensation: F) -> Self {
+        self.edit(|step| step.compensate = Some(Box::new(Plain(compensation))));
+        self
     }
 }
 
@@ -158,32 +247,93 @@ impl<E: Event, S: Send + Sync + 'static, At> Subscribing<E, With<S>, At> {
 
 impl<E: Event, S: Send + Sync + 'static> Subscribing<E, With<S>, AtStep> {
     /// How the step before is taken back when a later one fails.
-    pub fn compensate<F: StatefulHandlerFn<S, E>>(self, compensation: F) -> Self {
+    pub fn compensate<F: StatefulHandlerFn<S, E>>(mut self, compensation: F) -> Self {
         let run = Box::new(Bound(self.state.0.clone(), compensation));
-        self.set_compensation(run)
+        self.edit(|step| step.compensate = Some(run));
+        self
     }
 }
 
 impl<E: Event, S> Subscribing<E, S, AtStep> {
+    /// What the step before is called in errors and logs, in place of the name of its function.
+    pub fn named(mut self, name: impl Into<Cow<'static, str>>) -> Self {
+        self.edit(|step| step.name = name.into());
+        self
+    }
+
+    /// How long the step before may take, by the bus's clock: then it is cut off where it waits, and has failed. Its
+    /// compensation has as long.
+    pub fn timeout(mut self, longest: Duration) -> Self {
+        self.edit(|step| step.timeout = Some(longest));
+        self
+    }
+
+    /// Where the step before stands in its chain, in place of where it is written: the lowest first. All steps of a chain
+    /// declare it, or none.
+    pub fn order(mut self, order: i32) -> Self {
+        self.edit(|step| step.order = Some(order));
+        self
+    }
+
+    /// What the failure of the step before means for its chain.
+    pub fn on_failure(mut self, policy: OnFailure) -> Self {
+        self.edit(|step| step.on_failure = policy);
+        self
+    }
+
     /// Another event type in the same group and consumer, with a chain of its own.
-    pub fn and<E2: Event>(mut self) -> Subscribing<E2, S> {
-        self.about.finished.push(Box::new(Chain::new(self.steps)));
-        Subscribing {
-            about: self.about,
-            steps: Vec::new(),
-            state: self.state,
-            at: PhantomData,
-        }
+    pub fn and<E2: Event>(self) -> Subscribing<E2, S> {
+        self.finished().next_type()
     }
 
     /// Joins the group and begins to handle.
     ///
     /// # Errors
     /// [`ErrorKind::Config`] or [`ErrorKind::Invalid`] if the description makes no sense; [`ErrorKind::Unsupported`] if
-    /// the transport cannot give what it asks for; [`ErrorKind::Unavailable`] if the broker cannot be reached.
-    pub async fn start(mut self) -> Result<Running> {
-        self.about.finished.push(Box::new(Chain::new(self.steps)));
+    /// the transport or the log cannot give what it asks for; [`ErrorKind::Unavailable`] if the broker or the log cannot be
+    /// reached.
+    pub async fn start(self) -> Result<Running> {
+        self.finished().about.start().await
+    }
+
+    /// The chain of this event type is complete.
+    fn finished(mut self) -> Self {
+        let steps = Steps::new(std::mem::take(&mut self.steps), self.is_durable);
+        let stack = std::mem::take(&mut self.stack);
+        let for_all = self.about.for_all.clone();
+        let chain = steps.and_then(|steps| Chain::new(for_all, stack, steps).checked());
+        self.about
+            .finished
+            .push(chain.map(|chain| Arc::new(chain) as Arc<dyn AnyChain>));
+        self
+    }
+}
+
+impl<E: Event, S> Subscribing<E, S, Batched> {
+    /// Another event type in the same group and consumer, with a chain of its own.
+    pub fn and<E2: Event>(self) -> Subscribing<E2, S> {
+        self.next_type()
+    }
+
+    /// Joins the group and begins to handle.
+    ///
+    /// # Errors
+    /// As that of a chain of steps.
+    pub async fn start(self) -> Result<Running> {
         self.about.start().await
+    }
+}
+
+impl<E: Event, S, At> Subscribing<E, S, At> {
+    fn next_type<E2: Event>(self) -> Subscribing<E2, S> {
+        Subscribing {
+            about: self.about,
+            steps: Vec::new(),
+            stack: Vec::new(),
+            is_durable: false,
+            state: self.state,
+            at: PhantomData,
+        }
     }
 }
 
@@ -191,71 +341,130 @@ impl About {
     async fn start(self) -> Result<Running> {
         let bus = self.bus.clone();
         let group = GroupName::parse(self.group)?;
-        self.retry.validate().map_err(|e| e.with("group", &group))?;
-        if self.max_in_flight == 0 {
-            let text = "max_in_flight is 0: it has to be at least 1";
-            return Err(Error::new(ErrorKind::Config, text).with("group", group));
-        }
-        let ordered = self
+        let of_configuration = bus.subscription_options(&group).cloned().unwrap_or_default();
+        let options = self.options.overridden_by(&of_configuration);
+        options.validate().map_err(|e| e.with("group", &group))?;
+        let chains: Vec<_> = self
+            .finished
+            .into_iter()
+            .collect::<Result<_>>()
+            .map_err(|e| e.with("group", &group))?;
+        let is_broadcast = options.broadcast.unwrap_or(false);
+        let ordered = options
             .ordered
-            .unwrap_or_else(|| self.finished.iter().any(|chain| chain.keyed()));
+            .unwrap_or_else(|| chains.iter().any(|chain| chain.keyed()));
+        let log = bus.log().cloned();
+        // Instances of a broadcast have no names that last, so nothing waits for them.
+        let parks = !is_broadcast && log.as_ref().is_some_and(|log| log.inbox().is_ok());
+        let can = *bus.transport().capabilities();
+        if log.is_none() && !can.dead_letter {
+            let text = "a subscription needs somewhere for dead letters: an event log, or a transport that keeps them";
+            return Err(Error::new(ErrorKind::Unsupported, text).with("group", group));
+        }
         let mut topics: Vec<Topic> = Vec::new();
-        let mut chains: FxHashMap<String, Box<dyn AnyChain>> = FxHashMap::default();
-        for chain in self.finished {
+        let mut by_kind: FxHashMap<String, Arc<dyn AnyChain>> = FxHashMap::default();
+        for chain in chains {
+            if chain.admits() || chain.is_durable() {
+                needs_transactions(&bus, &*chain, parks).map_err(|e| e.with("group", &group))?;
+            }
             if !topics.contains(&chain.topic()) {
                 topics.push(chain.topic());
             }
             let kind = chain.kind().into_owned();
-            if chains.insert(kind.clone(), chain).is_some() {
+            if by_kind.insert(kind.clone(), chain).is_some() {
                 let text = "a group has two chains for one event type: put their steps in one chain";
                 return Err(Error::new(ErrorKind::Config, text)
                     .with("type", kind)
                     .with("group", group));
             }
         }
-        if bus.log().is_none() && !bus.transport().capabilities().dead_letter {
-            let text = "a subscription needs somewhere for dead letters: an event log, or a transport that keeps them";
-            return Err(Error::new(ErrorKind::Unsupported, text).with("group", group));
-        }
-        let mut subscription = Subscription::new(group.clone(), topics).with_max_in_flight(self.max_in_flight);
+        let max_in_flight = options.max_in_flight.unwrap_or(256);
+        let mut subscription = Subscription::new(group.clone(), topics).with_max_in_flight(max_in_flight);
         subscription.ordered = ordered;
-        subscription.broadcast = self.broadcast;
+        subscription.broadcast = is_broadcast;
         let (stop, kill) = bus.new_part()?;
         let subscriber = bus.transport().subscriber(&subscription)?;
-        let (intake, settling) = subscriber.subscribe(&subscription).await?.split();
-        let group = Arc::new(group);
-        let counters = Arc::new(Counters::default());
-        let shared = Shared {
-            group: group.clone(),
-            chains,
-            retry: self.retry,
-            bus: bus.as_dyn(),
-            log: bus.log().cloned(),
-            clock: bus.clock().clone(),
-            counters: counters.clone(),
+        let retry = options.retry.unwrap_or_default();
+        let shared = Arc::new(Shared {
+            tools: Arc::new(Tools {
+                group: group.clone(),
+                bus: bus.clone(),
+                log,
+                clock: bus.clock().clone(),
+            }),
+            group: Arc::new(group.clone()),
+            chains: by_kind,
+            retry,
+            gate: Gate::default(),
+            wake: Arc::new(Wake::default()),
+            counters: Arc::new(Counters::default()),
             stop: stop.clone(),
+            max_in_flight: AtomicUsize::new(max_in_flight),
+            ordered,
+            parks,
+            delays: can.delayed_retry,
+            dead_letter_unknown: options.unknown == Some(Unknown::DeadLetter),
+        });
+        let tasks = TaskTracker::new();
+        // The inbox first: what is parked from now on finds its relay.
+        if parks {
+            let of_inbox = RelayOptions {
+                local_max_attempts: 1,
+                max_attempts: u32::MAX,
+                backoff: retry.backoff,
+                publish_calls: FROM_INBOX_AT_ONCE,
+                batch_size: 2 * FROM_INBOX_AT_ONCE,
+                max_in_flight: 8 * FROM_INBOX_AT_ONCE,
+                topics: Vec::new(),
+                on_exhausted: None,
+                ..bus.relay_options().clone()
+            };
+            let mailbox = Mailbox::Inbox(group.clone());
+            let receipts = options.receipts.unwrap_or(RECEIPTS);
+            let attempts = Arc::new(FromInbox(shared.clone()));
+            let parts = bus
+                .relay_parts(mailbox, of_inbox, attempts, shared.wake.clone())
+                .await?;
+            bus.spawn_relay(parts, Some(receipts), &tasks, &stop, &kill);
+        }
+        let (intake, settling) = match subscriber.subscribe(&subscription).await {
+            Ok(feed) => feed.split(),
+            Err(error) => {
+                stop.cancel();
+                return Err(error);
+            }
         };
         let worker = Worker {
-            shared: Arc::new(shared),
+            shared: shared.clone(),
             intake,
             settling,
-            max_in_flight: self.max_in_flight,
-            ordered,
             kill: kill.clone(),
         };
-        let tasks = TaskTracker::new();
         bus.spawn(tasks.track_future(worker.run()));
         tasks.close();
-        let clock = bus.clock().clone();
-        Ok(Running {
-            group,
-            counters,
-            clock,
-            stop,
-            kill,
-            tasks,
-        })
+        Ok(Running { shared, kill, tasks })
     }
+}
+
+/// What is handled in transactions needs a log that has them, and an inbox.
+fn needs_transactions(bus: &Bus, chain: &dyn AnyChain, parks: bool) -> Result<()> {
+    let what = if chain.is_durable() {
+        "durable()"
+    } else {
+        "Transactional"
+    };
+    let needs = |error: Error| error.with("what", what).with("type", chain.kind());
+    let Some(log) = bus.log() else {
+        let text = "this needs an event log: build the bus with `.log(…)`";
+        return Err(needs(Error::new(ErrorKind::Unsupported, text)));
+    };
+    log.transactions().map_err(needs)?;
+    log.inbox().map_err(needs)?;
+    if !parks {
+        let text = "this needs an inbox, and instances of a broadcast have none";
+        return Err(needs(Error::new(ErrorKind::Unsupported, text)));
+    }
+    Ok(())
 }
 
 impl<E: Event, S, At> fmt::Debug for Subscribing<E, S, At> {
@@ -263,7 +472,7 @@ impl<E: Event, S, At> fmt::Debug for Subscribing<E, S, At> {
         f.debug_struct("Subscribing")
             .field("group", &self.about.group)
             .field("event", &E::NAME)
-            .field("steps", &self.steps.iter().map(|s| s.name).collect::<Vec<_>>())
+            .field("steps", &self.steps.iter().map(|s| &s.name).collect::<Vec<_>>())
             .finish_non_exhaustive()
     }
 }

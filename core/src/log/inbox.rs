@@ -52,6 +52,16 @@ pub enum Admission {
     HeldBack,
 }
 
+/// A small text that is kept for a message of a group: how far its chain has come, or what has been taken back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(clippy::exhaustive_structs)]
+pub struct Note {
+    /// Counts the writes, from 1: what the next write names.
+    pub version: u64,
+    /// What was written last.
+    pub text: String,
+}
+
 /// The inbox's part of a log: receipts, written in the transaction that holds a handler's effects. Optional, attached to
 /// [`EventLog`](super::EventLog). What has to wait is parked by an append with
 /// [`Placement::Parked`](super::Placement::Parked), a dead letter by one with
@@ -75,6 +85,41 @@ pub trait InboxLog: Debug + Send + Sync + 'static {
     /// [`ErrorKind::WrongTransaction`](crate::ErrorKind::WrongTransaction) as for
     /// [`append_in`](super::TransactionalLog::append_in).
     async fn admit(&self, tx: Lent<'_>, group: &GroupName, arrivals: &[Arrival]) -> Result<Vec<Admission>>;
+
+    /// Asks the same outside of any transaction, and writes nothing: for groups whose handlers keep no receipts, so that
+    /// what waits is not overtaken and what was parked is not handled twice.
+    ///
+    /// # Contract
+    /// Answers for what is committed when it is called. A message is `New` unless there is a receipt of it (`Duplicate`),
+    /// it waits or is a dead letter itself (`Parked`), or another of its key waits (`HeldBack`).
+    ///
+    /// Held by `log::a_look_writes_nothing`.
+    async fn look(&self, group: &GroupName, arrivals: &[Arrival]) -> Result<Vec<Admission>>;
+
+    /// The note kept for a message of the group.
+    ///
+    /// # Contract
+    /// In a transaction it sees that transaction's own writes; without one, what is committed.
+    ///
+    /// Held by `log::notes_are_compared_and_set`.
+    async fn note(&self, tx: Option<Lent<'_>>, group: &GroupName, id: MessageId) -> Result<Option<Note>>;
+
+    /// Writes a note if its version still is `expected` (0: there is none), and says whether it did.
+    ///
+    /// # Contract
+    /// Of two writers that expect one version, one succeeds: the second waits for the first one's transaction, and is
+    /// told `false` if that commits. Without a transaction it is committed when it returns. Notes are purged with the
+    /// [receipts](super::Purge::receipts_after), by the age of their last write.
+    ///
+    /// Held by `log::notes_are_compared_and_set`.
+    async fn write_note(
+        &self,
+        tx: Option<Lent<'_>>,
+        group: &GroupName,
+        id: MessageId,
+        expected: u64,
+        text: &str,
+    ) -> Result<bool>;
 }
 
 macro_rules! forward {
@@ -83,6 +128,22 @@ macro_rules! forward {
         impl<S: InboxLog + ?Sized> InboxLog for $pointer<S> {
             async fn admit(&self, tx: Lent<'_>, group: &GroupName, arrivals: &[Arrival]) -> Result<Vec<Admission>> {
                 (**self).admit(tx, group, arrivals).await
+            }
+            async fn look(&self, group: &GroupName, arrivals: &[Arrival]) -> Result<Vec<Admission>> {
+                (**self).look(group, arrivals).await
+            }
+            async fn note(&self, tx: Option<Lent<'_>>, group: &GroupName, id: MessageId) -> Result<Option<Note>> {
+                (**self).note(tx, group, id).await
+            }
+            async fn write_note(
+                &self,
+                tx: Option<Lent<'_>>,
+                group: &GroupName,
+                id: MessageId,
+                expected: u64,
+                text: &str,
+            ) -> Result<bool> {
+                (**self).write_note(tx, group, id, expected, text).await
             }
         }
     };

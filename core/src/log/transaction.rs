@@ -27,11 +27,21 @@ pub trait TransactionOf<Log: ?Sized>: Send {
     /// The connection on which the caller's own statements run, as the type the log's `append_in` recovers. It touches
     /// no database and never begins, commits or ends anything.
     fn lend(&mut self) -> Lent<'_>;
+
+    /// Lends the connection for statements that have to run now: what was lent, unless that puts events aside until the
+    /// commit.
+    #[doc(hidden)]
+    fn lend_connection(&mut self) -> Lent<'_> {
+        self.lend()
+    }
 }
 
 impl<L: ?Sized, T: TransactionOf<L> + ?Sized> TransactionOf<L> for &mut T {
     fn lend(&mut self) -> Lent<'_> {
         (**self).lend()
+    }
+    fn lend_connection(&mut self) -> Lent<'_> {
+        (**self).lend_connection()
     }
 }
 
@@ -171,6 +181,27 @@ pub trait LogTransaction: Debug + Send {
     /// # Contract
     /// Nothing written in it remains, events included.
     async fn rollback(self: Box<Self>) -> Result<()>;
+
+    /// Sets, releases or goes back to the savepoint.
+    ///
+    /// # Contract
+    /// There is one at a time. Going back undoes what was written since it was set, also where a statement has failed
+    /// since, and the transaction goes on; setting it again is allowed after a release or a return.
+    ///
+    /// Held by `log::a_savepoint_undoes_a_part`.
+    async fn savepoint(&mut self, step: Savepoint) -> Result<()>;
+}
+
+/// What to do with a [savepoint](LogTransaction::savepoint).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(clippy::exhaustive_enums)]
+pub enum Savepoint {
+    /// Remember how it is now.
+    Set,
+    /// Keep what was written since.
+    Release,
+    /// Undo what was written since.
+    Return,
 }
 
 /// The part of a log that writes events in transactions: optional, attached to [`EventLog`](super::EventLog).
@@ -259,6 +290,35 @@ impl LogTx {
         Ok(())
     }
 
+    /// As [`InboxLog::admit`](super::InboxLog::admit), in this transaction.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if the log has no inbox; otherwise of the database.
+    pub async fn admit(
+        &mut self,
+        log: &super::EventLog,
+        group: &crate::GroupName,
+        arrivals: &[super::Arrival],
+    ) -> Result<Vec<super::Admission>> {
+        log.inbox()?.admit(self.inner.lend(), group, arrivals).await
+    }
+
+    /// Sets the savepoint; what it gives goes back to [`LogTx::return_to`].
+    pub(crate) async fn set_savepoint(&mut self) -> Result<usize> {
+        self.inner.savepoint(Savepoint::Set).await?;
+        Ok(self.collected.len())
+    }
+
+    pub(crate) async fn release_savepoint(&mut self) -> Result<()> {
+        self.inner.savepoint(Savepoint::Release).await
+    }
+
+    /// Undoes what was written since, events included.
+    pub(crate) async fn return_to(&mut self, savepoint: usize) -> Result<()> {
+        self.collected.truncate(savepoint);
+        self.inner.savepoint(Savepoint::Return).await
+    }
+
     /// Rolls back, events included.
     ///
     /// # Errors
@@ -284,6 +344,9 @@ pub enum AnyLog {}
 impl TransactionOf<AnyLog> for LogTx {
     fn lend(&mut self) -> Lent<'_> {
         Lent::collecting(&mut self.collected)
+    }
+    fn lend_connection(&mut self) -> Lent<'_> {
+        self.inner.lend()
     }
 }
 

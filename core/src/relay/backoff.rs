@@ -1,19 +1,22 @@
 use std::time::Duration;
 
 /// How long to wait after an attempt that failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Backoff {
     /// Uniformly between `min` and `min(max, 2ⁿ s)` after attempt *n*: exponential with full jitter, as in the AWS
     /// architecture blog's "Exponential Backoff And Jitter".
     FullJitter {
         /// The shortest wait.
+        #[serde(with = "humantime_serde")]
         min: Duration,
         /// The longest wait.
+        #[serde(with = "humantime_serde")]
         max: Duration,
     },
     /// Always the same.
-    Fixed(Duration),
+    Fixed(#[serde(with = "humantime_serde")] Duration),
 }
 
 impl Default for Backoff {
@@ -26,6 +29,17 @@ impl Default for Backoff {
 }
 
 impl Backoff {
+    /// What is wrong with it, and what it may be.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        match *self {
+            Self::FullJitter { min, max } if min > max || max.is_zero() => Err(format!(
+                "{min:?} to {max:?}: it has to be a range that begins before it ends, longer than zero"
+            )),
+            Self::Fixed(wait) if wait.is_zero() => Err("0s: it has to be longer than zero".to_owned()),
+            _ => Ok(()),
+        }
+    }
+
     /// How long to wait after attempt `attempt`, from 1.
     #[must_use]
     pub fn after(&self, attempt: u32, rng: &mut fastrand::Rng) -> Duration {

@@ -4,20 +4,24 @@ use crate::{
     clock::Clock,
     log::{EventLogStore, Purge},
 };
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 
-/// Removes what is past its retention from a mailbox, in bounded steps, every `cleanup_interval` until `stop`.
+/// Removes what is past its retention from a mailbox, and receipts of this age, in bounded steps, every `cleanup_interval` until `stop`.
 pub(crate) async fn clean_up(
     store: Arc<dyn EventLogStore>,
     mailbox: Mailbox,
     options: Arc<RelayOptions>,
+    receipts: Option<Duration>,
     clock: Arc<dyn Clock>,
     stop: CancellationToken,
 ) {
     let mut request = Purge::new(mailbox, options.cleanup_batch).succeeded_after(options.retention);
     if let Some(age) = options.failed_retention {
         request = request.failed_after(age);
+    }
+    if let Some(age) = receipts {
+        request = request.receipts_after(age);
     }
     let run = async {
         loop {

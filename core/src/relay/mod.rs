@@ -13,6 +13,7 @@
 //!   of that message. A missing or full destination stops its topic only, whose records wait in the log.
 //! - **Leases.** Before each hand-over to the client the lease is looked at; the call gets no longer than what is left.
 
+mod attempts;
 mod backoff;
 mod cleanup;
 mod engine;
@@ -26,6 +27,7 @@ pub use backoff::Backoff;
 pub use options::{ExhaustedFn, OnFailed, RelayOptions, SendOrder, TopicOptions, TopicPattern, Unroutable};
 pub use report::{Counts, RelayReport};
 
+pub(crate) use attempts::{Attempts, Publishing, Refusal};
 pub(crate) use cleanup::clean_up;
 pub(crate) use engine::{Engine, Parts};
 pub(crate) use report::Reporter;

@@ -234,18 +234,8 @@ impl RelayOptions {
 }
 
 fn check_backoff(backoff: Backoff) -> Result<()> {
-    match backoff {
-        Backoff::FullJitter { min, max } if min > max || max.is_zero() => {
-            let given = format!("{min:?} to {max:?}");
-            Err(wrong(
-                "backoff",
-                given,
-                "a range that begins before it ends, longer than zero",
-            ))
-        }
-        Backoff::Fixed(wait) if wait.is_zero() => Err(wrong("backoff", "0s", "longer than zero")),
-        _ => Ok(()),
-    }
+    let wrong = |wrong| Error::new(ErrorKind::Config, format!("relay.backoff is {wrong}"));
+    backoff.check().map_err(wrong)
 }
 
 fn wrong(option: &str, given: impl fmt::Display, may_be: impl fmt::Display) -> Error {

@@ -32,9 +32,11 @@ impl PostgresLog {
         }
         if let Some(age) = request.receipts_after {
             let left = request.max.saturating_sub(removed);
-            removed += self
-                .execute(&mut connection, &self.sql().purge_receipts, mailbox, age, left)
-                .await?;
+            let receipts = &self.sql().purge_receipts;
+            removed += self.execute(&mut connection, receipts, mailbox, age, left).await?;
+            let left = request.max.saturating_sub(removed);
+            let notes = &self.sql().purge_notes;
+            removed += self.execute(&mut connection, notes, mailbox, age, left).await?;
         }
         Ok(removed)
     }

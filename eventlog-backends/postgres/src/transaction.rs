@@ -4,7 +4,7 @@ use crate::{PostgresLog, error::doing};
 use async_trait::async_trait;
 use postrider_core::{
     Error, ErrorKind, Mailbox, Result,
-    log::{Lent, LogTransaction, NewRecord, TransactionOf, TransactionalLog},
+    log::{Lent, LogTransaction, NewRecord, Savepoint, TransactionOf, TransactionalLog},
 };
 use sqlx::{Connection as _, PgConnection, Postgres, Transaction};
 
@@ -43,6 +43,16 @@ impl LogTransaction for PostgresTransaction {
 
     async fn rollback(self: Box<Self>) -> Result<()> {
         self.0.rollback().await.map_err(doing("rolling back"))
+    }
+
+    async fn savepoint(&mut self, step: Savepoint) -> Result<()> {
+        let statement = match step {
+            Savepoint::Set => "SAVEPOINT postrider_step",
+            Savepoint::Release => "RELEASE SAVEPOINT postrider_step",
+            Savepoint::Return => "ROLLBACK TO SAVEPOINT postrider_step; RELEASE SAVEPOINT postrider_step",
+        };
+        let done = sqlx::raw_sql(statement).execute(&mut *self.0).await;
+        done.map(drop).map_err(doing("setting a savepoint"))
     }
 }
 

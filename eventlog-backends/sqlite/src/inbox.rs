@@ -1,12 +1,86 @@
-//! Receipts, and who waits.
+//! Receipts, notes, and who waits.
 
 use crate::{SqliteLog, error::doing, row::micros};
 use async_trait::async_trait;
 use postrider_core::{
-    GroupName, Mailbox, Result,
-    log::{Admission, Arrival, InboxLog, Lent},
+    GroupName, Mailbox, MessageId, Result,
+    log::{Admission, Arrival, InboxLog, Lent, Note},
 };
-use sqlx::SqliteConnection;
+use sqlx::{Row as _, SqliteConnection};
+
+impl SqliteLog {
+    /// What is known of every arrival.
+    async fn ask(
+        &self,
+        connection: &mut SqliteConnection,
+        mailbox: i64,
+        arrivals: &[Arrival],
+    ) -> Result<Vec<Admission>> {
+        let asked = arrivals.iter().map(|arrival| {
+            let id = hex(arrival.id);
+            serde_json::json!([id, arrival.topic.as_str(), arrival.key, arrival.was_parked])
+        });
+        let asked = serde_json::Value::Array(asked.collect()).to_string();
+        let answers = sqlx::query_scalar::<_, i64>(self.sql().admit.clone())
+            .bind(mailbox)
+            .bind(asked);
+        let answers = answers.fetch_all(connection).await.map_err(doing("asking the inbox"))?;
+        let admission = |answer| match answer {
+            0 => Admission::New,
+            1 => Admission::Duplicate,
+            2 => Admission::Parked,
+            _ => Admission::HeldBack,
+        };
+        Ok(answers.into_iter().map(admission).collect())
+    }
+
+    async fn read_note(&self, connection: &mut SqliteConnection, mailbox: i64, id: MessageId) -> Result<Option<Note>> {
+        let read = sqlx::query(self.sql().note.clone()).bind(mailbox).bind(bytes(id));
+        let found = read.fetch_optional(connection).await.map_err(doing("reading a note"))?;
+        Ok(found.map(|row| Note {
+            version: u64::try_from(row.get::<i64, _>(0)).unwrap_or(0),
+            text: row.get(1),
+        }))
+    }
+
+    async fn set_note(
+        &self,
+        connection: &mut SqliteConnection,
+        mailbox: i64,
+        id: MessageId,
+        expected: u64,
+        text: &str,
+    ) -> Result<bool> {
+        let now = micros(self.clock().now());
+        let statement = if expected == 0 {
+            &self.sql().add_note
+        } else {
+            &self.sql().set_note
+        };
+        let mut write = sqlx::query(statement.clone())
+            .bind(mailbox)
+            .bind(bytes(id))
+            .bind(text)
+            .bind(now);
+        if expected > 0 {
+            write = write.bind(i64::try_from(expected).unwrap_or(i64::MAX));
+        }
+        let written = write.execute(connection).await.map_err(doing("writing a note"))?;
+        Ok(written.rows_affected() > 0)
+    }
+}
+
+fn inbox(group: &GroupName) -> Mailbox {
+    Mailbox::Inbox(group.clone())
+}
+
+fn hex(id: MessageId) -> String {
+    format!("{:X}", id.as_uuid().as_simple())
+}
+
+fn bytes(id: MessageId) -> Vec<u8> {
+    id.as_uuid().as_bytes().to_vec()
+}
 
 #[async_trait]
 impl InboxLog for SqliteLog {
@@ -16,37 +90,65 @@ impl InboxLog for SqliteLog {
         if arrivals.is_empty() {
             return Ok(Vec::new());
         }
-        let failed = doing("admitting messages");
-        let mailbox = self.mailbox_in(connection, &Mailbox::Inbox(group.clone())).await?;
-        let asked = arrivals.iter().map(|arrival| {
-            let id = format!("{:X}", arrival.id.as_uuid().as_simple());
-            serde_json::json!([id, arrival.topic.as_str(), arrival.key, arrival.was_parked])
-        });
-        let asked = serde_json::Value::Array(asked.collect()).to_string();
-        let answers = sqlx::query_scalar::<_, i64>(self.sql().admit.clone())
-            .bind(mailbox)
-            .bind(&asked);
-        let answers = answers.fetch_all(&mut *connection).await.map_err(&failed)?;
+        let mailbox = self.mailbox_in(connection, &inbox(group)).await?;
+        let answers = self.ask(connection, mailbox, arrivals).await?;
         // One writer at a time: nothing comes between the answers and the receipts.
-        let new: Vec<String> = arrivals
-            .iter()
-            .zip(&answers)
-            .filter(|(_, answer)| **answer == 0)
-            .map(|(arrival, _)| format!("{:X}", arrival.id.as_uuid().as_simple()))
+        let new = arrivals.iter().zip(&answers);
+        let new: Vec<String> = new
+            .filter(|(_, answer)| **answer == Admission::New)
+            .map(|(arrival, _)| hex(arrival.id))
             .collect();
         if !new.is_empty() {
             let receipts = sqlx::query(self.sql().add_receipts.clone()).bind(mailbox);
             let receipts = receipts
                 .bind(serde_json::json!(new).to_string())
                 .bind(micros(self.clock().now()));
-            receipts.execute(connection).await.map_err(failed)?;
+            let written = receipts.execute(connection).await;
+            written.map_err(doing("admitting messages"))?;
         }
-        let admission = |answer| match answer {
-            0 => Admission::New,
-            1 => Admission::Duplicate,
-            2 => Admission::Parked,
-            _ => Admission::HeldBack,
+        Ok(answers)
+    }
+
+    async fn look(&self, group: &GroupName, arrivals: &[Arrival]) -> Result<Vec<Admission>> {
+        let Some(mailbox) = self.find_mailbox(&inbox(group)).await? else {
+            return Ok(vec![Admission::New; arrivals.len()]);
         };
-        Ok(answers.into_iter().map(admission).collect())
+        let mut connection = self.pool().acquire().await.map_err(doing("asking the inbox"))?;
+        self.ask(&mut connection, mailbox, arrivals).await
+    }
+
+    async fn note(&self, tx: Option<Lent<'_>>, group: &GroupName, id: MessageId) -> Result<Option<Note>> {
+        if let Some(tx) = tx {
+            let connection: &mut SqliteConnection = tx.get_mut()?;
+            let mailbox = self.mailbox_in(connection, &inbox(group)).await?;
+            return self.read_note(connection, mailbox, id).await;
+        }
+        let Some(mailbox) = self.find_mailbox(&inbox(group)).await? else {
+            return Ok(None);
+        };
+        let mut connection = self.pool().acquire().await.map_err(doing("reading a note"))?;
+        self.read_note(&mut connection, mailbox, id).await
+    }
+
+    async fn write_note(
+        &self,
+        tx: Option<Lent<'_>>,
+        group: &GroupName,
+        id: MessageId,
+        expected: u64,
+        text: &str,
+    ) -> Result<bool> {
+        if let Some(tx) = tx {
+            let connection: &mut SqliteConnection = tx.get_mut()?;
+            crate::transaction::check(connection)?;
+            let mailbox = self.mailbox_in(connection, &inbox(group)).await?;
+            return self.set_note(connection, mailbox, id, expected, text).await;
+        }
+        let failed = doing("writing a note");
+        let mut tx = self.pool().begin_with("BEGIN IMMEDIATE").await.map_err(&failed)?;
+        let mailbox = self.mailbox_in(&mut tx, &inbox(group)).await?;
+        let is_written = self.set_note(&mut tx, mailbox, id, expected, text).await?;
+        tx.commit().await.map_err(failed)?;
+        Ok(is_written)
     }
 }

@@ -36,16 +36,12 @@ impl SqliteLog {
             }
         }
         if let Some(age) = request.receipts_after {
-            let left = i64::try_from(request.max.saturating_sub(removed)).unwrap_or(i64::MAX);
-            let purge = sqlx::query(self.sql().purge_receipts.clone())
-                .bind(mailbox)
-                .bind(before(age));
-            removed += purge
-                .bind(left)
-                .execute(&mut *tx)
-                .await
-                .map_err(&failed)?
-                .rows_affected();
+            for statement in [&self.sql().purge_receipts, &self.sql().purge_notes] {
+                let left = i64::try_from(request.max.saturating_sub(removed)).unwrap_or(i64::MAX);
+                let purge = sqlx::query(statement.clone()).bind(mailbox).bind(before(age));
+                let purged = purge.bind(left).execute(&mut *tx).await;
+                removed += purged.map_err(&failed)?.rows_affected();
+            }
         }
         tx.commit().await.map_err(failed)?;
         Ok(removed)

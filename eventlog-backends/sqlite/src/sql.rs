@@ -50,7 +50,7 @@ impl Names {
 
     /// Puts the names into `{table}`s.
     pub(crate) fn fill(&self, template: &str) -> SqlStr {
-        const NAMES: [&str; 16] = [
+        const NAMES: [&str; 18] = [
             "meta",
             "mailbox",
             "event_mailbox",
@@ -64,6 +64,8 @@ impl Names {
             "scheduled_due",
             "scheduled",
             "receipt_seen",
+            "note_written",
+            "note",
             "receipt",
             "done_finished",
             "done",
@@ -214,6 +216,11 @@ statements! {
         WHEN NOT a.value ->> 3 AND EXISTS (SELECT 1 FROM {parked} INDEXED BY {parked_key} WHERE mailbox = ?1 AND topic = a.value ->> 1 AND key = a.value ->> 2 \
             AND state <> 3 AND key IS NOT NULL) THEN 3 \
         WHEN row_number() OVER (PARTITION BY a.value ->> 0 ORDER BY a.key) > 1 THEN 1 ELSE 0 END FROM json_each(?2) a ORDER BY a.key";
+    note: "SELECT version, body FROM {note} WHERE mailbox = ?1 AND message_id = ?2";
+    add_note: "INSERT INTO {note} (mailbox, message_id, version, body, written_at) VALUES (?1, ?2, 1, ?3, ?4) ON CONFLICT DO NOTHING";
+    set_note: "UPDATE {note} SET version = version + 1, body = ?3, written_at = ?4 WHERE mailbox = ?1 AND message_id = ?2 AND version = ?5";
+    purge_notes: "DELETE FROM {note} WHERE (mailbox, message_id) IN \
+        (SELECT mailbox, message_id FROM {note} INDEXED BY {note_written} WHERE mailbox = ?1 AND written_at <= ?2 ORDER BY written_at LIMIT ?3)";
     add_receipts: "INSERT INTO {receipt} (mailbox, message_id, seen_at) SELECT ?1, unhex(value), ?3 FROM json_each(?2)";
 
     // Cleaning up.

@@ -1,37 +1,85 @@
-//! Receipts in memory.
+//! Receipts and notes in memory.
 
 use super::{MemoryConnection, MemoryLog, queue::Queue};
 use crate::{
     GroupName, Mailbox, MessageId, Result,
     clock::Timestamp,
-    log::{Admission, Arrival, InboxLog, Lent},
+    log::{Admission, Arrival, InboxLog, Lent, Note},
 };
 use async_trait::async_trait;
 use std::sync::Arc;
 
-/// The receipts of a transaction, until it commits. Dropped, they were never there.
+/// The receipts and notes of a transaction, until it commits. Dropped, they were never there.
 #[derive(Debug, Default)]
-pub(super) struct Reserved(Vec<(Arc<Queue>, MessageId)>);
+pub(super) struct Reserved {
+    receipts: Vec<(Arc<Queue>, MessageId)>,
+    notes: Vec<(Arc<Queue>, MessageId, Note)>,
+}
+
+/// How far a transaction has come, for a savepoint.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Mark {
+    receipts: usize,
+    notes: usize,
+}
 
 impl Reserved {
     pub(super) fn commit(&mut self, now: Timestamp) {
-        for (queue, id) in self.0.drain(..) {
+        for (queue, id) in self.receipts.drain(..) {
             queue.rows().receipts.insert(id, Some(now));
+            queue.tell();
+        }
+        for (queue, id, note) in self.notes.drain(..) {
+            queue.rows().notes.insert(id, (note, now));
+            queue.rows().locked_notes.remove(&id);
             queue.tell();
         }
     }
 
+    pub(super) fn mark(&self) -> Mark {
+        Mark {
+            receipts: self.receipts.len(),
+            notes: self.notes.len(),
+        }
+    }
+
+    pub(super) fn return_to(&mut self, mark: Mark) {
+        for (queue, id) in self.receipts.drain(mark.receipts..) {
+            queue.rows().receipts.remove(&id);
+            queue.tell();
+        }
+        for (queue, id, _) in self.notes.split_off(mark.notes) {
+            if !self.writes(&queue, id) {
+                queue.rows().locked_notes.remove(&id);
+                queue.tell();
+            }
+        }
+    }
+
     fn holds(&self, id: MessageId) -> bool {
-        self.0.iter().any(|(_, reserved)| *reserved == id)
+        self.receipts.iter().any(|(_, reserved)| *reserved == id)
+    }
+
+    fn writes(&self, queue: &Arc<Queue>, id: MessageId) -> bool {
+        self.written(queue, id).is_some()
+    }
+
+    /// What this transaction has written.
+    fn written(&self, queue: &Arc<Queue>, id: MessageId) -> Option<&Note> {
+        let mine = |(of, other, _): &&(Arc<Queue>, MessageId, Note)| Arc::ptr_eq(of, queue) && *other == id;
+        self.notes.iter().rev().find(mine).map(|(_, _, note)| note)
     }
 }
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        for (queue, id) in self.0.drain(..) {
-            queue.rows().receipts.remove(&id);
-            queue.tell();
-        }
+        self.return_to(Mark { receipts: 0, notes: 0 });
+    }
+}
+
+impl MemoryLog {
+    fn inbox(&self, group: &GroupName) -> Arc<Queue> {
+        self.queue(&Mailbox::Inbox(group.clone()))
     }
 }
 
@@ -53,7 +101,7 @@ fn admit(queue: &Arc<Queue>, reserved: &mut Reserved, arrival: &Arrival) -> Opti
         }
     }
     rows.receipts.insert(arrival.id, None);
-    reserved.0.push((queue.clone(), arrival.id));
+    reserved.receipts.push((queue.clone(), arrival.id));
     Some(Admission::New)
 }
 
@@ -61,7 +109,7 @@ fn admit(queue: &Arc<Queue>, reserved: &mut Reserved, arrival: &Arrival) -> Opti
 impl InboxLog for MemoryLog {
     async fn admit(&self, tx: Lent<'_>, group: &GroupName, arrivals: &[Arrival]) -> Result<Vec<Admission>> {
         let connection: &mut MemoryConnection = tx.get_mut()?;
-        let queue = self.queue(&Mailbox::Inbox(group.clone()));
+        let queue = self.inbox(group);
         let mut answers = vec![Admission::New; arrivals.len()];
         // In the order of their ids, so that two transactions do not wait for each other.
         let mut order: Vec<usize> = (0..arrivals.len()).collect();
@@ -69,12 +117,81 @@ impl InboxLog for MemoryLog {
         for n in order {
             answers[n] = loop {
                 let seen = queue.news_count();
-                if let Some(answer) = admit(&queue, &mut connection.receipts, &arrivals[n]) {
+                if let Some(answer) = admit(&queue, &mut connection.reserved, &arrivals[n]) {
                     break answer;
                 }
                 queue.news_after(seen).await;
             };
         }
         Ok(answers)
+    }
+
+    async fn look(&self, group: &GroupName, arrivals: &[Arrival]) -> Result<Vec<Admission>> {
+        let queue = self.inbox(group);
+        let rows = queue.rows();
+        let of = |arrival: &Arrival| match rows.receipts.get(&arrival.id) {
+            Some(Some(_)) => Admission::Duplicate,
+            _ if arrival.was_parked => Admission::New,
+            _ if rows.is_parked_id(arrival.id) => Admission::Parked,
+            _ if rows.holds_back(&arrival.topic, arrival.key.as_deref()) => Admission::HeldBack,
+            _ => Admission::New,
+        };
+        Ok(arrivals.iter().map(of).collect())
+    }
+
+    async fn note(&self, tx: Option<Lent<'_>>, group: &GroupName, id: MessageId) -> Result<Option<Note>> {
+        let queue = self.inbox(group);
+        if let Some(tx) = tx {
+            let connection: &mut MemoryConnection = tx.get_mut()?;
+            if let Some(note) = connection.reserved.written(&queue, id) {
+                return Ok(Some(note.clone()));
+            }
+        }
+        let note = queue.rows().notes.get(&id).map(|(note, _)| note.clone());
+        Ok(note)
+    }
+
+    async fn write_note(
+        &self,
+        tx: Option<Lent<'_>>,
+        group: &GroupName,
+        id: MessageId,
+        expected: u64,
+        text: &str,
+    ) -> Result<bool> {
+        let queue = self.inbox(group);
+        let mut of_its_own = Reserved::default();
+        let is_alone = tx.is_none();
+        let reserved = match tx {
+            Some(tx) => &mut tx.get_mut::<MemoryConnection>()?.reserved,
+            None => &mut of_its_own,
+        };
+        if !reserved.writes(&queue, id) {
+            loop {
+                let seen = queue.news_count();
+                if queue.rows().locked_notes.insert(id) {
+                    break;
+                }
+                queue.news_after(seen).await;
+            }
+        }
+        let committed = queue.rows().notes.get(&id).map(|(note, _)| note.version);
+        let version = reserved.written(&queue, id).map(|note| note.version).or(committed);
+        if version.unwrap_or(0) != expected {
+            if !reserved.writes(&queue, id) {
+                queue.rows().locked_notes.remove(&id);
+                queue.tell();
+            }
+            return Ok(false);
+        }
+        let note = Note {
+            version: expected + 1,
+            text: text.to_owned(),
+        };
+        reserved.notes.push((queue, id, note));
+        if is_alone {
+            of_its_own.commit(self.now());
+        }
+        Ok(true)
     }
 }

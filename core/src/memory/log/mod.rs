@@ -7,10 +7,10 @@ mod session;
 
 use crate::{
     Error, ErrorKind, EventLog, Mailbox, Result,
-    clock::{Clock, SystemClock},
+    clock::{Clock, SystemClock, Timestamp},
     log::{
-        EventLogStore, Lease, Lent, LogCapabilities, LogTransaction, NewRecord, Purge, Session, SessionOptions,
-        TransactionOf, TransactionalLog,
+        EventLogStore, Lease, Lent, LogCapabilities, LogTransaction, NewRecord, Purge, Savepoint, Session,
+        SessionOptions, TransactionOf, TransactionalLog,
     },
 };
 use async_trait::async_trait;
@@ -77,6 +77,10 @@ impl MemoryLog {
         }
     }
 
+    fn now(&self) -> Timestamp {
+        self.shared.clock.now()
+    }
+
     fn append_now(&self, mailbox: &Mailbox, batch: &[NewRecord]) {
         let queue = self.queue(mailbox);
         queue.rows().append(batch, self.shared.clock.now());
@@ -129,11 +133,12 @@ impl EventLogStore for MemoryLog {
     }
 }
 
-/// What a transaction on a [`MemoryLog`] lends: the records and receipts waiting for its commit.
+/// What a transaction on a [`MemoryLog`] lends: the records, receipts and notes waiting for its commit.
 #[derive(Debug, Default)]
 pub struct MemoryConnection {
     staged: Vec<(Mailbox, Vec<NewRecord>)>,
-    receipts: inbox::Reserved,
+    reserved: inbox::Reserved,
+    savepoint: Option<(usize, inbox::Mark)>,
 }
 
 /// A transaction on a [`MemoryLog`]. Dropping it rolls back.
@@ -150,7 +155,7 @@ impl MemoryTransaction {
         for (mailbox, batch) in &self.connection.staged {
             self.log.append_now(mailbox, batch);
         }
-        self.connection.receipts.commit(self.log.shared.clock.now());
+        self.connection.reserved.commit(self.log.now());
     }
 }
 
@@ -170,6 +175,20 @@ impl LogTransaction for MemoryTransaction {
         Ok(())
     }
     async fn rollback(self: Box<Self>) -> Result<()> {
+        Ok(())
+    }
+    async fn savepoint(&mut self, step: Savepoint) -> Result<()> {
+        let connection = &mut self.connection;
+        match step {
+            Savepoint::Set => connection.savepoint = Some((connection.staged.len(), connection.reserved.mark())),
+            Savepoint::Release => connection.savepoint = None,
+            Savepoint::Return => {
+                if let Some((staged, mark)) = connection.savepoint.take() {
+                    connection.staged.truncate(staged);
+                    connection.reserved.return_to(mark);
+                }
+            }
+        }
         Ok(())
     }
 }

@@ -4,7 +4,7 @@ use super::locked;
 use crate::{
     Message, MessageId, Topic,
     clock::{Moment, Timestamp},
-    log::{AttemptError, NewRecord, Owner, Placement, Purge},
+    log::{AttemptError, NewRecord, Note, Owner, Placement, Purge},
 };
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
@@ -165,6 +165,10 @@ pub(super) struct Rows {
     pub(super) done: BTreeMap<u64, Done>,
     /// The messages handled, and when; `None` while the transaction is open.
     pub(super) receipts: HashMap<MessageId, Option<Timestamp>>,
+    /// The notes, and when each was written last.
+    pub(super) notes: HashMap<MessageId, (Note, Timestamp)>,
+    /// The notes that an open transaction has written.
+    pub(super) locked_notes: HashSet<MessageId>,
     pub(super) lease: Option<Holder>,
     pub(super) epoch: u64,
 }
@@ -478,6 +482,16 @@ impl Rows {
             removed += old.len();
             for id in old {
                 self.receipts.remove(&id);
+            }
+            let old = self
+                .notes
+                .iter()
+                .filter(|(_, (_, at))| *at <= before)
+                .map(|(id, _)| *id);
+            let old: Vec<MessageId> = old.take(max - removed).collect();
+            removed += old.len();
+            for id in old {
+                self.notes.remove(&id);
             }
         }
         removed as u64

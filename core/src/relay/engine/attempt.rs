@@ -2,17 +2,16 @@
 
 use super::{Engine, Event};
 use crate::{
-    Message, Publisher,
-    clock::{Clock, Moment},
+    clock::Moment,
     log::{AttemptError, Outcome, Parking, RecordState, Stored, Until},
-    publisher::{PublishError, PublishErrorKind, Reachability, Scope},
+    publisher::{PublishError, Reachability},
     relay::{
         OnFailed, Reporter, SendOrder, Unroutable,
+        attempts::Refusal,
         held::{Held, Place},
         outage::{Link, Probing},
     },
 };
-use futures_util::FutureExt as _;
 use std::{cmp::Reverse, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 /// How often a connection may die with one message alone in flight before the message is blamed.
@@ -26,7 +25,8 @@ impl Engine {
                 .link
                 .window()
                 .saturating_sub(self.in_flight)
-                .min(self.options.batch_size);
+                .min(self.options.batch_size)
+                .min(self.attempts.per_call());
             if room == 0 {
                 return;
             }
@@ -36,12 +36,14 @@ impl Engine {
             };
             let mut places = Vec::with_capacity(room.min(self.ready.len()));
             let mut messages = Vec::with_capacity(places.capacity());
+            let mut counts = Vec::with_capacity(places.capacity());
             while places.len() < room
                 && let Some(place) = self.ready.pop_front()
             {
                 let Some(held) = self.in_hand.get(place) else { continue };
                 if self.destinations.may_send(held.record.message.topic(), now) {
                     messages.push(held.record.message.clone());
+                    counts.push(held.record.attempts);
                     places.push(place);
                 } else {
                     self.park_for_topic(place, None);
@@ -52,17 +54,16 @@ impl Engine {
             }
             self.in_flight += places.len();
             self.publish_calls += 1;
-            let deadline = self.options.publish_timeout.min(left);
-            let (publisher, clock) = (self.publisher.clone(), self.clock.clone());
+            let attempts = self.attempts.clone();
             self.job(async move {
-                let outcomes = publish(&*publisher, &*clock, &messages, deadline).await;
+                let outcomes = attempts.attempt(&messages, &counts, left).await;
                 Event::Published { places, outcomes }
             });
         }
     }
 
     /// What became of messages.
-    pub(super) fn published(&mut self, places: &[Place], outcomes: Vec<Result<(), PublishError>>, now: Moment) {
+    pub(super) fn published(&mut self, places: &[Place], outcomes: Vec<Result<(), Refusal>>, now: Moment) {
         let was_alone = self.in_flight == 1;
         self.in_flight -= places.len();
         self.publish_calls -= 1;
@@ -77,20 +78,21 @@ impl Engine {
                     continue;
                 }
             }
-            let Err(error) = outcome else {
+            let Err(refusal) = outcome else {
                 confirmed += 1;
                 self.confirmed(place);
                 continue;
             };
-            match error.kind() {
-                PublishErrorKind::Unavailable(Scope::Connection) => {
+            match refusal {
+                Refusal::Connection(error) => {
                     lost.push(place);
                     loss = Some(error);
                 }
-                PublishErrorKind::Unavailable(Scope::Destination) => self.destination_away(place, &error, now),
-                PublishErrorKind::Rejected => self.refused(place, &error, now),
-                PublishErrorKind::Invalid => self.fail(place, 0, Some(&error)),
-                PublishErrorKind::HeldBack => {
+                Refusal::Destination(error) => self.destination_away(place, &error, now),
+                Refusal::Rejected { why, after } => self.refused(place, why, after, now),
+                Refusal::Invalid { why } => self.fail(place, 0, Some(why)),
+                Refusal::Deferred { why, after } => self.deferred(place, why, after),
+                Refusal::HeldBack => {
                     if let Some(held) = self.in_hand.get(place) {
                         self.destinations.probe_lost(held.record.message.topic(), now);
                     }
@@ -137,8 +139,8 @@ impl Engine {
         }
     }
 
-    /// The broker refused the message: one try of an attempt is used up.
-    fn refused(&mut self, place: Place, error: &PublishError, now: Moment) {
+    /// The message was refused: one try of an attempt is used up.
+    fn refused(&mut self, place: Place, why: String, after: Option<Duration>, now: Moment) {
         Reporter::count(&self.reporter.refused, 1);
         self.release_followers(place);
         let Some(held) = self.in_hand.get_mut(place) else {
@@ -147,9 +149,8 @@ impl Engine {
         let of_topic = self.options.of(held.record.message.topic());
         let attempt = held.record.attempts + 1;
         held.tries += 1;
-        held.errors
-            .push(AttemptError::new(self.clock.now(), attempt, crate::error::chain(error)));
-        tracing::debug!(message = %held.record.message.id(), attempt, tries = held.tries, %error, "refused");
+        tracing::debug!(message = %held.record.message.id(), attempt, tries = held.tries, error = why, "refused");
+        held.errors.push(AttemptError::new(self.clock.now(), attempt, why));
         if let Some(held) = self.in_hand.get(place) {
             let message = held.record.message.clone();
             if self.destinations.answered(message.topic()) {
@@ -161,11 +162,11 @@ impl Engine {
         };
         // The local tier may not take up all the room there is: the rest waits in the log.
         let is_crowded = self.local.len() >= self.options.max_in_flight / 2;
-        if held.tries >= of_topic.local_max_attempts || self.is_stopping || is_crowded {
+        if held.tries >= of_topic.local_max_attempts || self.is_stopping || is_crowded || after.is_some() {
             if attempt >= of_topic.max_attempts {
                 self.fail(place, attempt, None);
             } else {
-                self.leave_local_tier(place);
+                self.park_for_later(place, after);
             }
             return;
         }
@@ -196,30 +197,50 @@ impl Engine {
 
     /// The attempt is over: the record waits in the log.
     pub(super) fn leave_local_tier(&mut self, place: Place) {
+        self.park_for_later(place, None);
+    }
+
+    fn park_for_later(&mut self, place: Place, after: Option<Duration>) {
         let Some(mut held) = self.in_hand.take(place) else {
             return;
         };
-        let outcome = self.parked_for_later(&mut held);
+        let outcome = self.parked_for_later(&mut held, after);
         self.settle_held(&held, outcome);
     }
 
-    fn parked_for_later(&mut self, held: &mut Held) -> Outcome {
+    fn parked_for_later(&mut self, held: &mut Held, after: Option<Duration>) -> Outcome {
         let attempt = held.record.attempts + 1;
         let backoff = self.options.of(held.record.message.topic()).backoff;
-        let until = Until::After(backoff.after(attempt, &mut self.rng));
-        Outcome::Parked(Parking::new(until, attempt, std::mem::take(&mut held.errors)))
+        let after = after.unwrap_or_else(|| backoff.after(attempt, &mut self.rng));
+        Outcome::Parked(Parking::new(
+            Until::After(after),
+            attempt,
+            std::mem::take(&mut held.errors),
+        ))
+    }
+
+    /// Nobody's fault: the record waits in the log, with the attempts it had.
+    fn deferred(&mut self, place: Place, why: String, after: Duration) {
+        self.release_followers(place);
+        let Some(mut held) = self.in_hand.take(place) else {
+            return;
+        };
+        tracing::debug!(message = %held.record.message.id(), error = why, ?after, "deferred");
+        held.errors.push(AttemptError::new(self.clock.now(), 0, why));
+        let errors = std::mem::take(&mut held.errors);
+        let parking = Parking::new(Until::After(after), held.record.attempts, errors);
+        self.settle_held(&held, Outcome::Parked(parking));
     }
 
     /// The message becomes a dead letter.
-    fn fail(&mut self, place: Place, attempts: u32, error: Option<&PublishError>) {
+    fn fail(&mut self, place: Place, attempts: u32, why: Option<String>) {
         let Some(mut held) = self.in_hand.take(place) else {
             return;
         };
         Reporter::count(&self.reporter.failed, 1);
-        if let Some(error) = error {
-            let text = crate::error::chain(error);
+        if let Some(why) = why {
             held.errors
-                .push(AttemptError::new(self.clock.now(), held.record.attempts + 1, text));
+                .push(AttemptError::new(self.clock.now(), held.record.attempts + 1, why));
             self.topic_answered(&held);
         }
         let attempts = attempts.max(held.record.attempts + 1);
@@ -322,14 +343,10 @@ impl Engine {
             if held.deaths >= DEATHS_BLAMED {
                 held.deaths = 0;
                 let text = "the connection was lost twice with only this message in flight";
-                let blame = PublishError::rejected(crate::error::chain(error));
                 let place = places[0];
                 tracing::warn!(message = %held.record.message.id(), text);
-                self.refused(
-                    place,
-                    &PublishError::rejected(format!("{text}: {}", crate::error::chain(&blame))),
-                    now,
-                );
+                let blame = PublishError::rejected(format!("{text}: {}", crate::error::chain(error)));
+                self.refused(place, crate::error::chain(&blame), None, now);
                 return;
             }
         }
@@ -348,16 +365,8 @@ impl Engine {
     pub(super) fn check_link(&mut self, now: Moment) {
         if matches!(self.link, Link::Down { probe_at } if probe_at <= now) && !self.is_stopping {
             self.link = Link::Checking;
-            let (publisher, clock) = (self.publisher.clone(), self.clock.clone());
-            let deadline = self.options.publish_timeout;
-            self.job(async move {
-                let check = AssertUnwindSafe(publisher.check()).catch_unwind();
-                let answer = tokio::select! {
-                    answer = check => answer.unwrap_or_else(|_| Reachability::Down(panicked())),
-                    () = clock.sleep(deadline) => Reachability::Down(timed_out(deadline)),
-                };
-                Event::Checked(answer)
-            });
+            let attempts = self.attempts.clone();
+            self.job(async move { Event::Checked(attempts.check().await) });
         }
     }
 
@@ -386,7 +395,7 @@ impl Engine {
         while let Some(mut held) = next.and_then(|place| self.in_hand.take(place)) {
             let outcome = match held.kept_since {
                 None => Outcome::Released,
-                Some(_) => self.parked_for_later(&mut held),
+                Some(_) => self.parked_for_later(&mut held, None),
             };
             self.settle_held(&held, outcome);
             next = held.next;
@@ -419,39 +428,6 @@ impl Engine {
             }
         }
     }
-}
-
-/// One publish call, whatever the publisher does.
-async fn publish(
-    publisher: &dyn Publisher,
-    clock: &dyn Clock,
-    messages: &[Message],
-    deadline: Duration,
-) -> Vec<Result<(), PublishError>> {
-    let call = AssertUnwindSafe(publisher.publish(messages)).catch_unwind();
-    let mut outcomes = tokio::select! {
-        biased;
-        outcomes = call => outcomes.unwrap_or_else(|_| panicked().for_all(messages)),
-        () = clock.sleep(deadline) => timed_out(deadline).for_all(messages),
-    };
-    if outcomes.len() != messages.len() {
-        let error = PublishError::connection(format!(
-            "a defect of the publisher: {} outcomes for {} messages",
-            outcomes.len(),
-            messages.len()
-        ));
-        tracing::error!(error = crate::error::chain(&error), "all of them count as unknown");
-        outcomes = error.for_all(messages);
-    }
-    outcomes
-}
-
-fn panicked() -> PublishError {
-    PublishError::connection("the publisher panicked")
-}
-
-fn timed_out(deadline: Duration) -> PublishError {
-    PublishError::connection(format!("no answer within {deadline:?}"))
 }
 
 /// Calls the callback of the options; its panic is its own affair.

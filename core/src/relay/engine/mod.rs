@@ -8,14 +8,14 @@ mod journal;
 
 use super::{
     RelayOptions, Reporter, Wake,
+    attempts::{Attempts, Refusal},
     held::{InHand, Place},
     outage::{Destinations, Link, Probing},
 };
 use crate::{
-    EventLog, Mailbox, Publisher, Reachability, Result, Topic,
+    EventLog, Mailbox, Reachability, Result, Topic,
     clock::{Clock, Moment},
     log::{Claimed, Lease, RecordTag, Session, SettleReport, Settled, Stored},
-    publisher::PublishError,
 };
 use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use rustc_hash::FxHashMap;
@@ -33,7 +33,7 @@ pub(crate) struct Parts {
     pub(crate) options: Arc<RelayOptions>,
     pub(crate) log: EventLog,
     pub(crate) session: Box<dyn Session>,
-    pub(crate) publisher: Arc<dyn Publisher>,
+    pub(crate) attempts: Arc<dyn Attempts>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) wake: Arc<Wake>,
     pub(crate) reporter: Arc<Reporter>,
@@ -45,7 +45,7 @@ pub(crate) struct Engine {
     options: Arc<RelayOptions>,
     log: EventLog,
     session: Arc<dyn Session>,
-    publisher: Arc<dyn Publisher>,
+    attempts: Arc<dyn Attempts>,
     clock: Arc<dyn Clock>,
     wake: Arc<Wake>,
     reporter: Arc<Reporter>,
@@ -98,7 +98,7 @@ enum Event {
     },
     Published {
         places: Vec<Place>,
-        outcomes: Vec<Result<(), PublishError>>,
+        outcomes: Vec<Result<(), Refusal>>,
     },
     Settled {
         batch: Vec<Settled>,
@@ -153,7 +153,7 @@ impl Engine {
             options: parts.options,
             log: parts.log,
             session: parts.session.into(),
-            publisher: parts.publisher,
+            attempts: parts.attempts,
             clock: parts.clock,
             wake: parts.wake,
             reporter: parts.reporter,

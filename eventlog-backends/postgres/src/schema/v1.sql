@@ -175,6 +175,17 @@ CREATE TABLE {receipt} (
 );
 CREATE INDEX {receipt_seen!} ON {receipt} (mailbox, seen_at);
 
+-- How far the chain of a message has come, and what has been taken back: small texts, compared and set.
+CREATE TABLE {note} (
+    mailbox smallint NOT NULL,
+    message_id uuid NOT NULL,
+    version bigint NOT NULL,
+    body text NOT NULL,
+    written_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (mailbox, message_id)
+);
+CREATE INDEX {note_written!} ON {note} (mailbox, written_at);
+
 -- An event from any language: SELECT append('orders', 'order.placed.v1', '{"n": 1}', key => 'o-1'), in your transaction.
 CREATE FUNCTION {append}(
     topic text, type text, payload bytea, key text DEFAULT NULL, headers jsonb DEFAULT '[]', not_before timestamptz DEFAULT NULL,

@@ -102,3 +102,14 @@ CREATE TABLE {receipt} (
     PRIMARY KEY (mailbox, message_id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX {receipt_seen} ON {receipt} (mailbox, seen_at);
+
+-- How far the chain of a message has come, and what has been taken back: small texts, compared and set.
+CREATE TABLE {note} (
+    mailbox INTEGER NOT NULL,
+    message_id BLOB NOT NULL,
+    version INTEGER NOT NULL,
+    body TEXT NOT NULL,
+    written_at INTEGER NOT NULL,
+    PRIMARY KEY (mailbox, message_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX {note_written} ON {note} (mailbox, written_at);

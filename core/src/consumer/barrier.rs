@@ -1,0 +1,127 @@
+//! Forward calls and compensations that meet in any order, any number of times, and still have their effect once.
+
+use super::Context;
+use crate::{
+    Error, ErrorKind, EventLog, GroupName, MessageId, Result,
+    log::{Lent, TransactionOf},
+};
+use serde::{Deserialize, Serialize};
+
+/// Guards a step whose effects are in a transaction on the log's database against the three accidents of compensation:
+///
+/// - **twice**: a forward call or a compensation that is repeated has its effect once;
+/// - **empty compensation**: one that arrives without its forward call has no effect;
+/// - **hanging**: it is remembered, and the forward call that arrives late is refused.
+///
+/// Ask it first in the transaction that holds the step's effects, and do nothing if it says so:
+///
+/// ```ignore
+/// async fn charge(order: &OrderPlaced, ctx: &mut Context) -> HandlerResult {
+///     if ctx.barrier("charge").forward(ctx.transaction()?).await? {
+///         // the effects, with ctx.tx()
+///     }
+///     Ok(())
+/// }
+/// ```
+///
+/// The state is a small note in the group's inbox, kept as long as receipts are. The name and the accidents are those of
+/// the `dtm` project's sub-transaction barrier.
+#[derive(Debug, Clone)]
+pub struct Barrier {
+    log: Option<EventLog>,
+    group: GroupName,
+    id: MessageId,
+    round: u64,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct State {
+    /// The round of the last call that counted.
+    round: u64,
+    is_done: bool,
+}
+
+/// How often a state is read again that somebody else has changed meanwhile.
+const TRIES: usize = 10;
+
+impl Context {
+    /// The barrier of a step: of this message, this group and the name given.
+    #[must_use]
+    pub fn barrier(&self, step: &str) -> Barrier {
+        let tools = self.tools();
+        Barrier {
+            log: tools.log.clone(),
+            group: tools.group.clone(),
+            id: MessageId::foreign(&format!("barrier of {step}"), &self.message().id().to_string()),
+            round: self.round(),
+        }
+    }
+}
+
+impl Barrier {
+    /// Whether the forward call is to have its effect: `false` if it has had it already.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] if it comes too late: it has been compensated already. [`ErrorKind::WrongTransaction`] if the
+    /// transaction is of another database than the log; [`ErrorKind::Unsupported`] without an inbox.
+    pub async fn forward<L: ?Sized, T: TransactionOf<L> + ?Sized>(&self, tx: &mut T) -> Result<bool> {
+        for _ in 0..TRIES {
+            let (version, state) = self.read(tx.lend_connection()).await?;
+            match state {
+                Some(State { is_done: true, .. }) => return Ok(false),
+                Some(State { round, .. }) if round >= self.round => {
+                    let text = "the forward call comes too late: it has been compensated already";
+                    return Err(Error::new(ErrorKind::Conflict, text).with("group", &self.group));
+                }
+                _ if self.write(tx.lend_connection(), version, true, self.round).await? => return Ok(true),
+                _ => {}
+            }
+        }
+        Err(self.contended())
+    }
+
+    /// Whether the compensation is to have its effect: `false` if there is nothing to take back, which is remembered.
+    ///
+    /// # Errors
+    /// As [`forward`](Barrier::forward), but for `Conflict`.
+    pub async fn compensate<L: ?Sized, T: TransactionOf<L> + ?Sized>(&self, tx: &mut T) -> Result<bool> {
+        for _ in 0..TRIES {
+            let (version, state) = self.read(tx.lend_connection()).await?;
+            let (has_effect, round) = match state {
+                Some(State { is_done: true, round }) => (true, round.max(self.round)),
+                Some(State { round, .. }) if round >= self.round => return Ok(false),
+                _ => (false, self.round),
+            };
+            if self.write(tx.lend_connection(), version, false, round).await? {
+                return Ok(has_effect);
+            }
+        }
+        Err(self.contended())
+    }
+
+    async fn read(&self, tx: Lent<'_>) -> Result<(u64, Option<State>)> {
+        let note = self.log()?.inbox()?.note(Some(tx), &self.group, self.id).await?;
+        let Some(note) = note else { return Ok((0, None)) };
+        let state = serde_json::from_str(&note.text)
+            .map_err(|e| Error::new(ErrorKind::Storage, "the state of a barrier cannot be read").because(e))?;
+        Ok((note.version, Some(state)))
+    }
+
+    async fn write(&self, tx: Lent<'_>, version: u64, is_done: bool, round: u64) -> Result<bool> {
+        let text = serde_json::to_string(&State { round, is_done })
+            .map_err(|e| Error::new(ErrorKind::Unexpected, "the state of a barrier cannot be written").because(e))?;
+        let inbox = self.log()?.inbox()?;
+        inbox.write_note(Some(tx), &self.group, self.id, version, &text).await
+    }
+
+    fn log(&self) -> Result<&EventLog> {
+        self.log.as_ref().ok_or_else(|| {
+            let text = "a barrier keeps its state in the event log, and this bus has none";
+            Error::new(ErrorKind::Unsupported, text)
+        })
+    }
+
+    fn contended(&self) -> Error {
+        Error::new(ErrorKind::Conflict, "the state of a barrier keeps changing").with("group", &self.group)
+    }
+}

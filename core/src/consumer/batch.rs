@@ -1,0 +1,290 @@
+//! Handlers that take several events at once.
+
+use super::{
+    Context, HandlerError, HandlerErrorKind, HandlerResult,
+    chain::{AnyChain, Gathering, Handled, HandledBy, Wait, decode},
+    middleware::Panicked,
+};
+use crate::{Event, Message, Topic, log::AttemptError};
+use async_trait::async_trait;
+use futures_util::{FutureExt as _, future::BoxFuture};
+use std::{borrow::Cow, fmt, num::NonZeroUsize, panic::AssertUnwindSafe, time::Duration};
+
+/// How events are gathered for a handler that takes several at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Batch {
+    /// The most events of one call. 100.
+    pub max: NonZeroUsize,
+    /// How long the first of them waits for more. 10 ms.
+    pub wait: Duration,
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self {
+            max: NonZeroUsize::MIN.saturating_add(99),
+            wait: Duration::from_millis(10),
+        }
+    }
+}
+
+impl Batch {
+    /// Up to `max` events.
+    #[must_use]
+    pub fn of(max: NonZeroUsize) -> Self {
+        Self { max, ..Self::default() }
+    }
+    /// Sets how long the first event of a batch waits for more.
+    #[must_use]
+    pub fn waiting(mut self, wait: Duration) -> Self {
+        self.wait = wait;
+        self
+    }
+}
+
+/// What a handler of several events knows beside them.
+#[derive(Debug)]
+pub struct BatchContext {
+    contexts: Vec<Context>,
+}
+
+impl BatchContext {
+    /// What is known of the event at this place of the batch: its message, its attempt; publish in its name there.
+    ///
+    /// # Panics
+    /// If the batch is shorter.
+    #[must_use]
+    pub fn of(&mut self, place: usize) -> &mut Context {
+        &mut self.contexts[place]
+    }
+    /// The messages the events came in, in the same order.
+    pub fn messages(&self) -> impl Iterator<Item = &Message> {
+        self.contexts.iter().map(Context::message)
+    }
+}
+
+/// What a handler of several events returns: one outcome each, in order.
+pub type BatchResult = Vec<HandlerResult>;
+
+#[doc(hidden)]
+pub trait BatchCall<A, B>: AsyncFn(A, B) -> BatchResult + Fn(A, B) -> <Self as BatchCall<A, B>>::Future {
+    type Future: Future<Output = BatchResult>;
+}
+impl<F, Fut, A, B> BatchCall<A, B> for F
+where
+    F: AsyncFn(A, B) -> BatchResult + Fn(A, B) -> Fut,
+    Fut: Future<Output = BatchResult>,
+{
+    type Future = Fut;
+}
+
+/// `async fn(&[E], &mut BatchContext) -> Vec<HandlerResult>` with a future that is `Send`. Never implemented by hand.
+pub trait BatchHandlerFn<E: 'static>:
+    for<'a> BatchCall<&'a [E], &'a mut BatchContext, Future: Send> + Send + Sync + 'static
+{
+}
+impl<E: 'static, F> BatchHandlerFn<E> for F where
+    F: for<'a> BatchCall<&'a [E], &'a mut BatchContext, Future: Send> + Send + Sync + 'static
+{
+}
+
+/// Erased, as [`Run`](super::handler::Run) is.
+trait RunBatch<E>: Send + Sync {
+    fn run<'a>(&'a self, events: &'a [E], ctx: &'a mut BatchContext) -> BoxFuture<'a, BatchResult>;
+}
+
+struct PlainBatch<F>(F);
+
+impl<E: Sync + 'static, F: BatchHandlerFn<E>> RunBatch<E> for PlainBatch<F> {
+    fn run<'a>(&'a self, events: &'a [E], ctx: &'a mut BatchContext) -> BoxFuture<'a, BatchResult> {
+        Box::pin((self.0)(events, ctx))
+    }
+}
+
+pub(super) struct BatchChain<E> {
+    how: Batch,
+    name: &'static str,
+    run: Box<dyn RunBatch<E>>,
+}
+
+impl<E: Event> BatchChain<E> {
+    pub(super) fn new<F: BatchHandlerFn<E>>(how: Batch, handler: F) -> Self {
+        Self {
+            how,
+            name: std::any::type_name::<F>(),
+            run: Box::new(PlainBatch(handler)),
+        }
+    }
+
+    /// One call: an outcome for each event, whatever the handler does.
+    async fn call(&self, events: &[E], ctx: &mut BatchContext) -> BatchResult {
+        let call = AssertUnwindSafe(async { self.run.run(events, ctx).await }).catch_unwind();
+        let outcomes = match call.await {
+            Ok(outcomes) if outcomes.len() == events.len() => return outcomes,
+            Ok(outcomes) => format!(
+                "{} gave {} outcomes for {} events",
+                self.name,
+                outcomes.len(),
+                events.len()
+            ),
+            Err(panic) => Panicked::error(self.name, &*panic).to_chain(),
+        };
+        events
+            .iter()
+            .map(|_| Err(HandlerError::from(outcomes.clone())))
+            .collect()
+    }
+}
+
+/// An event of a batch on its way.
+struct Item<'a, E> {
+    place: usize,
+    event: E,
+    ctx: Context,
+    by: HandledBy<'a>,
+    attempts: u32,
+    errors: Vec<AttemptError>,
+}
+
+#[async_trait]
+impl<E: Event> AnyChain for BatchChain<E> {
+    fn kind(&self) -> Cow<'static, str> {
+        E::kind()
+    }
+    fn name(&self) -> &'static str {
+        E::NAME
+    }
+    fn topic(&self) -> Topic {
+        E::TOPIC
+    }
+    fn keyed(&self) -> bool {
+        E::KEYED
+    }
+    fn gathering(&self) -> Option<Gathering> {
+        Some(Gathering {
+            max: self.how.max,
+            wait: self.how.wait,
+        })
+    }
+
+    async fn handle(&self, ctx: &mut Context, by: &HandledBy<'_>) -> Handled {
+        let own = Context::new(ctx.message().clone(), ctx.tools().clone());
+        let outcomes = self.handle_together(vec![(own, *by)]).await;
+        outcomes.into_iter().next().unwrap_or(Handled::Released)
+    }
+
+    /// Those that fail are tried again in place, without the others, and then wait one by one.
+    async fn handle_together(&self, batch: Vec<(Context, HandledBy<'_>)>) -> Vec<Handled> {
+        let mut outcomes: Vec<Option<Handled>> = batch.iter().map(|_| None).collect();
+        let mut left = Vec::with_capacity(batch.len());
+        for (place, (ctx, by)) in batch.into_iter().enumerate() {
+            match decode::<E>(ctx.message()) {
+                Ok(event) => left.push(Item {
+                    place,
+                    event,
+                    ctx,
+                    attempts: by.attempts,
+                    by,
+                    errors: Vec::new(),
+                }),
+                Err(why) => outcomes[place] = Some(Handled::dead(by.tools.clock.now(), why)),
+            }
+        }
+        while let Some(by) = left.first().map(|item| item.by) {
+            let Some(pass) = by.gate.pass(&*by.tools.clock, by.stop).await else {
+                break;
+            };
+            let mut items = Vec::with_capacity(left.len());
+            let (mut events, mut contexts) = (Vec::with_capacity(left.len()), Vec::with_capacity(left.len()));
+            for Item {
+                place,
+                event,
+                mut ctx,
+                by,
+                attempts,
+                errors,
+            } in left.drain(..)
+            {
+                ctx.begin_attempt(attempts + 1);
+                events.push(event);
+                contexts.push(ctx);
+                items.push((place, by, attempts, errors));
+            }
+            let mut ctx = BatchContext { contexts };
+            let results = self.call(&events, &mut ctx).await;
+            let away = results.iter().find_map(|result| match result {
+                Err(error) if error.kind() == HandlerErrorKind::Unavailable => Some(error.to_chain()),
+                _ => None,
+            });
+            match away {
+                Some(why) => pass.unavailable(&*by.tools.clock, why),
+                None => pass.answered(),
+            }
+            let mut longest = Duration::ZERO;
+            for (((result, event), ctx), (place, by, mut attempts, mut errors)) in
+                results.into_iter().zip(events).zip(ctx.contexts).zip(items)
+            {
+                let Err(error) = result else {
+                    outcomes[place] = Some(Handled::Done);
+                    continue;
+                };
+                if error.kind() != HandlerErrorKind::Unavailable {
+                    attempts += 1;
+                    errors.push(AttemptError::new(by.tools.clock.now(), attempts, error.to_chain()));
+                    if error.kind() == HandlerErrorKind::Permanent || attempts >= by.retry.max_attempts {
+                        outcomes[place] = Some(Handled::Dead { attempts, errors });
+                        continue;
+                    }
+                    let told = match error.kind() {
+                        HandlerErrorKind::RetryAfter(wait) => Some(wait),
+                        _ => None,
+                    };
+                    match by.where_to_wait(attempts, told) {
+                        Wait::Here(wait) => longest = longest.max(wait),
+                        Wait::Inbox => {
+                            let after = told;
+                            outcomes[place] = Some(Handled::Parked {
+                                after,
+                                attempts,
+                                errors,
+                            });
+                            continue;
+                        }
+                        Wait::Broker(after) => {
+                            outcomes[place] = Some(Handled::Retried { after });
+                            continue;
+                        }
+                    }
+                }
+                left.push(Item {
+                    place,
+                    event,
+                    ctx,
+                    by,
+                    attempts,
+                    errors,
+                });
+            }
+            if !longest.is_zero()
+                && by
+                    .stop
+                    .run_until_cancelled(by.tools.clock.sleep(longest))
+                    .await
+                    .is_none()
+            {
+                break;
+            }
+        }
+        outcomes
+            .into_iter()
+            .map(|outcome| outcome.unwrap_or(Handled::Released))
+            .collect()
+    }
+}
+
+impl<E> fmt::Debug for BatchChain<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of up to {}", self.name, self.how.max)
+    }
+}

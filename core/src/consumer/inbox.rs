@@ -1,0 +1,144 @@
+//! The inbox of a group: what waits in it, and the relay that takes it through the chains when it is due.
+
+use super::{
+    Context,
+    chain::{Handled, HandledBy, Origin},
+    worker::Shared,
+};
+use crate::{
+    Delivery, Mailbox, Message, Reachability,
+    log::{Admission, Arrival, AttemptError, NewRecord, Placement},
+    relay::{Attempts, Refusal},
+};
+use async_trait::async_trait;
+use std::{sync::Arc, time::Duration};
+
+/// Between tries to reach a log that failed.
+const PAUSE: Duration = Duration::from_millis(500);
+/// How long a record waits whose chain this process lacks.
+const ANOTHER_VERSION: Duration = Duration::from_secs(5);
+
+/// Takes what is due in the inbox through its chain, one record a call.
+#[derive(Debug)]
+pub(super) struct FromInbox(pub(super) Arc<Shared>);
+
+#[async_trait]
+impl Attempts for FromInbox {
+    fn per_call(&self) -> usize {
+        1
+    }
+
+    async fn attempt(&self, batch: &[Message], attempts: &[u32], _: Duration) -> Vec<Result<(), Refusal>> {
+        let mut outcomes = Vec::with_capacity(batch.len());
+        for (message, attempts) in batch.iter().zip(attempts) {
+            outcomes.push(self.0.handle_parked(message, *attempts).await);
+        }
+        outcomes
+    }
+
+    async fn check(&self) -> Reachability {
+        Reachability::Unknown
+    }
+}
+
+impl Shared {
+    /// The last error, as the relay writes it down; the ones before it it has written already.
+    async fn handle_parked(&self, message: &Message, attempts: u32) -> Result<(), Refusal> {
+        let Some(chain) = self.chains.get(message.kind()) else {
+            let why = format!("this process has no chain for {}", message.kind());
+            tracing::warn!(group = %self.group, message = %message.id(), "{why}: it waits for one that has");
+            return Err(Refusal::Deferred {
+                why,
+                after: ANOTHER_VERSION,
+            });
+        };
+        let mut ctx = Context::new(message.clone(), self.tools.clone());
+        ctx.was_parked = true;
+        let by = HandledBy {
+            retry: &self.retry,
+            tools: &self.tools,
+            gate: &self.gate,
+            stop: &self.stop,
+            origin: Origin::Inbox,
+            attempts,
+        };
+        let why = |errors: Vec<AttemptError>| errors.into_iter().next_back().map(|e| e.text).unwrap_or_default();
+        match chain.handle(&mut ctx, &by).await {
+            Handled::Done => {
+                self.counters.handled(1);
+                Ok(())
+            }
+            Handled::Parked { after, errors, .. } => Err(Refusal::Rejected {
+                why: why(errors),
+                after,
+            }),
+            Handled::Dead { errors, .. } => {
+                self.counters.dead_lettered(1);
+                Err(Refusal::Invalid { why: why(errors) })
+            }
+            Handled::Retried { after } => Err(Refusal::Deferred {
+                why: String::new(),
+                after,
+            }),
+            Handled::HeldBack | Handled::Released => Err(Refusal::HeldBack),
+        }
+    }
+
+    pub(super) fn inbox(&self) -> Mailbox {
+        Mailbox::Inbox((*self.group).clone())
+    }
+
+    /// Writes records into the inbox, however long it takes: what they are about is not acknowledged before. `false` if
+    /// the subscription was stopped before it came to that.
+    pub(super) async fn store(&self, records: &[NewRecord]) -> bool {
+        let Some(log) = &self.tools.log else { return false };
+        while let Err(error) = log.store().append(&self.inbox(), records).await {
+            tracing::warn!(group = %self.group, records = records.len(), error = error.to_chain(), "the inbox cannot be written to, it will be tried again");
+            self.gate.log_is_away(error.to_chain());
+            if self
+                .stop
+                .run_until_cancelled(self.tools.clock.sleep(PAUSE))
+                .await
+                .is_none()
+            {
+                return false;
+            }
+        }
+        self.gate.log_is_back();
+        self.wake.committed();
+        true
+    }
+
+    /// What the inbox knows of deliveries; `None` if the subscription was stopped before it answered.
+    pub(super) async fn look(&self, deliveries: &[Delivery]) -> Option<Vec<Admission>> {
+        let inbox = self.tools.log.as_ref().and_then(|log| log.inbox().ok())?;
+        let arrivals: Vec<Arrival> = deliveries.iter().map(|d| Arrival::new(d.message())).collect();
+        loop {
+            match inbox.look(&self.group, &arrivals).await {
+                Ok(answers) => {
+                    self.gate.log_is_back();
+                    return Some(answers);
+                }
+                Err(error) => {
+                    tracing::warn!(group = %self.group, error = error.to_chain(), "the inbox cannot be asked, it will be tried again");
+                    self.gate.log_is_away(error.to_chain());
+                }
+            }
+            self.stop.run_until_cancelled(self.tools.clock.sleep(PAUSE)).await?;
+        }
+    }
+}
+
+/// A record that waits, or a dead letter.
+pub(super) fn record(message: &Message, placement: Placement) -> NewRecord {
+    NewRecord::new(message.clone()).placed(placement)
+}
+
+/// Waits behind another of its key.
+pub(super) fn behind() -> Placement {
+    Placement::Parked {
+        after: Duration::ZERO,
+        attempts: 0,
+        errors: Vec::new(),
+    }
+}

@@ -1,0 +1,128 @@
+//! Handlers of several events at once.
+
+use crate::{
+    Diary, OrderPlaced, dead, placed,
+    world::{World, options, secs},
+};
+use postrider_core::{HandlerError, Message, Retry, Topic, consumer::Batch, relay::Backoff};
+use std::{num::NonZeroUsize, time::Duration};
+
+fn of(max: usize) -> Batch {
+    Batch::of(NonZeroUsize::new(max).unwrap()).waiting(Duration::from_millis(100))
+}
+
+#[tokio::test]
+async fn events_come_together_and_only_those_that_failed_come_again() {
+    let world = World::start(options()).await;
+    let orders: Vec<_> = (0..25).map(|id| placed(id, &format!("c{id}"))).collect();
+    world.bus.publish_all(&orders).await.unwrap();
+    world.until(|w| w.published("orders").len() == 25).await;
+    static DIARY: std::sync::LazyLock<Diary> = std::sync::LazyLock::new(Diary::default);
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .retry(
+            Retry::default()
+                .with_max_attempts(3)
+                .with_in_place(2)
+                .with_backoff(Backoff::Fixed(secs(5))),
+        )
+        .batch_handler(of(10), async |orders, ctx| {
+            let ids: Vec<String> = orders.iter().map(|o| o.id.to_string()).collect();
+            DIARY.note(ids.join(" "));
+            assert_eq!(ctx.messages().count(), orders.len());
+            let outcome = |o: &OrderPlaced| match o.id {
+                3 => Err(HandlerError::from("no")),
+                4 => Err(HandlerError::permanent("never")),
+                _ => Ok(()),
+            };
+            orders.iter().map(outcome).collect()
+        })
+        .start()
+        .await
+        .unwrap();
+    world.pass(secs(1)).await;
+    world
+        .until(|_| running.report().handled == 23 && running.report().dead_lettered == 1)
+        .await;
+    world.pass(secs(10)).await;
+    world.until(|_| running.report().dead_lettered == 2).await;
+    let lines = DIARY.lines();
+    let sizes: Vec<usize> = lines.iter().map(|l| l.split(' ').count()).collect();
+    assert!(
+        sizes.contains(&10) && sizes.contains(&5) && sizes.iter().all(|s| *s <= 10),
+        "{lines:?}"
+    );
+    assert_eq!(
+        lines.iter().filter(|l| *l == "3").count(),
+        2,
+        "in place, and from the inbox: alone: {lines:?}"
+    );
+    let mut attempts: Vec<u32> = dead(&world, "g").await.iter().map(|d| d.attempts).collect();
+    attempts.sort_unstable();
+    assert_eq!(attempts, [1, 3]);
+}
+
+#[tokio::test]
+async fn one_of_a_key_is_in_a_batch_and_a_handler_that_miscounts_or_panics_has_failed() {
+    let world = World::start(options()).await;
+    static DIARY: std::sync::LazyLock<Diary> = std::sync::LazyLock::new(Diary::default);
+    for id in 0..12 {
+        world
+            .bus
+            .publish(&placed(id, ["ada", "bob", "cy"][id as usize % 3]))
+            .await
+            .unwrap();
+    }
+    world.until(|w| w.published("orders").len() == 12).await;
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .batch_handler(of(10), async |orders, _| {
+            let mut names: Vec<&str> = orders.iter().map(|o| &*o.customer).collect();
+            names.sort_unstable();
+            names.dedup();
+            assert_eq!(names.len(), orders.len(), "one of each key");
+            for order in orders {
+                DIARY.note(format!("{} {}", order.customer, order.id));
+            }
+            orders.iter().map(|_| Ok(())).collect()
+        })
+        .start()
+        .await
+        .unwrap();
+    for _ in 0..10 {
+        world.pass(secs(1)).await;
+    }
+    world.until(|_| running.report().handled == 12).await;
+    for (n, who) in ["ada", "bob", "cy"].iter().enumerate() {
+        let got: Vec<_> = DIARY.lines().into_iter().filter(|l| l.starts_with(who)).collect();
+        let expected: Vec<_> = (n..12).step_by(3).map(|id| format!("{who} {id}")).collect();
+        assert_eq!(got, expected);
+    }
+    let bad = world
+        .bus
+        .subscribe::<OrderPlaced>("bad")
+        .retry(Retry::none())
+        .batch_handler(of(4), async |orders, _| {
+            assert!(orders[0].id != 0, "not the first");
+            Vec::new()
+        })
+        .start()
+        .await
+        .unwrap();
+    let undecodable = Message::new(Topic::new("orders"), "order.placed.v2", "?");
+    world.bus.publish(undecodable).await.unwrap();
+    for _ in 0..10 {
+        world.pass(secs(1)).await;
+    }
+    world.until(|_| bad.report().dead_lettered == 13).await;
+    let texts: Vec<String> = dead(&world, "bad")
+        .await
+        .into_iter()
+        .map(|d| d.errors[0].text.clone())
+        .collect();
+    for says in ["panicked: not the first", "gave 0 outcomes for", "does not decode"] {
+        assert!(texts.iter().any(|t| t.contains(says)), "{says}: {texts:?}");
+    }
+}

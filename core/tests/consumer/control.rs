@@ -1,0 +1,142 @@
+//! Pausing, resuming, more or less at once, options from a configuration.
+
+use crate::{
+    Diary, OrderPlaced, placed,
+    world::{World, options, secs},
+};
+use postrider_core::{
+    Bus, EventLog, Retry, SubscriptionOptions, Transport,
+    consumer::{Flow, Unknown},
+    relay::Backoff,
+};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+#[tokio::test]
+async fn a_pause_holds_deliveries_and_retries_until_it_is_over() {
+    let world = World::start(options()).await;
+    let diary = Diary::default();
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .retry(Retry::default().with_in_place(1).with_backoff(Backoff::Fixed(secs(5))))
+        .state(diary.clone())
+        .handler(async |diary, order, ctx| {
+            diary.note(format!("{} attempt {}", order.id, ctx.attempt()));
+            if ctx.attempt() == 1 && order.id == 1 {
+                Err("once more")?
+            } else {
+                Ok(())
+            }
+        })
+        .start()
+        .await
+        .unwrap();
+    world.bus.publish(&placed(1, "ada")).await.unwrap();
+    world.until(|_| running.report().parked == 1).await;
+    running.pause();
+    assert_eq!(running.flow(), Flow::Paused);
+    world.bus.publish(&placed(2, "bob")).await.unwrap();
+    for _ in 0..4 {
+        world.pass(secs(5)).await;
+    }
+    assert_eq!(diary.lines(), ["1 attempt 1"], "neither what comes nor what is due");
+    running.resume();
+    world.pass(secs(1)).await;
+    world.until(|_| running.report().handled == 2).await;
+    assert_eq!(running.flow(), Flow::Running);
+    running.stop(secs(1)).await.unwrap();
+    assert_eq!(running.flow(), Flow::Stopped);
+}
+
+#[tokio::test]
+async fn how_many_at_once_can_be_changed() {
+    let world = World::start(options()).await;
+    let gate = Arc::new(tokio::sync::Semaphore::new(0));
+    let now = Arc::new(AtomicU32::new(0));
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .max_in_flight(3)
+        .state(Arc::new((gate.clone(), now.clone())))
+        .handler(async |(gate, now), _, _| {
+            now.fetch_add(1, Ordering::SeqCst);
+            gate.acquire().await?.forget();
+            now.fetch_sub(1, Ordering::SeqCst);
+            Ok(())
+        })
+        .start()
+        .await
+        .unwrap();
+    for id in 0..40 {
+        world.bus.publish(&placed(id, &format!("c{id}"))).await.unwrap();
+    }
+    world.until(|_| now.load(Ordering::SeqCst) == 3).await;
+    running.set_max_in_flight(10);
+    world.until(|_| now.load(Ordering::SeqCst) == 10).await;
+    running.set_max_in_flight(2);
+    gate.add_permits(9);
+    world.until(|_| running.report().handled == 9).await;
+    world.settle().await;
+    assert!(now.load(Ordering::SeqCst) <= 2, "{now:?}");
+    gate.add_permits(100);
+    world.until(|_| running.report().handled == 40).await;
+}
+
+#[test]
+fn options_are_read_from_a_configuration() {
+    let read = |text: &str| serde_json::from_str::<SubscriptionOptions>(text);
+    let options = read(
+        r#"{"max_in_flight": 10, "ordered": false, "unknown": "dead_letter", "receipts": "30days",
+            "retry": {"max_attempts": 4, "first_wait": "10ms", "backoff": {"fixed": "3s"}}}"#,
+    )
+    .unwrap();
+    let retry = Retry::default()
+        .with_max_attempts(4)
+        .with_waits(Duration::from_millis(10), secs(2))
+        .with_backoff(Backoff::Fixed(secs(3)));
+    let expected = SubscriptionOptions::default()
+        .with_max_in_flight(10)
+        .with_ordered(false)
+        .with_unknown(Unknown::DeadLetter)
+        .with_receipts(secs(30 * 24 * 3600))
+        .with_retry(retry);
+    assert_eq!(options, expected);
+    let error = read(r#"{"max_inflight": 10}"#).unwrap_err().to_string();
+    assert!(
+        error.contains("max_inflight") && error.contains("max_in_flight"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn the_configuration_counts_over_the_code() {
+    let world = World::start(options()).await;
+    let bus = Bus::builder()
+        .log(EventLog::from(world.log.clone()))
+        .transport(Transport::from(world.transport.clone()))
+        .relay(options())
+        .clock(world.clock.clone())
+        .subscription("g", SubscriptionOptions::default().with_retry(Retry::none()))
+        .subscription("h", SubscriptionOptions::default().with_max_in_flight(0))
+        .build()
+        .unwrap();
+    let subscribe = |group: &'static str| {
+        bus.subscribe::<OrderPlaced>(group)
+            .retry(Retry::default().with_max_attempts(7))
+            .handler(async |_, _| Err("no")?)
+    };
+    let running = subscribe("g").start().await.unwrap();
+    world.bus.publish(&placed(1, "ada")).await.unwrap();
+    world.until(|_| running.report().dead_lettered == 1).await;
+    let error = subscribe("h").start().await.unwrap_err().to_string();
+    assert!(
+        error.contains("max_in_flight is 0") && error.contains("group: h"),
+        "{error}"
+    );
+}

@@ -1,0 +1,266 @@
+//! Exactly-once effects: receipts, effects and follow-ups in one transaction. (In memory the effects are events; the tests
+//! of the databases have rows.)
+
+use crate::{
+    Diary, OrderPaid, OrderPlaced, dead, placed,
+    world::{World, options, secs},
+};
+use postrider_core::{ErrorKind, HandlerError, Message, OnFailure, Retry, Topic, Transactional, consumer::Batch};
+use std::{
+    num::NonZeroUsize,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+fn paid(world: &World) -> Vec<Message> {
+    let published = world.transport.published(&Topic::new("orders"));
+    published.into_iter().filter(|m| m.kind() == "order.paid.v1").collect()
+}
+
+#[tokio::test]
+async fn what_is_published_goes_with_the_receipt_or_not_at_all() {
+    let world = World::start(options()).await;
+    let diary = Diary::default();
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .middleware(Transactional::new())
+        .state(diary.clone())
+        .handler(Diary::reserve)
+        .compensate(Diary::release)
+        .handler(async |_, order, ctx| {
+            ctx.publish(&OrderPaid { order: order.id }).await?;
+            assert!(ctx.has_transaction());
+            if ctx.attempt() == 1 { Err("not yet")? } else { Ok(()) }
+        })
+        .start()
+        .await
+        .unwrap();
+    world.bus.publish(&placed(1, "ada")).await.unwrap();
+    world.pass(secs(1)).await;
+    world.until(|_| running.report().handled == 1).await;
+    world.until(|w| !paid(w).is_empty()).await;
+    assert_eq!(
+        diary.lines(),
+        ["reserve 1", "release 1", "reserve 1"],
+        "compensated after the rollback"
+    );
+    // What it published tells where it comes from.
+    let first = world.transport.published(&Topic::new("orders"))[0].clone();
+    let follow_up = paid(&world)[0].clone();
+    let id = first.id().to_string();
+    assert_eq!(follow_up.header("causationid"), Some(&*id));
+    assert_eq!(follow_up.header("correlationid"), Some(&*id));
+    // The same message once more, as after a crash before the acknowledgement.
+    world.bus.publish_direct(first).await.unwrap();
+    world.until(|_| running.report().handled == 2).await;
+    world.pass(secs(1)).await;
+    assert_eq!(
+        (paid(&world).len(), diary.lines().len()),
+        (1, 3),
+        "it was acknowledged and not handled"
+    );
+}
+
+#[tokio::test]
+async fn the_correlation_goes_on_and_on() {
+    let world = World::start(options()).await;
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .handler(async |order, ctx| {
+            ctx.publish(&OrderPaid { order: order.id }).await?;
+            let own = Message::new(Topic::new("other"), "x.v1", "{}").with_header("correlationid", "of its own");
+            ctx.publish(own).await?;
+            Ok(())
+        })
+        .start()
+        .await
+        .unwrap();
+    world
+        .bus
+        .publish(&placed(1, "ada"))
+        .header("correlationid", "request 7")
+        .await
+        .unwrap();
+    world.until(|_| running.report().handled == 1).await;
+    world
+        .until(|w| paid(w).len() == 1 && w.published("other").len() == 1)
+        .await;
+    assert_eq!(paid(&world)[0].header("correlationid"), Some("request 7"));
+    let other = world.transport.published(&Topic::new("other"));
+    assert_eq!(other[0].header("correlationid"), Some("of its own"));
+}
+
+#[tokio::test]
+async fn an_optional_step_that_fails_leaves_nothing_in_the_transaction() {
+    let world = World::start(options()).await;
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .middleware(Transactional::new())
+        .handler(async |_, ctx| {
+            ctx.publish(&OrderPaid { order: 1 }).await?;
+            Ok(())
+        })
+        .handler(async |_, ctx| {
+            ctx.publish(&OrderPaid { order: 2 }).await?;
+            Err("not that one")?
+        })
+        .on_failure(OnFailure::Ignore)
+        .handler(async |_, ctx| {
+            ctx.publish(&OrderPaid { order: 3 }).await?;
+            Ok(())
+        })
+        .on_failure(OnFailure::Ignore)
+        .start()
+        .await
+        .unwrap();
+    world.bus.publish(&placed(1, "ada")).await.unwrap();
+    world.until(|_| running.report().handled == 1).await;
+    world.until(|w| paid(w).len() == 2).await;
+    let payloads: Vec<_> = paid(&world)
+        .iter()
+        .map(|m| String::from_utf8_lossy(m.payload()).into_owned())
+        .collect();
+    assert_eq!(payloads, [r#"{"order":1}"#, r#"{"order":3}"#]);
+}
+
+#[tokio::test]
+async fn those_of_a_parked_key_are_held_back_by_admission() {
+    let world = World::start(options()).await;
+    let (diary, fails) = (Diary::default(), Arc::new(AtomicBool::new(true)));
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .middleware(Transactional::new())
+        .retry(Retry::default().with_in_place(1))
+        .state(Arc::new((diary.clone(), fails.clone())))
+        .handler(async |(diary, fails), order, _| {
+            diary.note(format!("{} {}", order.customer, order.id));
+            if fails.load(Ordering::SeqCst) && order.customer == "ada" {
+                Err("no")?
+            } else {
+                Ok(())
+            }
+        })
+        .start()
+        .await
+        .unwrap();
+    world.bus.publish(&placed(1, "ada")).await.unwrap();
+    world.until(|_| running.report().parked == 1).await;
+    for id in 2..5 {
+        world.bus.publish(&placed(id, "ada")).await.unwrap();
+        world.bus.publish(&placed(id, "bob")).await.unwrap();
+    }
+    world
+        .until(|_| running.report().parked == 4 && running.report().handled == 3)
+        .await;
+    fails.store(false, Ordering::SeqCst);
+    world.pass(secs(3)).await;
+    world.until(|_| running.report().handled == 7).await;
+    let ada: Vec<_> = diary.lines().into_iter().filter(|l| l.starts_with("ada")).collect();
+    assert_eq!(ada, ["ada 1", "ada 1", "ada 2", "ada 3", "ada 4"]);
+}
+
+#[tokio::test]
+async fn a_batch_shares_a_transaction_and_falls_back_to_one_by_one() {
+    let world = World::new(options()).await;
+    let diary = Diary::default();
+    let orders: Vec<_> = (0..40).map(|id| placed(id, &format!("c{id}"))).collect();
+    world.bus.publish_all(&orders).await.unwrap();
+    world.bus.start().await.unwrap();
+    world.until(|w| w.published("orders").len() == 40).await;
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .middleware(Transactional::batch(NonZeroUsize::new(10).unwrap()))
+        .retry(Retry::none())
+        .state(diary.clone())
+        .handler(Diary::reserve)
+        .compensate(Diary::release)
+        .handler(async |_, order, ctx| {
+            ctx.publish(&OrderPaid { order: order.id }).await?;
+            if order.id == 17 { Err("not this one")? } else { Ok(()) }
+        })
+        .start()
+        .await
+        .unwrap();
+    world
+        .until(|_| running.report().handled == 39 && running.report().dead_lettered == 1)
+        .await;
+    world.until(|w| paid(w).len() == 39).await;
+    world.pass(secs(1)).await;
+    assert_eq!(paid(&world).len(), 39, "each once, and none of the one that failed");
+    let runs = diary.lines().iter().filter(|l| l.starts_with("reserve")).count();
+    assert!((41..=50).contains(&runs), "those of one batch ran again: {runs}");
+    assert_eq!(
+        diary.lines().iter().filter(|l| l.starts_with("release")).count(),
+        1,
+        "only for the try that counted"
+    );
+    assert_eq!(dead(&world, "g").await.len(), 1);
+}
+
+#[tokio::test]
+async fn what_cannot_be_had_is_named() {
+    let world = World::start(options()).await;
+    let noop = async |_: &OrderPlaced, _: &mut postrider_core::Context| -> postrider_core::HandlerResult { Ok(()) };
+    let broadcast = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .middleware(Transactional::new())
+        .broadcast();
+    let error = broadcast.handler(noop).start().await.unwrap_err();
+    assert!(
+        error.to_string().contains("instances of a broadcast have none"),
+        "{error}"
+    );
+    let both = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .middleware(Transactional::new())
+        .durable();
+    let error = both.handler(noop).start().await.unwrap_err();
+    assert!(
+        error.to_string().contains("`Transactional` cannot go around it"),
+        "{error}"
+    );
+    let bus = postrider_core::Bus::builder()
+        .transport(world.transport.clone())
+        .build()
+        .unwrap();
+    let error = bus
+        .subscribe::<OrderPlaced>("g")
+        .durable()
+        .handler(noop)
+        .start()
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("needs an event log"), "{error}");
+    let misplaced = world.bus.subscribe::<OrderPlaced>("g").durable();
+    let misplaced = misplaced.batch_handler(Batch::default(), async |orders, _| {
+        orders.iter().map(|_| Ok(())).collect()
+    });
+    let error = misplaced.start().await.unwrap_err();
+    assert!(error.to_string().contains("what: durable()"), "{error}");
+    // A handler that asks for a transaction where there is none.
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("h")
+        .retry(Retry::none())
+        .handler(async |_, ctx| {
+            let error = ctx.tx::<u32>().unwrap_err();
+            Err(HandlerError::permanent(error))
+        })
+        .start()
+        .await
+        .unwrap();
+    world.bus.publish(&placed(1, "ada")).await.unwrap();
+    world.until(|_| running.report().dead_lettered == 1).await;
+    let text = dead(&world, "h").await[0].errors[0].text.clone();
+    assert!(text.contains("add the `Transactional` middleware"), "{text}");
+}
