@@ -57,6 +57,9 @@ macro_rules! log_conformance {
             mailboxes_are_apart
             messages_are_admitted_once
             admission_knows_what_waits
+            a_look_writes_nothing
+            notes_are_compared_and_set
+            a_savepoint_undoes_a_part
             claims_are_bounded_by_bytes
             random_histories_lose_nothing_and_keep_order
             calls_overlap_and_keys_keep_their_order

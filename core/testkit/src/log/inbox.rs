@@ -7,7 +7,10 @@ use super::{
 };
 use postrider_core::{
     ErrorKind, GroupName, Mailbox, Message,
-    log::{Admission, Arrival, InboxLog, Lent, LogTransaction, NewRecord, Owner, Placement, Purge, SessionOptions},
+    log::{
+        Admission, Arrival, InboxLog, Lent, LogTransaction, NewRecord, Owner, Placement, Purge, Savepoint,
+        SessionOptions,
+    },
 };
 use std::{sync::Arc, time::Duration};
 
@@ -167,4 +170,155 @@ pub async fn admission_knows_what_waits(fixture: &dyn LogFixture) {
         admit(inbox, &mut tx, &[&first, &message("t", Some("k"), "5")]).await,
         [Duplicate, New]
     );
+}
+
+/// The same question outside of a transaction: it leaves no receipt, and sees what is committed.
+pub async fn a_look_writes_nothing(fixture: &dyn LogFixture) {
+    let log = fixture.log();
+    let (Ok(inbox), Ok(transactions)) = (log.inbox(), log.transactions()) else {
+        return;
+    };
+    let look = async |messages: &[&Message]| {
+        let arrivals: Vec<Arrival> = messages.iter().map(|message| Arrival::new(message)).collect();
+        inbox.look(&group(), &arrivals).await.unwrap()
+    };
+    let m = messages(3);
+    assert_eq!(look(&[]).await, []);
+    assert_eq!(look(&[&m[0], &m[1]]).await, [New, New]);
+    assert_eq!(look(&[&m[0]]).await, [New], "nothing was written");
+    let mut tx = transactions.begin().await.unwrap();
+    assert_eq!(admit(inbox, &mut tx, &[&m[0]]).await, [New]);
+    tx.commit().await.unwrap();
+    let behind = message("t", Some("k1"), "behind");
+    let after = LONG;
+    let parked = NewRecord::new(m[1].clone()).placed(Placement::Parked {
+        after,
+        attempts: 1,
+        errors: Vec::new(),
+    });
+    let mailbox = Mailbox::Inbox(group());
+    log.store().append(&mailbox, &[parked]).await.unwrap();
+    let answers = look(&[&m[0], &m[1], &behind, &m[2]]).await;
+    assert_eq!(answers, [Duplicate, Parked, HeldBack, New]);
+    let own = inbox.look(&group(), &[Arrival::parked(&m[1])]).await.unwrap();
+    assert_eq!(own, [New], "it does not wait for itself");
+    let elsewhere = inbox
+        .look(&GroupName::new("shipping"), &[Arrival::new(&m[1])])
+        .await
+        .unwrap();
+    assert_eq!(elsewhere, [New], "groups are apart");
+}
+
+/// A note is written by whoever knows its version; of two at once one succeeds; what is rolled back was never there.
+pub async fn notes_are_compared_and_set(fixture: &dyn LogFixture) {
+    let log = fixture.log();
+    let (Ok(inbox), Ok(transactions)) = (log.inbox(), log.transactions()) else {
+        return;
+    };
+    let id = messages(1)[0].id();
+    let read = async || {
+        inbox
+            .note(None, &group(), id)
+            .await
+            .unwrap()
+            .map(|n| (n.version, n.text))
+    };
+    let write = async |expected: u64, text: &str| inbox.write_note(None, &group(), id, expected, text).await.unwrap();
+    assert_eq!(read().await, None);
+    assert!(!write(1, "too early").await);
+    assert!(write(0, "one").await && !write(0, "again").await);
+    assert!(write(1, "two, with \"quotes\" and ünïcode").await && !write(1, "stale").await);
+    assert_eq!(read().await, Some((2, "two, with \"quotes\" and ünïcode".to_owned())));
+    // In a transaction: seen there at once, elsewhere with the commit.
+    let mut tx = transactions.begin().await.unwrap();
+    assert!(
+        inbox
+            .write_note(Some(tx.lend()), &group(), id, 2, "three")
+            .await
+            .unwrap()
+    );
+    assert!(
+        inbox
+            .write_note(Some(tx.lend()), &group(), id, 3, "four")
+            .await
+            .unwrap()
+    );
+    let own = inbox.note(Some(tx.lend()), &group(), id).await.unwrap().unwrap();
+    assert_eq!((own.version, &*own.text), (4, "four"));
+    tx.rollback().await.unwrap();
+    assert_eq!(read().await.map(|n| n.0), Some(2));
+    // Two at once: the second waits for the first, and is told.
+    let round = |text: &'static str| {
+        let (inbox, transactions) = (inbox.clone(), transactions.clone());
+        async move {
+            let mut tx = transactions.begin().await.unwrap();
+            let written = inbox.write_note(Some(tx.lend()), &group(), id, 2, text).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            tx.commit().await.unwrap();
+            written
+        }
+    };
+    let (one, two) = tokio::join!(round("a"), round("b"));
+    assert!(one != two, "one of them: {one}, {two}");
+    assert_eq!(read().await.map(|n| n.0), Some(3));
+    // Two that write the first version.
+    let other = messages(1)[0].id();
+    let first = |text: &'static str| {
+        let (inbox, transactions) = (inbox.clone(), transactions.clone());
+        async move {
+            let mut tx = transactions.begin().await.unwrap();
+            let written = inbox
+                .write_note(Some(tx.lend()), &group(), other, 0, text)
+                .await
+                .unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            tx.commit().await.unwrap();
+            written
+        }
+    };
+    let (one, two) = tokio::join!(first("a"), first("b"));
+    assert!(one != two, "one of them: {one}, {two}");
+    // Other groups and other messages have notes of their own; all are kept as long as receipts are.
+    assert_eq!(inbox.note(None, &GroupName::new("shipping"), id).await.unwrap(), None);
+    let purge = |age| Purge::new(Mailbox::Inbox(group()), 1).receipts_after(age);
+    assert_eq!(log.store().purge(&purge(LONG)).await.unwrap(), 0);
+    fixture.advance(SHORT * 2).await;
+    assert_eq!(log.store().purge(&purge(SHORT)).await.unwrap(), 1);
+    assert_eq!(log.store().purge(&purge(SHORT)).await.unwrap(), 1);
+    assert_eq!(read().await, None);
+}
+
+/// What was written since the savepoint is undone, and the transaction goes on.
+pub async fn a_savepoint_undoes_a_part(fixture: &dyn LogFixture) {
+    let log = fixture.log();
+    let (Ok(inbox), Ok(transactions)) = (log.inbox(), log.transactions()) else {
+        return;
+    };
+    let m = messages(6);
+    let outbox = Mailbox::outbox();
+    let mut tx = transactions.begin().await.unwrap();
+    admit(inbox, &mut tx, &[&m[0]]).await;
+    tx.savepoint(Savepoint::Set).await.unwrap();
+    admit(inbox, &mut tx, &[&m[1]]).await;
+    tx.savepoint(Savepoint::Release).await.unwrap();
+    tx.savepoint(Savepoint::Set).await.unwrap();
+    admit(inbox, &mut tx, &[&m[2]]).await;
+    let record = NewRecord::new(m[2].clone());
+    transactions.append_in(tx.lend(), &outbox, &[record]).await.unwrap();
+    tx.savepoint(Savepoint::Return).await.unwrap();
+    tx.savepoint(Savepoint::Set).await.unwrap();
+    admit(inbox, &mut tx, &[&m[3]]).await;
+    tx.savepoint(Savepoint::Return).await.unwrap();
+    let record = NewRecord::new(m[4].clone());
+    transactions.append_in(tx.lend(), &outbox, &[record]).await.unwrap();
+    tx.commit().await.unwrap();
+    let mut tx = transactions.begin().await.unwrap();
+    let answers = admit(inbox, &mut tx, &[&m[0], &m[1], &m[2], &m[3]]).await;
+    assert_eq!(answers, [Duplicate, Duplicate, New, New]);
+    tx.rollback().await.unwrap();
+    let options = SessionOptions::new(Owner::new()).with_lease(LONG);
+    let desk = Desk::on(fixture, fixture.log(), options, outbox).await;
+    let records = desk.take().await;
+    let ids: Vec<_> = records.iter().map(|record| record.message.id()).collect();
+    assert_eq!(ids, [m[4].id()]);
 }
