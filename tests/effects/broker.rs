@@ -55,6 +55,11 @@ fn lines(path: &Path) -> Vec<String> {
     std::fs::read_to_string(path).unwrap_or_default().lines().map(str::to_owned).collect()
 }
 
+/// What was published by all that share an outbox.
+fn published(dir: &Path) -> PathBuf {
+    dir.parent().unwrap().join("published")
+}
+
 #[derive(Debug, Clone)]
 pub(crate) struct Broker {
     dir: PathBuf,
@@ -79,18 +84,18 @@ impl Broker {
 
     /// How many follow-ups of a message the broker has got: repeats have the id of the first.
     pub(crate) fn published(dir: &Path, cause: MessageId) -> usize {
-        let published = lines(&dir.join("published"));
+        let published = lines(&published(dir));
         let published = published.iter().map(|line| serde_json::from_str::<Line>(line).unwrap());
         let of_it = published.filter(|line| line.cause.as_deref() == Some(&*cause.to_string()));
         of_it.map(|line| line.id).collect::<HashSet<_>>().len()
     }
 
-    /// Whether everything sent has been acknowledged.
-    pub(crate) fn is_done(dir: &Path) -> bool {
+    /// Whether everything sent has been acknowledged, and has so many follow-ups.
+    pub(crate) fn is_done(dir: &Path, follow_ups: usize) -> bool {
         let acks: HashSet<String> = lines(&dir.join("acks")).into_iter().collect();
         lines(&dir.join("messages")).iter().all(|line| {
             let line: Line = serde_json::from_str(line).unwrap();
-            acks.contains(&line.id)
+            acks.contains(&line.id) && Self::published(dir, line.id.parse().unwrap()) >= follow_ups
         })
     }
 }
@@ -99,10 +104,8 @@ impl Broker {
 impl Publisher for Broker {
     async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
         self.fate.decides("publish");
-        for message in batch {
-            let line = serde_json::to_string(&Line::of(message)).unwrap() + "\n";
-            append(&self.dir.join("published"), &line);
-        }
+        let lines = batch.iter().map(|message| serde_json::to_string(&Line::of(message)).unwrap() + "\n");
+        append(&published(&self.dir), &lines.collect::<String>());
         self.fate.decides("published");
         batch.iter().map(|_| Ok(())).collect()
     }

@@ -24,6 +24,7 @@ use postrider_testkit::server::{Postgres, RabbitMq};
 use std::{
     path::Path,
     process::{Child, Command, Stdio},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -38,43 +39,59 @@ fn spawn(dir: &Path, place: &str, scene: Scene, dies_at: u64) -> Child {
         .unwrap()
 }
 
-/// Dies at the first boundary, the second, and so on, until a process comes through alive.
+/// Dies at the first boundary, the second, and so on, until a process comes through alive; several at a time.
 async fn dies_everywhere(place: &str, scene: Scene) {
-    let store = Store::open(place).await.unwrap();
+    const AT_ONCE: u64 = 6;
+    let store = Store::make(place).await.unwrap();
+    // They share the outbox, and so what is published of one may be published by another.
+    let root = Arc::new(tempfile::tempdir().unwrap());
     let (mut deaths, began) = (0, Instant::now());
-    for dies_at in 1.. {
-        let dir = tempfile::tempdir().unwrap();
-        let messages: Vec<Message> = (0..scene.messages())
-            .map(|n| DynEvent::to_message(&child::Ordered { n }).unwrap())
-            .collect();
-        Broker::send(dir.path(), &messages);
-        let ended = spawn(dir.path(), place, scene, dies_at).wait().unwrap();
-        if !ended.success() {
-            deaths += 1;
-            let next = spawn(dir.path(), place, scene, u64::MAX).wait().unwrap();
-            assert!(next.success(), "{scene:?}: after the death at {dies_at} nobody could finish");
+    for first in (1..).step_by(AT_ONCE as usize) {
+        let several = (first..first + AT_ONCE).map(|at| {
+            let (place, store, root) = (place.to_owned(), store.clone(), root.clone());
+            tokio::spawn(async move { dies_at(&place, &store, root.path(), scene, at).await })
+        });
+        let mut all_died = true;
+        for one in several.collect::<Vec<_>>() {
+            let died = one.await.unwrap();
+            deaths += u32::from(died);
+            all_died &= died;
         }
-        for message in &messages {
-            let effects = store.effects(message.id()).await;
-            let follow_ups = Broker::published(dir.path(), message.id());
-            let expected = scene.expected();
-            assert_eq!(
-                (effects, follow_ups),
-                expected,
-                "{scene:?} on {place}: the process died at {dies_at}, and then: effects, follow-ups"
-            );
-        }
-        if ended.success() {
+        if !all_died {
             break;
         }
     }
-    println!("{scene:?} on {}: {deaths} deaths, {:.1?}", place.split(':').next().unwrap(), began.elapsed());
+    let kind = place.split(':').next().unwrap();
+    println!("{scene:?} on {kind}: {deaths} deaths, {:.1?}", began.elapsed());
     assert!(deaths >= scene.least_deaths(), "too few boundaries to say anything: {deaths}");
+}
+
+/// Whether the process died; another one has finished then.
+async fn dies_at(place: &str, store: &Store, root: &Path, scene: Scene, at: u64) -> bool {
+    let dir = tempfile::tempdir_in(root).unwrap();
+    let messages: Vec<Message> = (0..scene.messages())
+        .map(|n| DynEvent::to_message(&child::Ordered { n }).unwrap())
+        .collect();
+    Broker::send(dir.path(), &messages);
+    let end = async |at: u64| {
+        let mut child = spawn(dir.path(), place, scene, at);
+        tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap()
+    };
+    let died = !end(at).await.success();
+    if died {
+        assert!(end(u64::MAX).await.success(), "{scene:?}: after the death at {at} nobody could finish");
+    }
+    for message in &messages {
+        let found = (store.effects(message.id()).await, Broker::published(dir.path(), message.id()));
+        let text = format!("{scene:?} on {place}: the process died at {at}, and then: effects, follow-ups");
+        assert_eq!(found, scene.expected(), "{text}");
+    }
+    died
 }
 
 /// Real processes on a real broker, killed at random.
 async fn random_kills(place: &str, rabbitmq: &RabbitMq, seconds: u64) {
-    let store = Store::open(place).await.unwrap();
+    let store = Store::make(place).await.unwrap();
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("amqp"), rabbitmq.url()).unwrap();
     let start = || spawn(dir.path(), place, Scene::Random, u64::MAX);
