@@ -12,9 +12,9 @@ pub use tasks::TaskContext;
 use crate::{
     AnyEvent, Error, ErrorKind, Event, EventLog, GroupName, IntoMessage, Limits, Mailbox, Message, MessageId, Result,
     Transport,
-    clock::Clock,
+    clock::{Clock, Timestamp},
     consumer::{Empty, Layer, NoState, Subscribing, SubscriptionOptions},
-    log::{Lent, LogTx, NewRecord, TransactionOf},
+    log::{DeadLetters, Filter, Lent, LogTx, NewRecord, TransactionOf},
     message::Text,
     relay::{RelayOptions, RelayReport, Reporter, Wake},
 };
@@ -85,6 +85,11 @@ impl Bus {
     /// Publishes an event after a delay, counted by the log's clock: `publish(event).after(delay)`.
     pub fn publish_after<'a>(&'a self, event: impl IntoMessage, delay: Duration) -> Publish<'a> {
         self.publish(event).after(delay)
+    }
+
+    /// Publishes an event at a time on the wall: `publish(event).at(time)`. At once if that has passed.
+    pub fn publish_at<'a>(&'a self, event: impl IntoMessage, time: Timestamp) -> Publish<'a> {
+        self.publish(event).at(time, &*self.0.clock)
     }
 
     /// Publishes several events, of one type or of several as `&dyn DynEvent`, all or none, in a transaction of its own.
@@ -162,6 +167,15 @@ impl Bus {
     /// Describes a subscription of `group` to events of type `E`.
     pub fn subscribe<E: Event>(&self, group: impl Into<String>) -> Subscribing<E, NoState, Empty> {
         Subscribing::new(self.clone(), group)
+    }
+
+    /// The dead letters of a mailbox: `Mailbox::outbox()`, or `Mailbox::Inbox(group)`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] without a log, or if it has no administration.
+    pub fn dead_letters(&self, mailbox: Mailbox) -> Result<DeadLetters> {
+        let admin = self.need_log()?.admin()?.clone();
+        Ok(DeadLetters::new(admin, self.0.clock.clone(), Filter::of(mailbox)))
     }
 
     /// The bus as an object, for application code that is not to know which bus it has.

@@ -1,5 +1,6 @@
 use crate::{
     IntoMessage, Message, MessageId, Result, Topic,
+    clock::{Clock, SystemClock, Timestamp},
     log::{Lent, NewRecord, TransactionOf},
 };
 use async_trait::async_trait;
@@ -64,6 +65,11 @@ impl dyn EventBus {
     /// As [`Bus::publish_after`](crate::Bus::publish_after).
     pub fn publish_after<'a>(&'a self, event: impl IntoMessage, delay: Duration) -> Publish<'a> {
         self.publish(event).after(delay)
+    }
+
+    /// As [`Bus::publish_at`](crate::Bus::publish_at), by the machine's clock.
+    pub fn publish_at<'a>(&'a self, event: impl IntoMessage, time: Timestamp) -> Publish<'a> {
+        self.publish(event).at(time, &SystemClock::new())
     }
 
     /// As [`Bus::publish_all`](crate::Bus::publish_all).
@@ -145,6 +151,12 @@ impl<'a> Publish<'a> {
     /// Sends it to another topic than the event type's.
     pub fn topic(self, topic: Topic) -> Self {
         self.edit(|message| message.with_topic(topic))
+    }
+
+    /// Publishes it at a time on the wall, by this clock: the delay until then is what the log counts.
+    pub(super) fn at(self, time: Timestamp, clock: &dyn Clock) -> Self {
+        let delay = (time - clock.now()).to_std().unwrap_or_default();
+        self.after(delay)
     }
 
     /// Publishes it after `delay`, counted by the log's clock from now. It gives up its place in its key's order.

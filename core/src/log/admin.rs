@@ -222,6 +222,15 @@ pub trait LogAdmin: Debug + Send + Sync + 'static {
     /// Held by `log::failed_records_are_redriven_and_discarded`.
     async fn discard(&self, filter: &Filter, max: u64) -> Result<u64>;
 
+    /// How many failed records the filter names: what [`redrive`](LogAdmin::redrive) and [`discard`](LogAdmin::discard)
+    /// would take.
+    ///
+    /// # Contract
+    /// Whatever the filter says of the state.
+    ///
+    /// Held by `log::failed_records_are_redriven_and_discarded`.
+    async fn count_failed(&self, filter: &Filter) -> Result<u64>;
+
     /// The numbers of every mailbox there is.
     ///
     /// # Contract
@@ -246,6 +255,9 @@ macro_rules! forward {
             }
             async fn discard(&self, filter: &Filter, max: u64) -> Result<u64> {
                 (**self).discard(filter, max).await
+            }
+            async fn count_failed(&self, filter: &Filter) -> Result<u64> {
+                (**self).count_failed(filter).await
             }
             async fn stats(&self) -> Result<BTreeMap<Mailbox, Stats>> {
                 (**self).stats().await

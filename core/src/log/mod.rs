@@ -21,6 +21,7 @@
 //! - Within a session nothing of a key is claimed while something of that key is unsettled.
 
 mod admin;
+mod dead_letters;
 mod event_log;
 mod holdings;
 mod inbox;
@@ -33,6 +34,7 @@ mod store;
 mod transaction;
 
 pub use admin::{Cursor, Filter, Listing, LogAdmin, Page, Stats, Stored};
+pub use dead_letters::{DeadLetters, Pace};
 pub use event_log::{EventLog, LogCapabilities};
 pub use holdings::Holdings;
 pub use inbox::{Admission, Arrival, InboxLog, Note};

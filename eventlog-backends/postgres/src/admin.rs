@@ -123,6 +123,21 @@ impl LogAdmin for PostgresLog {
         self.change(filter, max, &self.sql().discard).await
     }
 
+    async fn count_failed(&self, filter: &Filter) -> Result<u64> {
+        let Some(mailbox) = self.find_mailbox(&filter.mailbox).await? else {
+            return Ok(0);
+        };
+        let count = sqlx::query_scalar::<_, i64>(self.sql().count_failed.clone())
+            .bind(mailbox)
+            .bind(filter.topic.as_ref().map(|topic| topic.as_str()))
+            .bind(filter.kind.as_deref())
+            .bind(filter.key.as_deref())
+            .bind(ids(filter))
+            .fetch_one(self.pool())
+            .await;
+        Ok(u64::try_from(count.map_err(doing("counting dead letters"))?).unwrap_or(0))
+    }
+
     async fn stats(&self) -> Result<BTreeMap<Mailbox, Stats>> {
         let all = sqlx::query(self.sql().stats.clone()).fetch_all(self.pool());
         let rows = all.await.map_err(doing("counting records"))?;

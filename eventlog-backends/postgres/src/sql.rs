@@ -448,6 +448,8 @@ statements! {
     // Administration. ?2 topic, ?3 type, ?4 key, ?5 message ids, ?6 the most.
     failed: "SELECT lane, id, topic, key FROM {parked} WHERE mailbox = $1 AND state >= 3 AND ($2::text IS NULL OR topic = $2) AND ($3::text IS NULL OR type = $3) \
         AND ($4::text IS NULL OR key = $4) AND ($5::uuid[] IS NULL OR message_id = ANY($5)) ORDER BY id LIMIT $6";
+    count_failed: "SELECT count(*) FROM {parked} WHERE mailbox = $1 AND state >= 3 AND ($2::text IS NULL OR topic = $2) AND ($3::text IS NULL OR type = $3) \
+        AND ($4::text IS NULL OR key = $4) AND ($5::uuid[] IS NULL OR message_id = ANY($5))";
     /// Those of them that are still there: ?2 lanes, ?3 ids. One that held its key goes on in its place, another enters at the end.
     redrive: concat!(
         "UPDATE {parked} p SET id = CASE WHEN p.state = 4 THEN p.id ELSE nextval({position'}) END, state = 0, attempts = 0, next_at = {clock}(), finished_at = NULL FROM ",

@@ -162,6 +162,21 @@ impl LogAdmin for SqliteLog {
         self.change_failed(filter, max, false).await
     }
 
+    async fn count_failed(&self, filter: &Filter) -> Result<u64> {
+        let Some(mailbox) = self.find_mailbox(&filter.mailbox).await? else {
+            return Ok(0);
+        };
+        let count = sqlx::query_scalar::<_, i64>(self.sql().count_failed.clone())
+            .bind(mailbox)
+            .bind(filter.topic.as_ref().map(|topic| topic.as_str()))
+            .bind(filter.kind.as_deref())
+            .bind(filter.key.as_deref())
+            .bind(hex_ids(&filter.ids))
+            .fetch_one(self.pool())
+            .await;
+        Ok(u64::try_from(count.map_err(doing("counting dead letters"))?).unwrap_or(0))
+    }
+
     async fn stats(&self) -> Result<BTreeMap<Mailbox, Stats>> {
         let now = micros(self.clock().now());
         let all = sqlx::query(self.sql().stats.clone()).fetch_all(self.pool());

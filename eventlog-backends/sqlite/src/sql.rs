@@ -235,6 +235,9 @@ statements! {
     failed: "SELECT id, topic, key, state FROM {parked} INDEXED BY {parked_failed} WHERE mailbox = ?1 AND state >= 3 \
         AND (?2 IS NULL OR topic = ?2) AND (?3 IS NULL OR type = ?3) AND (?4 IS NULL OR key = ?4) \
         AND (?5 IS NULL OR hex(message_id) IN (SELECT value FROM json_each(?5))) ORDER BY id LIMIT ?6";
+    count_failed: "SELECT count(*) FROM {parked} INDEXED BY {parked_failed} WHERE mailbox = ?1 AND state >= 3 \
+        AND (?2 IS NULL OR topic = ?2) AND (?3 IS NULL OR type = ?3) AND (?4 IS NULL OR key = ?4) \
+        AND (?5 IS NULL OR hex(message_id) IN (SELECT value FROM json_each(?5)))";
     redrive_in_place: "UPDATE {parked} SET state = 0, attempts = 0, due_at = ?2, finished_at = NULL WHERE id = ?1";
     redrive_at_the_end: "UPDATE {parked} SET id = ?3, state = 0, attempts = 0, due_at = ?2, finished_at = NULL WHERE id = ?1";
     list: &list();

@@ -135,6 +135,11 @@ impl LogAdmin for MemoryLog {
         Ok(found.len() as u64)
     }
 
+    async fn count_failed(&self, filter: &Filter) -> Result<u64> {
+        let queue = self.queues().get(&filter.mailbox).cloned();
+        Ok(queue.map_or(0, |queue| failed(&queue.rows(), filter, u64::MAX).len() as u64))
+    }
+
     async fn stats(&self) -> Result<BTreeMap<Mailbox, Stats>> {
         let now = self.shared.clock.now();
         let queues = self.queues();

@@ -48,6 +48,10 @@ pub async fn failed_records_are_redriven_and_discarded(fixture: &dyn LogFixture)
             .unwrap(),
         0
     );
+    assert_eq!(admin.count_failed(&failed).await.unwrap(), 2);
+    assert_eq!(admin.count_failed(&failed.clone().with_key("k")).await.unwrap(), 1);
+    let elsewhere = Filter::of(postrider_core::Mailbox::Inbox(postrider_core::GroupName::new("nobody")));
+    assert_eq!(admin.count_failed(&elsewhere).await.unwrap(), 0);
     assert_eq!(admin.redrive(&failed.clone().with_key("k"), 10).await.unwrap(), 1);
     desk.put(&["k:5"]).await;
     let again = desk.claim(1).await.records;
