@@ -27,6 +27,9 @@ pub mod bus;
 pub mod clock;
 pub mod memory;
 
+#[cfg(feature = "testing")]
+pub mod testing;
+
 pub use bus::{Bus, BusBuilder, EventBus, Publish, TaskContext};
 pub use consumer::{
     Context, Handler, HandlerError, HandlerErrorKind, HandlerResult, Middleware, Next, OnFailure, Retry, Running,

@@ -266,6 +266,12 @@ impl Feed {
         }
     }
 
+    /// The author's two sides.
+    #[cfg(feature = "testing")]
+    pub(crate) fn into_sides(self) -> (Box<dyn Deliveries>, Arc<dyn Settler>) {
+        (self.deliveries, self.settler)
+    }
+
     /// The engine's two sides.
     #[must_use]
     pub fn split(self) -> (Intake, Settling) {

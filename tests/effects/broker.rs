@@ -52,7 +52,11 @@ fn append(path: &Path, text: &str) {
 }
 
 fn lines(path: &Path) -> Vec<String> {
-    std::fs::read_to_string(path).unwrap_or_default().lines().map(str::to_owned).collect()
+    std::fs::read_to_string(path)
+        .unwrap_or_default()
+        .lines()
+        .map(str::to_owned)
+        .collect()
 }
 
 /// What was published by all that share an outbox.
@@ -68,11 +72,16 @@ pub(crate) struct Broker {
 
 impl Broker {
     pub(crate) fn transport(dir: &Path, fate: &'static Fate) -> Transport {
-        let broker = Self { dir: dir.to_owned(), fate };
+        let broker = Self {
+            dir: dir.to_owned(),
+            fate,
+        };
         let can = Capabilities::default()
             .with_order(postrider::transport::Order::Partitioned)
             .with_dead_letter();
-        Transport::new("files", can).with_publisher(broker.clone()).with_subscriber(broker)
+        Transport::new("files", can)
+            .with_publisher(broker.clone())
+            .with_subscriber(broker)
     }
 
     pub(crate) fn send(dir: &Path, messages: &[Message]) {
@@ -104,7 +113,9 @@ impl Broker {
 impl Publisher for Broker {
     async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
         self.fate.decides("publish");
-        let lines = batch.iter().map(|message| serde_json::to_string(&Line::of(message)).unwrap() + "\n");
+        let lines = batch
+            .iter()
+            .map(|message| serde_json::to_string(&Line::of(message)).unwrap() + "\n");
         append(&published(&self.dir), &lines.collect::<String>());
         self.fate.decides("published");
         batch.iter().map(|_| Ok(())).collect()
@@ -158,7 +169,10 @@ impl Subscriber for Broker {
         let acks: HashSet<String> = lines(&self.dir.join("acks")).into_iter().collect();
         let all = lines(&self.dir.join("messages"));
         let left = all.iter().map(|line| serde_json::from_str::<Line>(line).unwrap());
-        let left: Vec<Message> = left.filter(|line| !acks.contains(&line.id)).map(Line::message).collect();
+        let left: Vec<Message> = left
+            .filter(|line| !acks.contains(&line.id))
+            .map(Line::message)
+            .collect();
         let ids = left.iter().map(|message| message.id().to_string()).collect();
         let received = left.into_iter().zip(0..).map(|(message, tag)| Received {
             message,

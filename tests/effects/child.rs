@@ -42,8 +42,14 @@ pub(crate) enum Scene {
 }
 
 impl Scene {
-    pub(crate) const WITH_BOUNDARIES: [Self; 6] =
-        [Self::Plain, Self::Parked, Self::Batch, Self::Swallowed, Self::Done, Self::Undone];
+    pub(crate) const WITH_BOUNDARIES: [Self; 6] = [
+        Self::Plain,
+        Self::Parked,
+        Self::Batch,
+        Self::Swallowed,
+        Self::Done,
+        Self::Undone,
+    ];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -145,14 +151,23 @@ impl Store {
 
     /// What was sent by the random test, and how often each has had its effect, and its follow-up.
     pub(crate) async fn of_random(&self) -> (usize, HashMap<String, i64>, HashMap<String, i64>) {
-        let Self::Postgres(log) = self else { unreachable!("it runs on Postgres") };
-        let sent: i64 = sqlx::query_scalar("SELECT count(*) FROM sent").fetch_one(log.pool()).await.unwrap();
+        let Self::Postgres(log) = self else {
+            unreachable!("it runs on Postgres")
+        };
+        let sent: i64 = sqlx::query_scalar("SELECT count(*) FROM sent")
+            .fetch_one(log.pool())
+            .await
+            .unwrap();
         let of = |step: &'static str| async move {
             let rows = sqlx::query_as("SELECT message, count(*) FROM effect WHERE step = $1 GROUP BY message");
             let rows: Vec<(String, i64)> = rows.bind(step).fetch_all(log.pool()).await.unwrap();
             rows.into_iter().collect()
         };
-        (usize::try_from(sent).unwrap(), of("ordered").await, of("invoiced").await)
+        (
+            usize::try_from(sent).unwrap(),
+            of("ordered").await,
+            of("invoiced").await,
+        )
     }
 
     async fn effect(&self, ctx: &mut Context, message: &str, step: &str) -> HandlerResult {
@@ -162,7 +177,9 @@ impl Store {
                 insert.execute(ctx.tx::<SqliteConnection>()?).await?;
             }
             Self::Postgres(_) => {
-                let insert = sqlx::query("INSERT INTO effect VALUES ($1, $2)").bind(message).bind(step);
+                let insert = sqlx::query("INSERT INTO effect VALUES ($1, $2)")
+                    .bind(message)
+                    .bind(step);
                 insert.execute(ctx.tx::<PgConnection>()?).await?;
             }
         }
@@ -170,7 +187,10 @@ impl Store {
     }
 
     async fn take_back(&self, ctx: &mut Context, step: &str) -> HandlerResult {
-        let delete = format!("DELETE FROM effect WHERE message = '{}' AND step = '{step}'", ctx.message().id());
+        let delete = format!(
+            "DELETE FROM effect WHERE message = '{}' AND step = '{step}'",
+            ctx.message().id()
+        );
         let delete = sqlx::raw_sql(sqlx::AssertSqlSafe(delete));
         match self {
             Self::Sqlite(_) => delete.execute(ctx.tx::<SqliteConnection>()?).await.map(drop)?,
@@ -183,8 +203,14 @@ impl Store {
     async fn fails(&self, ctx: &mut Context) -> Result<(), sqlx::Error> {
         const TWICE: &str = "INSERT INTO taken VALUES ('x'), ('x')";
         match self {
-            Self::Sqlite(_) => sqlx::raw_sql(TWICE).execute(ctx.tx::<SqliteConnection>().unwrap()).await.map(drop),
-            Self::Postgres(_) => sqlx::raw_sql(TWICE).execute(ctx.tx::<PgConnection>().unwrap()).await.map(drop),
+            Self::Sqlite(_) => sqlx::raw_sql(TWICE)
+                .execute(ctx.tx::<SqliteConnection>().unwrap())
+                .await
+                .map(drop),
+            Self::Postgres(_) => sqlx::raw_sql(TWICE)
+                .execute(ctx.tx::<PgConnection>().unwrap())
+                .await
+                .map(drop),
         }
     }
 }
@@ -251,7 +277,10 @@ impl World {
 
 fn retry() -> Retry {
     let backoff = Backoff::Fixed(Duration::from_millis(30));
-    Retry::default().with_in_place(1).with_max_attempts(100).with_backoff(backoff)
+    Retry::default()
+        .with_in_place(1)
+        .with_max_attempts(100)
+        .with_backoff(backoff)
 }
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
@@ -275,7 +304,11 @@ pub(crate) async fn run(place: &str, scene: &str, dies_at: u64, dir: &Path) {
     bus.start().await.expect("a start");
     // A group of its own for each: what another left in its inbox has nothing to do with this.
     let group = format!("g{}", dir.file_name().unwrap().to_str().unwrap().replace('.', "-"));
-    let world = Arc::new(World { store: store.clone(), fate, scene });
+    let world = Arc::new(World {
+        store: store.clone(),
+        fate,
+        scene,
+    });
     let subscription = bus.subscribe::<Ordered>(group.clone()).retry(retry());
     let running = match scene {
         Scene::Done | Scene::Undone => {
@@ -319,7 +352,10 @@ pub(crate) async fn run(place: &str, scene: &str, dies_at: u64, dir: &Path) {
     let running = running.expect("a subscription");
     let began = Instant::now();
     while !(Broker::is_done(dir, scene.expected().1) && is_quiet(&store, &group, scene).await) {
-        assert!(began.elapsed() < Duration::from_secs(20), "it does not come to its end: {running:?}");
+        assert!(
+            began.elapsed() < Duration::from_secs(20),
+            "it does not come to its end: {running:?}"
+        );
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     std::process::exit(0);
@@ -342,7 +378,9 @@ async fn random(builder: postrider::BusBuilder, store: Store, scene: Scene, dir:
     let transport = postrider::rabbitmq::transport(url).expect("a transport");
     let bus = builder.log(store.log()).transport(transport).build().expect("a bus");
     bus.start().await.expect("a start");
-    let Store::Postgres(log) = store.clone() else { unreachable!("it runs on Postgres") };
+    let Store::Postgres(log) = store.clone() else {
+        unreachable!("it runs on Postgres")
+    };
     bus.subscribe::<Ordered>("orders")
         .middleware(Transactional::new())
         .retry(retry())
@@ -350,7 +388,11 @@ async fn random(builder: postrider::BusBuilder, store: Store, scene: Scene, dir:
         .handler(async |(store,), ordered, ctx| {
             store.effect(ctx, &ordered.n.to_string(), "ordered").await?;
             ctx.publish(&Invoiced { n: ordered.n }).await?;
-            if ctx.attempt() == 1 && ordered.n % 7 == 0 { Err("not yet")? } else { Ok(()) }
+            if ctx.attempt() == 1 && ordered.n % 7 == 0 {
+                Err("not yet")?
+            } else {
+                Ok(())
+            }
         })
         .start()
         .await
@@ -365,13 +407,22 @@ async fn random(builder: postrider::BusBuilder, store: Store, scene: Scene, dir:
     if scene == Scene::Random {
         loop {
             let mut tx = log.pool().begin().await.expect("a transaction");
-            let n: i64 = sqlx::query_scalar("INSERT INTO sent SELECT coalesce(max(n), 0) + 1 FROM sent ON CONFLICT DO NOTHING RETURNING n")
-                .fetch_optional(&mut *tx)
-                .await
-                .expect("a number")
-                .unwrap_or(0);
+            let n: i64 = sqlx::query_scalar(
+                "INSERT INTO sent SELECT coalesce(max(n), 0) + 1 FROM sent ON CONFLICT DO NOTHING RETURNING n",
+            )
+            .fetch_optional(&mut *tx)
+            .await
+            .expect("a number")
+            .unwrap_or(0);
             if n > 0 {
-                bus.publish_in(&mut tx, &Ordered { n: u32::try_from(n).expect("small") }).await.expect("published");
+                bus.publish_in(
+                    &mut tx,
+                    &Ordered {
+                        n: u32::try_from(n).expect("small"),
+                    },
+                )
+                .await
+                .expect("published");
                 tx.commit().await.expect("committed");
             }
             tokio::time::sleep(Duration::from_millis(3)).await;
@@ -383,7 +434,11 @@ async fn random(builder: postrider::BusBuilder, store: Store, scene: Scene, dir:
         if follow_ups.len() >= sent {
             break;
         }
-        assert!(began.elapsed() < Duration::from_secs(90), "{sent} sent, {} followed up", follow_ups.len());
+        assert!(
+            began.elapsed() < Duration::from_secs(90),
+            "{sent} sent, {} followed up",
+            follow_ups.len()
+        );
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     // Repeats, if there are any, are on their way.

@@ -44,7 +44,10 @@ pub(crate) fn mortal(log: EventLog, fate: &'static Fate) -> EventLog {
     let transactions = log.transactions().unwrap().clone();
     let inbox = log.inbox().unwrap().clone();
     log.map_store(|inner| Store { inner, fate })
-        .with_transactions(Transactions { inner: transactions, fate })
+        .with_transactions(Transactions {
+            inner: transactions,
+            fate,
+        })
         .with_inbox(Inbox { inner: inbox, fate })
 }
 

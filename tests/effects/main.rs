@@ -63,7 +63,10 @@ async fn dies_everywhere(place: &str, scene: Scene) {
     }
     let kind = place.split(':').next().unwrap();
     println!("{scene:?} on {kind}: {deaths} deaths, {:.1?}", began.elapsed());
-    assert!(deaths >= scene.least_deaths(), "too few boundaries to say anything: {deaths}");
+    assert!(
+        deaths >= scene.least_deaths(),
+        "too few boundaries to say anything: {deaths}"
+    );
 }
 
 /// Whether the process died; another one has finished then.
@@ -75,14 +78,22 @@ async fn dies_at(place: &str, store: &Store, root: &Path, scene: Scene, at: u64)
     Broker::send(dir.path(), &messages);
     let end = async |at: u64| {
         let mut child = spawn(dir.path(), place, scene, at);
-        tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap()
+        tokio::task::spawn_blocking(move || child.wait().unwrap())
+            .await
+            .unwrap()
     };
     let died = !end(at).await.success();
     if died {
-        assert!(end(u64::MAX).await.success(), "{scene:?}: after the death at {at} nobody could finish");
+        assert!(
+            end(u64::MAX).await.success(),
+            "{scene:?}: after the death at {at} nobody could finish"
+        );
     }
     for message in &messages {
-        let found = (store.effects(message.id()).await, Broker::published(dir.path(), message.id()));
+        let found = (
+            store.effects(message.id()).await,
+            Broker::published(dir.path(), message.id()),
+        );
         let text = format!("{scene:?} on {place}: the process died at {at}, and then: effects, follow-ups");
         assert_eq!(found, scene.expected(), "{text}");
     }
@@ -137,7 +148,11 @@ fn main() {
     }
     let names: Vec<&String> = args.iter().filter(|a| !a.starts_with("--")).collect();
     let wanted = |name: &str| names.is_empty() || names.iter().any(|wanted| name.contains(wanted.as_str()));
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
     let postgres = Postgres::start();
     let dir = tempfile::tempdir().unwrap();
     let sqlite = format!("sqlite:{}", dir.path().join("shop.db").display());
@@ -154,7 +169,10 @@ fn main() {
     }
     if wanted("random_kills") {
         let rabbitmq = RabbitMq::start();
-        let seconds = std::env::var("POSTRIDER_CRASH_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(10);
+        let seconds = std::env::var("POSTRIDER_CRASH_SECONDS")
+            .ok()
+            .and_then(|s| s.parse().ok())
+            .unwrap_or(10);
         runtime.block_on(random_kills(&postgres.url(), &rabbitmq, seconds));
         println!("test random_kills ... ok");
         has_run = true;

@@ -107,6 +107,8 @@ impl DeadLetters {
 
 impl fmt::Debug for DeadLetters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DeadLetters").field("filter", &self.filter).finish_non_exhaustive()
+        f.debug_struct("DeadLetters")
+            .field("filter", &self.filter)
+            .finish_non_exhaustive()
     }
 }

@@ -94,6 +94,19 @@ impl Key {
 }
 
 impl GroupState {
+    /// Changes when something happens.
+    #[cfg(feature = "testing")]
+    pub(super) fn marks(&self) -> [usize; 5] {
+        let given = usize::try_from(self.last_tag).unwrap_or(usize::MAX);
+        [
+            self.ready.len(),
+            self.out.len(),
+            self.delayed.len(),
+            given,
+            self.dead.len(),
+        ]
+    }
+
     /// A message for the group; `handled` is told when it has been settled. One that is awaited already is not queued
     /// twice.
     pub(super) fn arrive(&mut self, offset: u64, message: Message, handled: Option<&Arc<Handled>>) {

@@ -116,6 +116,15 @@ impl MemoryTransport {
         group.map_or_else(Vec::new, |group| group.state().dead.clone())
     }
 
+    /// Changes when something happens to a group.
+    #[cfg(feature = "testing")]
+    pub(crate) fn marks(&self) -> Vec<[usize; 5]> {
+        let groups: Vec<_> = self.state().groups.values().cloned().collect();
+        let mut marks: Vec<_> = groups.iter().map(|group| group.state().marks()).collect();
+        marks.sort_unstable();
+        marks
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.broker.state()
     }
