@@ -5,6 +5,7 @@
 
 #![allow(clippy::print_stdout)]
 
+mod consumer;
 mod engine;
 mod peers;
 mod postgres;
@@ -45,12 +46,13 @@ fn main() -> anyhow::Result<()> {
     let mut words = arguments.iter().filter(|argument| !argument.starts_with("--"));
     let workload = words.next();
     match workload.map(String::as_str) {
+        Some("consumer") => consumer::run(size, &mut table)?,
         Some("engine") => engine::run(size, &mut table)?,
         Some("postgres") => postgres::run(size, &mut table)?,
         Some("sqlite") => sqlite::run(size, &mut table)?,
         Some("transport") => transport::run(words.next().map_or("", String::as_str), size, &mut table)?,
         other => bail!(
-            "unknown workload {:?}: known are `engine`, `postgres`, `sqlite` and `transport <kind>`",
+            "unknown workload {:?}: known are `consumer`, `engine`, `postgres`, `sqlite` and `transport <kind>`",
             other.unwrap_or("")
         ),
     }

@@ -3,6 +3,9 @@
 #[doc = include_str!("guarantees.md")]
 pub mod guarantees {}
 
+#[doc = include_str!("handlers.md")]
+pub mod handlers {}
+
 #[doc = include_str!("options.md")]
 pub mod options {}
 

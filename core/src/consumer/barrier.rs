@@ -47,13 +47,14 @@ const TRIES: usize = 10;
 impl Context {
     /// The barrier of a step: of this message, this group and the name given.
     #[must_use]
-    pub fn barrier(&self, step: &str) -> Barrier {
+    pub fn barrier(&mut self, step: &str) -> Barrier {
+        let round = self.round();
         let tools = self.tools();
         Barrier {
             log: tools.log.clone(),
             group: tools.group.clone(),
             id: MessageId::foreign(&format!("barrier of {step}"), &self.message().id().to_string()),
-            round: self.round(),
+            round,
         }
     }
 }

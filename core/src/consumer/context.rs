@@ -24,8 +24,8 @@ pub struct Context {
     message: Message,
     tools: Arc<Tools>,
     attempt: u32,
-    /// Counts the compensations' counterparts: grows with each new beginning of the chain.
-    round: u64,
+    /// Grows with each new beginning of the chain; `None` before somebody asks.
+    round: Option<u64>,
     published: u32,
     /// How many were published before the first step of this attempt.
     published_before: Option<u32>,
@@ -47,7 +47,7 @@ impl Context {
             message,
             tools,
             attempt: 0,
-            round: 0,
+            round: None,
             published: 0,
             published_before: None,
             tx: Mutex::new(None),
@@ -61,7 +61,7 @@ impl Context {
 
     pub(super) fn begin_attempt(&mut self, attempt: u32) {
         self.attempt = attempt;
-        self.round = u64::try_from(self.tools.clock.now().timestamp_micros()).unwrap_or(0);
+        self.round = None;
         self.published = 0;
         self.published_before = None;
         self.ran.clear();
@@ -75,11 +75,13 @@ impl Context {
     }
 
     pub(super) fn set_round(&mut self, round: u64) {
-        self.round = round;
+        self.round = Some(round);
     }
 
-    pub(super) fn round(&self) -> u64 {
-        self.round
+    /// What a barrier tells attempts by: the time of this one, unless the chain counts for itself.
+    pub(super) fn round(&mut self) -> u64 {
+        let clock = &self.tools.clock;
+        *self.round.get_or_insert_with(|| u64::try_from(clock.now().timestamp_micros()).unwrap_or(0))
     }
 
     pub(super) fn tools(&self) -> &Arc<Tools> {

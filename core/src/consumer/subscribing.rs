@@ -393,6 +393,9 @@ impl About {
                 clock: bus.clock().clone(),
             }),
             group: Arc::new(group.clone()),
+            any_gathers: by_kind.values().any(|chain| chain.gathering().is_some()),
+            // What waits must not be overtaken, what was parked not handled twice. Chains that admit ask by themselves.
+            asks_the_inbox: parks && by_kind.values().any(|chain| !chain.admits()),
             chains: by_kind,
             retry,
             gate: Gate::default(),

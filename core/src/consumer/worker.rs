@@ -45,6 +45,10 @@ pub(super) struct Shared {
     pub(super) parks: bool,
     /// The broker itself can deliver again after a delay.
     pub(super) delays: bool,
+    /// Some chains handle several messages together.
+    pub(super) any_gathers: bool,
+    /// Deliveries are looked up in the inbox before they are handled.
+    pub(super) asks_the_inbox: bool,
     /// Messages of types nobody handles become dead letters, in place of being acknowledged.
     pub(super) dead_letter_unknown: bool,
 }
@@ -190,7 +194,7 @@ impl Worker {
                 taken = self.intake.next(room), if takes => match taken {
                     Ok(Taken::Batch(batch)) => {
                         shared.counters.delivered(batch.len());
-                        if shared.asks_the_inbox() {
+                        if shared.asks_the_inbox {
                             hand.looked_at = batch.len();
                             hand.parked_meanwhile.clear();
                             let shared = shared.clone();
@@ -420,13 +424,10 @@ async fn ready<T>(job: &mut Option<BoxFuture<'static, T>>) -> T {
 }
 
 impl Shared {
-    /// Whether deliveries have to be looked at before they are handled: what waits must not be overtaken, what was parked
-    /// not handled twice. Chains that admit ask by themselves.
-    fn asks_the_inbox(&self) -> bool {
-        self.parks && self.chains.values().any(|chain| !chain.admits())
-    }
-
     fn gathers(&self, message: &Message) -> Option<Arc<dyn AnyChain>> {
+        if !self.any_gathers {
+            return None;
+        }
         let chain = self.chains.get(message.kind())?;
         chain.gathering()?;
         Some(chain.clone())

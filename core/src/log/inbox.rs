@@ -4,15 +4,11 @@ use async_trait::async_trait;
 use std::{fmt::Debug, sync::Arc};
 
 /// A message that has reached a group, as [`InboxLog::admit`] asks about it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Arrival {
-    /// Its id.
-    pub id: MessageId,
-    /// Its topic.
-    pub topic: Topic,
-    /// Its ordering key.
-    pub key: Option<String>,
+    /// The message: its id, topic and key count.
+    pub message: Message,
     /// Whether it is what the inbox itself had parked, on its way to be tried again: then it does not wait for itself.
     pub was_parked: bool,
 }
@@ -22,9 +18,7 @@ impl Arrival {
     #[must_use]
     pub fn new(message: &Message) -> Self {
         Self {
-            id: message.id(),
-            topic: message.topic().clone(),
-            key: message.key().map(str::to_owned),
+            message: message.clone(),
             was_parked: false,
         }
     }
@@ -35,6 +29,21 @@ impl Arrival {
             was_parked: true,
             ..Self::new(message)
         }
+    }
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> MessageId {
+        self.message.id()
+    }
+    /// Its topic.
+    #[must_use]
+    pub fn topic(&self) -> &Topic {
+        self.message.topic()
+    }
+    /// Its ordering key.
+    #[must_use]
+    pub fn key(&self) -> Option<&str> {
+        self.message.key()
     }
 }
 

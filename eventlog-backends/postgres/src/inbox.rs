@@ -17,10 +17,10 @@ impl PostgresLog {
         mailbox: i16,
         arrivals: &[Arrival],
     ) -> Result<Vec<Admission>> {
-        let ids: Vec<_> = arrivals.iter().map(|a| *a.id.as_uuid()).collect();
-        let lanes: Vec<i16> = arrivals.iter().map(|a| lane_of(a.key.as_deref(), a.id)).collect();
-        let topics: Vec<&str> = arrivals.iter().map(|a| a.topic.as_str()).collect();
-        let keys: Vec<Option<&str>> = arrivals.iter().map(|a| a.key.as_deref()).collect();
+        let ids: Vec<_> = arrivals.iter().map(|a| *a.id().as_uuid()).collect();
+        let lanes: Vec<i16> = arrivals.iter().map(|a| lane_of(a.key(), a.id())).collect();
+        let topics: Vec<&str> = arrivals.iter().map(|a| a.topic().as_str()).collect();
+        let keys: Vec<Option<&str>> = arrivals.iter().map(|a| a.key()).collect();
         let own: Vec<bool> = arrivals.iter().map(|a| a.was_parked).collect();
         let ask = sqlx::query_scalar::<_, i32>(statement.clone())
             .bind(mailbox)

@@ -17,8 +17,8 @@ impl SqliteLog {
         arrivals: &[Arrival],
     ) -> Result<Vec<Admission>> {
         let asked = arrivals.iter().map(|arrival| {
-            let id = hex(arrival.id);
-            serde_json::json!([id, arrival.topic.as_str(), arrival.key, arrival.was_parked])
+            let id = hex(arrival.id());
+            serde_json::json!([id, arrival.topic().as_str(), arrival.key(), arrival.was_parked])
         });
         let asked = serde_json::Value::Array(asked.collect()).to_string();
         let answers = sqlx::query_scalar::<_, i64>(self.sql().admit.clone())
@@ -96,7 +96,7 @@ impl InboxLog for SqliteLog {
         let new = arrivals.iter().zip(&answers);
         let new: Vec<String> = new
             .filter(|(_, answer)| **answer == Admission::New)
-            .map(|(arrival, _)| hex(arrival.id))
+            .map(|(arrival, _)| hex(arrival.id()))
             .collect();
         if !new.is_empty() {
             let receipts = sqlx::query(self.sql().add_receipts.clone()).bind(mailbox);

@@ -85,23 +85,23 @@ impl MemoryLog {
 
 fn admit(queue: &Arc<Queue>, reserved: &mut Reserved, arrival: &Arrival) -> Option<Admission> {
     let mut rows = queue.rows();
-    match rows.receipts.get(&arrival.id) {
+    match rows.receipts.get(&arrival.id()) {
         Some(Some(_)) => return Some(Admission::Duplicate),
-        Some(None) if reserved.holds(arrival.id) => return Some(Admission::Duplicate),
+        Some(None) if reserved.holds(arrival.id()) => return Some(Admission::Duplicate),
         // Another transaction has it: what becomes of that decides.
         Some(None) => return None,
         None => {}
     }
     if !arrival.was_parked {
-        if rows.is_parked_id(arrival.id) {
+        if rows.is_parked_id(arrival.id()) {
             return Some(Admission::Parked);
         }
-        if rows.holds_back(&arrival.topic, arrival.key.as_deref()) {
+        if rows.holds_back(arrival.topic(), arrival.key()) {
             return Some(Admission::HeldBack);
         }
     }
-    rows.receipts.insert(arrival.id, None);
-    reserved.receipts.push((queue.clone(), arrival.id));
+    rows.receipts.insert(arrival.id(), None);
+    reserved.receipts.push((queue.clone(), arrival.id()));
     Some(Admission::New)
 }
 
@@ -113,7 +113,7 @@ impl InboxLog for MemoryLog {
         let mut answers = vec![Admission::New; arrivals.len()];
         // In the order of their ids, so that two transactions do not wait for each other.
         let mut order: Vec<usize> = (0..arrivals.len()).collect();
-        order.sort_by_key(|n| arrivals[*n].id);
+        order.sort_by_key(|n| arrivals[*n].id());
         for n in order {
             answers[n] = loop {
                 let seen = queue.news_count();
@@ -129,11 +129,11 @@ impl InboxLog for MemoryLog {
     async fn look(&self, group: &GroupName, arrivals: &[Arrival]) -> Result<Vec<Admission>> {
         let queue = self.inbox(group);
         let rows = queue.rows();
-        let of = |arrival: &Arrival| match rows.receipts.get(&arrival.id) {
+        let of = |arrival: &Arrival| match rows.receipts.get(&arrival.id()) {
             Some(Some(_)) => Admission::Duplicate,
             _ if arrival.was_parked => Admission::New,
-            _ if rows.is_parked_id(arrival.id) => Admission::Parked,
-            _ if rows.holds_back(&arrival.topic, arrival.key.as_deref()) => Admission::HeldBack,
+            _ if rows.is_parked_id(arrival.id()) => Admission::Parked,
+            _ if rows.holds_back(arrival.topic(), arrival.key()) => Admission::HeldBack,
             _ => Admission::New,
         };
         Ok(arrivals.iter().map(of).collect())

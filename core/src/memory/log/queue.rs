@@ -260,7 +260,7 @@ impl Rows {
 
     /// Whether something parked keeps the place of this key.
     pub(super) fn holds_back(&self, topic: &Topic, key: Option<&str>) -> bool {
-        key.is_some_and(|key| self.by_key.contains_key(&(topic.clone(), key.to_owned())))
+        !self.by_key.is_empty() && key.is_some_and(|key| self.by_key.contains_key(&(topic.clone(), key.to_owned())))
     }
 
     /// Puts a row among the parked ones, and sees to it that of its key the first and only the first is a head.
