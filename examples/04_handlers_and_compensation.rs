@@ -47,7 +47,12 @@ async fn charge(order: &OrderPlaced, ctx: &mut Context) -> HandlerResult {
         ("anvil", _) => Err(HandlerError::permanent("the card is refused")),
         ("lamp", 1..=3) => Err("the bank did not answer")?,
         _ => {
-            println!("   {}  charge {}, at attempt {}", order.id, order.customer, ctx.attempt());
+            println!(
+                "   {}  charge {}, at attempt {}",
+                order.id,
+                order.customer,
+                ctx.attempt()
+            );
             Ok(())
         }
     }

@@ -7,9 +7,7 @@
 
 #![allow(clippy::print_stdout)]
 
-use postrider::{
-    Bus, Event, Message, Transactional, event::DynEvent as _, memory::MemoryTransport, sqlite::SqliteLog,
-};
+use postrider::{Bus, Event, Message, Transactional, event::DynEvent as _, memory::MemoryTransport, sqlite::SqliteLog};
 use sqlx::SqliteConnection;
 use std::time::Duration;
 
@@ -36,7 +34,11 @@ async fn main() -> anyhow::Result<()> {
         .execute(&pool)
         .await?;
     let transport = MemoryTransport::new();
-    let bus = Bus::builder().log(log).transport(transport.clone()).source("bank").build()?;
+    let bus = Bus::builder()
+        .log(log)
+        .transport(transport.clone())
+        .source("bank")
+        .build()?;
 
     let payments = bus
         .subscribe::<PaymentReceived>("accounts")
@@ -54,7 +56,7 @@ async fn main() -> anyhow::Result<()> {
             ctx.publish(&BalanceChanged { account, cents }).await?;
             // Fails once for some: all of it is undone, and tried again.
             if payment.cents == 300 && ctx.attempt() == 1 {
-                return Err("a hiccup")?;
+                Err("a hiccup")?;
             }
             Ok(())
         })
@@ -63,7 +65,10 @@ async fn main() -> anyhow::Result<()> {
     bus.subscribe::<BalanceChanged>("screen")
         .handler(async |changed, ctx| {
             let cause = ctx.message().header("causationid").unwrap_or("?");
-            println!("   {} now has {} cents, because of message {cause}", changed.account, changed.cents);
+            println!(
+                "   {} now has {} cents, because of message {cause}",
+                changed.account, changed.cents
+            );
             Ok(())
         })
         .start()
@@ -71,7 +76,10 @@ async fn main() -> anyhow::Result<()> {
     bus.start().await?;
 
     println!("Three payments, the second of which comes four times, as after crashes and redeliveries:");
-    let pay = |cents| PaymentReceived { account: "ada".to_owned(), cents };
+    let pay = |cents| PaymentReceived {
+        account: "ada".to_owned(),
+        cents,
+    };
     let twice: Message = pay(200).to_message()?;
     bus.publish(&pay(100)).await?;
     for _ in 0..4 {
@@ -85,7 +93,10 @@ async fn main() -> anyhow::Result<()> {
     let cents: i64 = sqlx::query_scalar("SELECT cents FROM balance WHERE account = 'ada'")
         .fetch_one(&pool)
         .await?;
-    println!("\n6 deliveries and a failure later ada has {cents} cents: {}", if cents == 600 { "right" } else { "wrong" });
+    println!(
+        "\n6 deliveries and a failure later ada has {cents} cents: {}",
+        if cents == 600 { "right" } else { "wrong" }
+    );
     anyhow::ensure!(cents == 600);
     bus.shutdown(Duration::from_secs(5)).await?;
     Ok(())
@@ -101,7 +112,9 @@ mod tests {
     async fn a_payment_counts_once_wherever_the_process_dies() {
         for point in [CrashPoint::BeforeCommit, CrashPoint::AfterCommit, CrashPoint::BeforeAck] {
             let mut app = TestBus::start(async |bus| {
-                let payments = bus.subscribe::<PaymentReceived>("accounts").middleware(Transactional::new());
+                let payments = bus
+                    .subscribe::<PaymentReceived>("accounts")
+                    .middleware(Transactional::new());
                 let payments = payments.handler(async |payment, ctx| {
                     let (account, cents) = (payment.account.clone(), payment.cents);
                     ctx.publish(&BalanceChanged { account, cents }).await?;
@@ -112,7 +125,13 @@ mod tests {
             .await
             .unwrap();
             app.crash_at(point);
-            app.bus().publish(&PaymentReceived { account: "ada".to_owned(), cents: 5 }).await.unwrap();
+            app.bus()
+                .publish(&PaymentReceived {
+                    account: "ada".to_owned(),
+                    cents: 5,
+                })
+                .await
+                .unwrap();
             app.settle().await;
             assert!(app.has_crashed());
             app.restart().await.unwrap();

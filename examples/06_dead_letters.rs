@@ -8,11 +8,8 @@
 #![allow(clippy::print_stdout)]
 
 use postrider::{
-    Bus, Event, GroupName, HandlerError, Mailbox, Message, Retry, Topic,
-    log::Pace,
-    memory::MemoryTransport,
-    relay::Backoff,
-    sqlite::SqliteLog,
+    Bus, Event, GroupName, HandlerError, Mailbox, Message, Retry, Topic, log::Pace, memory::MemoryTransport,
+    relay::Backoff, sqlite::SqliteLog,
 };
 use std::{
     num::NonZeroU32,
@@ -33,11 +30,19 @@ struct ParcelSent {
 async fn main() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let log = SqliteLog::open(dir.path().join("post.db")).await?;
-    let bus = Bus::builder().log(log).transport(MemoryTransport::new()).source("post").build()?;
+    let bus = Bus::builder()
+        .log(log)
+        .transport(MemoryTransport::new())
+        .source("post")
+        .build()?;
     let is_fixed = Arc::new(AtomicBool::new(false));
     let running = bus
         .subscribe::<ParcelSent>("labels")
-        .retry(Retry::default().with_max_attempts(3).with_backoff(Backoff::Fixed(Duration::from_millis(50))))
+        .retry(
+            Retry::default()
+                .with_max_attempts(3)
+                .with_backoff(Backoff::Fixed(Duration::from_millis(50))),
+        )
         .state(Arc::new((is_fixed.clone(),)))
         .handler(async |(is_fixed,), parcel, _| match &*parcel.to {
             "Nowhere" => Err(HandlerError::permanent("there is no such place")),
@@ -50,7 +55,8 @@ async fn main() -> anyhow::Result<()> {
     for to in ["Rome", "Nowhere", "Åmål", "Åmål", "Oslo"] {
         bus.publish(&ParcelSent { to: to.to_owned() }).await?;
     }
-    bus.publish(Message::new(Topic::new("parcels"), "parcel.sent.v1", vec![0xff, 0x00])).await?;
+    bus.publish(Message::new(Topic::new("parcels"), "parcel.sent.v1", vec![0xff, 0x00]))
+        .await?;
     while running.report().dead_lettered < 4 {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
@@ -58,10 +64,20 @@ async fn main() -> anyhow::Result<()> {
     let letters = bus.dead_letters(Mailbox::Inbox(GroupName::new("labels")))?;
     println!("{} dead letters:", letters.count().await?);
     for letter in letters.list(None, 100).await?.entries {
-        println!("\n   {} {:?}, after {} attempts", letter.message.id(), letter.message.key(), letter.attempts);
+        println!(
+            "\n   {} {:?}, after {} attempts",
+            letter.message.id(),
+            letter.message.key(),
+            letter.attempts
+        );
         println!("   payload {:?}", String::from_utf8_lossy(letter.message.payload()));
         for error in &letter.errors {
-            println!("   {}  attempt {}: {}", error.at.format("%H:%M:%S%.3f"), error.attempt, error.text);
+            println!(
+                "   {}  attempt {}: {}",
+                error.at.format("%H:%M:%S%.3f"),
+                error.attempt,
+                error.text
+            );
         }
     }
 

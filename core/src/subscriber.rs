@@ -1,6 +1,6 @@
 //! The receiving side of a transport: what an author implements, and what core makes of it.
 
-use crate::{Error, GroupName, Message, Result, Topic};
+use crate::{Error, GroupName, Message, Result, Topic, relay::TopicPattern};
 use async_trait::async_trait;
 use std::{
     collections::HashMap,
@@ -19,8 +19,10 @@ use tokio_util::sync::CancellationToken;
 pub struct Subscription {
     /// The group: each gets every message once, its members share them.
     pub group: GroupName,
-    /// The topics; at least one.
+    /// The topics; at least one, unless there are patterns.
     pub topics: Vec<Topic>,
+    /// Further topics: all that match, those to come included. Refused at start if the transport cannot.
+    pub patterns: Vec<TopicPattern>,
     /// Whether messages of one (topic, key) are to come in order. Refused at start if the transport cannot.
     pub ordered: bool,
     /// About how many messages may be on their way or unsettled: what a driver sizes its prefetch by.
@@ -37,10 +39,17 @@ impl Subscription {
         Self {
             group,
             topics,
+            patterns: Vec::new(),
             ordered: true,
             max_in_flight: 256,
             broadcast: false,
         }
+    }
+    /// Adds every topic that matches.
+    #[must_use]
+    pub fn with_pattern(mut self, pattern: TopicPattern) -> Self {
+        self.patterns.push(pattern);
+        self
     }
     /// Gives each member every message.
     #[must_use]

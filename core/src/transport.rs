@@ -34,6 +34,8 @@ pub struct Capabilities {
     pub individual_acks: bool,
     /// [`Subscription::broadcast`].
     pub broadcast: bool,
+    /// [`Subscription::patterns`].
+    pub wildcards: bool,
     /// The most bytes of a message, encoded; `None` if it knows no limit.
     pub max_message_bytes: Option<usize>,
 }
@@ -73,6 +75,12 @@ impl Capabilities {
     #[must_use]
     pub const fn with_broadcast(mut self) -> Self {
         self.broadcast = true;
+        self
+    }
+    /// Declares subscriptions to every topic that matches a pattern.
+    #[must_use]
+    pub const fn with_wildcards(mut self) -> Self {
+        self.wildcards = true;
         self
     }
     /// Sets the most bytes of a message.
@@ -147,7 +155,8 @@ impl Transport {
     /// The receiving side, for `subscription`.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] if it has none, or does not declare the order or the broadcast that is asked for.
+    /// [`ErrorKind::Unsupported`] if it has none, or does not declare the order, the broadcast or the patterns
+    /// of topics that are asked for.
     pub fn subscriber(&self, subscription: &Subscription) -> Result<&Arc<dyn Subscriber>> {
         if subscription.ordered && self.capabilities.order == Order::None {
             return Err(self
@@ -157,6 +166,14 @@ impl Transport {
         if subscription.broadcast && !self.capabilities.broadcast {
             return Err(self
                 .lacks("broadcast: give each instance a group of its own")
+                .with("group", &subscription.group));
+        }
+        if let Some(pattern) = subscription.patterns.first()
+            && !self.capabilities.wildcards
+        {
+            return Err(self
+                .lacks("topics by a pattern: name each of them")
+                .with("pattern", pattern)
                 .with("group", &subscription.group));
         }
         self.subscriber.as_ref().ok_or_else(|| self.lacks("a subscriber"))

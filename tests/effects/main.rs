@@ -10,7 +10,8 @@
     clippy::unwrap_used,
     clippy::print_stdout,
     clippy::expect_used,
-    clippy::disallowed_methods
+    clippy::disallowed_methods,
+    clippy::exit
 )]
 
 mod broker;

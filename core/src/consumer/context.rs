@@ -81,7 +81,9 @@ impl Context {
     /// What a barrier tells attempts by: the time of this one, unless the chain counts for itself.
     pub(super) fn round(&mut self) -> u64 {
         let clock = &self.tools.clock;
-        *self.round.get_or_insert_with(|| u64::try_from(clock.now().timestamp_micros()).unwrap_or(0))
+        *self
+            .round
+            .get_or_insert_with(|| u64::try_from(clock.now().timestamp_micros()).unwrap_or(0))
     }
 
     pub(super) fn tools(&self) -> &Arc<Tools> {

@@ -11,7 +11,8 @@ use super::{
     worker::{Shared, Worker},
 };
 use crate::{
-    AnyEvent, Bus, Error, ErrorKind, Event, GroupName, Mailbox, RelayOptions, Result, Subscription, Topic, relay::Wake,
+    AnyEvent, Bus, Error, ErrorKind, Event, GroupName, Mailbox, RelayOptions, Result, Subscription, Topic,
+    relay::{TopicPattern, Wake},
 };
 use rustc_hash::FxHashMap;
 use std::{
@@ -60,6 +61,8 @@ struct About {
     group: String,
     finished: Vec<Result<Arc<dyn AnyChain>>>,
     for_all: Vec<Layer<AnyEvent>>,
+    /// Topics beside those of the event types.
+    more: Vec<TopicPattern>,
     options: SubscriptionOptions,
 }
 
@@ -76,6 +79,7 @@ impl<E: Event> Subscribing<E> {
                 bus,
                 group: group.into(),
                 finished: Vec::new(),
+                more: Vec::new(),
                 options: SubscriptionOptions::default(),
             },
             steps: Vec::new(),
@@ -129,6 +133,19 @@ impl<E: Event, S, At> Subscribing<E, S, At> {
     /// Sets how a message is tried again.
     pub fn retry(mut self, retry: Retry) -> Self {
         self.about.options.retry = Some(retry);
+        self
+    }
+
+    /// Takes events from this topic, too, beside those of the event types; of whatever type of this subscription they are.
+    pub fn topic(mut self, topic: Topic) -> Self {
+        self.about.more.push(TopicPattern::from(topic));
+        self
+    }
+
+    /// Takes events from every topic that matches, beside those of the event types: those that are there, and those that
+    /// come to be. Where the transport cannot, `start` refuses.
+    pub fn topics_like(mut self, pattern: TopicPattern) -> Self {
+        self.about.more.push(pattern);
         self
     }
 
@@ -378,10 +395,19 @@ impl About {
                     .with("group", group));
             }
         }
+        let mut patterns = Vec::new();
+        for more in self.more {
+            match more.as_topic() {
+                Some(topic) if topics.contains(&topic) => {}
+                Some(topic) => topics.push(topic),
+                None => patterns.push(more),
+            }
+        }
         let max_in_flight = options.max_in_flight.unwrap_or(256);
         let mut subscription = Subscription::new(group.clone(), topics).with_max_in_flight(max_in_flight);
         subscription.ordered = ordered;
         subscription.broadcast = is_broadcast;
+        subscription.patterns = patterns;
         let (stop, kill) = bus.new_part()?;
         let subscriber = bus.transport().subscriber(&subscription)?;
         let retry = options.retry.unwrap_or_default();

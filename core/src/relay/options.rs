@@ -261,8 +261,8 @@ impl fmt::Debug for RelayOptions {
     }
 }
 
-/// The topics an override is for: a name, or a beginning followed by `*`, such as `orders.*`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Some topics: a name, or a beginning followed by `*`, such as `orders.*`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct TopicPattern(String);
 
 impl TopicPattern {
@@ -283,11 +283,38 @@ impl TopicPattern {
         }
     }
 
-    fn matches(&self, topic: &Topic) -> bool {
+    /// As it was written.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The topic, if it names one.
+    #[must_use]
+    pub fn as_topic(&self) -> Option<Topic> {
+        let name = Some(&self.0).filter(|name| !name.ends_with('*'))?;
+        Topic::parse(name.clone()).ok()
+    }
+
+    /// Whether a topic is one of them.
+    #[must_use]
+    pub fn matches(&self, topic: &Topic) -> bool {
         match self.0.strip_suffix('*') {
             Some(beginning) => topic.as_str().starts_with(beginning),
             None => topic.as_str() == self.0,
         }
+    }
+}
+
+impl From<Topic> for TopicPattern {
+    fn from(topic: Topic) -> Self {
+        Self(topic.as_str().to_owned())
+    }
+}
+
+impl fmt::Display for TopicPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
     }
 }
 

@@ -33,6 +33,9 @@
 //! # Ok(()) }
 //! ```
 
+// What it is for is to fail a test.
+#![allow(clippy::panic)]
+
 mod crash;
 
 pub use crash::CrashPoint;
@@ -266,7 +269,6 @@ impl TestBus {
     }
 
     /// How often events of this type were handled with success by a group.
-    #[must_use]
     #[track_caller]
     pub fn handled<E: Event>(&self, group: &str) -> Handled {
         let handled = self.records.handled.lock().unwrap_or_else(PoisonError::into_inner);

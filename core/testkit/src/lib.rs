@@ -90,6 +90,7 @@ macro_rules! transport_conformance {
             members_share_the_partitions
             a_late_subscriber_gets_what_waited
             a_broadcast_reaches_every_member
+            a_pattern_takes_every_topic_that_matches
             concurrent_close_loses_nothing
             a_closed_feed_says_so
             a_second_settle_is_an_error

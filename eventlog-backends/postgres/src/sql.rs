@@ -210,21 +210,6 @@ macro_rules! of_key {
     };
 }
 
-/// What is known of messages that have arrived: ?2 message ids, ?3 lanes, ?4 topics, ?5 keys, ?6 whether it is what is parked itself.
-macro_rules! asked {
-    () => {
-        concat!(
-            "WITH asked AS MATERIALIZED (SELECT u.*, EXISTS (SELECT 1 FROM {receipt} r WHERE r.mailbox = $1 AND r.message_id = u.id) AS seen, ",
-            "NOT u.own AND p.yes IS NOT NULL AS parked, NOT u.own AND h.yes IS NOT NULL AS held ",
-            "FROM unnest($2::uuid[], $3::int2[], $4::text[], $5::text[], $6::bool[]) WITH ORDINALITY u (id, lane, topic, key, own, n) ",
-            "LEFT JOIN LATERAL (SELECT true AS yes FROM {parked} p WHERE p.message_id = u.id AND p.mailbox + 0 = $1 LIMIT 1) p ON true ",
-            "LEFT JOIN LATERAL (SELECT true AS yes FROM {parked} h WHERE ",
-            of_key!("h", "u"),
-            " AND h.state <> 3 LIMIT 1) h ON true)"
-        )
-    };
-}
-
 /// The first of what is parked of the key `k`.
 macro_rules! first_of_key {
     ($what:literal) => {
@@ -422,14 +407,9 @@ statements! {
         ORDER BY r.id LIMIT $4) u WHERE p.ctid = u.at AND p.state = 2";
 
     // The inbox.
-    /// Gives for each, in order: 0 new, 1 duplicate, 2 parked, 3 held back.
-    admit: concat!(asked!(), ", \
-        fresh AS (INSERT INTO {receipt} (mailbox, message_id, seen_at) SELECT $1, id, {clock}() FROM (SELECT DISTINCT id FROM asked WHERE NOT seen AND NOT parked AND NOT held) a ORDER BY id \
-        ON CONFLICT DO NOTHING RETURNING message_id) \
-        SELECT CASE WHEN a.seen THEN 1 WHEN a.parked THEN 2 WHEN a.held THEN 3 WHEN f.message_id IS NULL THEN 1 \
-            WHEN a.n > min(a.n) OVER (PARTITION BY a.id) THEN 1 ELSE 0 END::int4 \
-        FROM asked a LEFT JOIN fresh f ON f.message_id = a.id ORDER BY a.n");
-    look: concat!(asked!(), " SELECT CASE WHEN seen THEN 1 WHEN parked THEN 2 WHEN held THEN 3 ELSE 0 END::int4 FROM asked ORDER BY n");
+    /// ?2 message ids, ?3 lanes, ?4 topics, ?5 keys, ?6 whether it is what is parked itself. Gives for each, in order: 0 new, 1 duplicate, 2 parked, 3 held back.
+    admit: "SELECT * FROM {admit}($1, $2, $3, $4, $5, $6, true)";
+    look: "SELECT * FROM {admit}($1, $2, $3, $4, $5, $6, false)";
     note: "SELECT version, body FROM {note} WHERE mailbox = $1 AND message_id = $2";
     add_note: "INSERT INTO {note} (mailbox, message_id, version, body, written_at) VALUES ($1, $2, 1, $3, {clock}()) ON CONFLICT DO NOTHING";
     set_note: "UPDATE {note} SET version = version + 1, body = $3, written_at = {clock}() WHERE mailbox = $1 AND message_id = $2 AND version = $4";

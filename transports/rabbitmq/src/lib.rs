@@ -73,6 +73,7 @@ pub fn transport_with(options: RabbitMqOptions) -> Result<Transport> {
         .with_delivery_count()
         .with_individual_acks()
         .with_broadcast()
+        .with_wildcards()
         // What RabbitMQ 4 takes unless it is told otherwise.
         .with_max_message_bytes(16 * 1024 * 1024);
     let subscriber = RabbitMqSubscriber::new(broker, publisher.clone());

@@ -9,7 +9,9 @@ use lapin::{
     options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
-use postrider_core::{Error, ErrorKind, GroupName, Message, MessageId, Result, Subscription, Topic, partition};
+use postrider_core::{
+    Error, ErrorKind, GroupName, Message, MessageId, Result, Subscription, Topic, partition, relay::TopicPattern,
+};
 use rustc_hash::FxHashMap;
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -156,19 +158,22 @@ impl<'a> Declaring<'a> {
         bound.await.map_err(|why| refused(why, "binding of queue", queue))
     }
 
-    async fn bind_all(&self, queue: &str, topics: &[Topic]) -> Result<()> {
-        for topic in topics {
+    async fn bind_all(&self, queue: &str, subscription: &Subscription) -> Result<()> {
+        for topic in &subscription.topics {
             self.bind(queue, &format!("{topic}{SLOT}*")).await?;
             self.bind(queue, topic.as_str()).await?;
+        }
+        for pattern in &subscription.patterns {
+            self.bind(queue, &format!("{}{SLOT}*", words(pattern)?)).await?;
         }
         Ok(())
     }
 
     /// The queue of one member of a broadcast. Declared even where nothing else is: its name is the member's own.
-    pub(crate) async fn broadcast(&self, queue: &str, topics: &[Topic]) -> Result<()> {
+    pub(crate) async fn broadcast(&self, queue: &str, subscription: &Subscription) -> Result<()> {
         let arguments = quorum(&[("x-expires", AMQPValue::LongLongInt(ABANDONED_AFTER))]);
         self.declare(queue, arguments, false).await?;
-        self.bind_all(queue, topics).await?;
+        self.bind_all(queue, subscription).await?;
         self.exchange().await
     }
 
@@ -178,7 +183,7 @@ impl<'a> Declaring<'a> {
         if !subscription.ordered {
             self.queue(group.as_str(), quorum(&[])).await?;
             if self.options.declares {
-                self.bind_all(group.as_str(), &subscription.topics).await?;
+                self.bind_all(group.as_str(), subscription).await?;
             }
             return self.exchange().await;
         }
@@ -220,6 +225,12 @@ impl<'a> Declaring<'a> {
                 }
                 if partition == 0 {
                     self.bind(&name, topic.as_str()).await?;
+                }
+            }
+            for pattern in &subscription.patterns {
+                let words = words(pattern)?;
+                for slot in slots(partition, partitions) {
+                    self.bind(&name, &format!("{words}{SLOT}{slot}")).await?;
                 }
             }
         }
@@ -306,6 +317,21 @@ fn slots(partition: usize, partitions: usize) -> impl Iterator<Item = usize> {
         .filter(move |slot| slot * partitions / usize::from(partition::SLOTS) == partition)
 }
 
+/// A pattern as a topic exchange has it, in words: only what has a slot behind it is bound by one, so that nothing comes
+/// to two partitions.
+fn words(pattern: &TopicPattern) -> Result<String> {
+    match pattern.as_str().trim_end_matches('*') {
+        "" => Ok("*.#".to_owned()),
+        // One word at least, for `orders.*` is not `orders`.
+        beginning if beginning.ends_with('.') => Ok(format!("{beginning}*.#")),
+        _ => Err(Error::new(
+            ErrorKind::Unsupported,
+            "RabbitMQ matches topics by whole words: a pattern of it is `*`, or ends with `.*`",
+        )
+        .with("pattern", pattern)),
+    }
+}
+
 fn refused(why: lapin::Error, what: &'static str, name: &str) -> Error {
     let (kind, text) = if is_reply(&why, 404) {
         (
@@ -364,6 +390,14 @@ mod tests {
             assert_eq!(all, (0..64).collect::<Vec<_>>());
             assert!((0..partitions).all(|p| slots(p, partitions).count() > 0));
         }
+    }
+
+    #[test]
+    fn patterns_are_of_whole_words() {
+        let words = |pattern: &str| words(&TopicPattern::parse(pattern).unwrap());
+        assert_eq!(words("orders.*").unwrap(), "orders.*.#");
+        assert_eq!(words("*").unwrap(), "*.#");
+        assert!(words("ord*").unwrap_err().to_string().contains("pattern: ord*"));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::{
     Capabilities, Feed, GroupName, Message, Order, PublishError, PublishErrorKind, Publisher, Reachability, Result,
     Scope, Subscriber, Subscription, Topic, Transport,
     clock::{Clock, SystemClock},
+    relay::TopicPattern,
 };
 use async_trait::async_trait;
 use feed::Member;
@@ -43,6 +44,8 @@ struct State {
     last_offset: u64,
     topics: FxHashMap<Topic, TopicLog>,
     groups: FxHashMap<GroupName, Arc<Group>>,
+    /// Who gets what is published to topics that come to be.
+    patterns: Vec<(TopicPattern, Arc<Group>)>,
 }
 
 #[derive(Debug, Default)]
@@ -150,7 +153,8 @@ impl From<MemoryTransport> for Transport {
             .with_dead_letter()
             .with_delivery_count()
             .with_individual_acks()
-            .with_broadcast();
+            .with_broadcast()
+            .with_wildcards();
         Self::new("memory", capabilities)
             .with_publisher(transport.clone())
             .with_subscriber(transport)
@@ -209,6 +213,7 @@ impl State {
         for log in self.topics.values_mut() {
             log.groups.retain(|known| !Arc::ptr_eq(known, group));
         }
+        self.patterns.retain(|(_, known)| !Arc::ptr_eq(known, group));
         group.state().abandon();
     }
 
@@ -222,7 +227,17 @@ impl State {
         self.last_offset += 1;
         let offset = self.last_offset;
         if !self.topics.contains_key(message.topic()) {
-            self.topics.insert(message.topic().clone(), TopicLog::default());
+            let matching = self
+                .patterns
+                .iter()
+                .filter(|(pattern, _)| pattern.matches(message.topic()));
+            let mut log = TopicLog::default();
+            for (_, group) in matching {
+                if !log.groups.iter().any(|known| Arc::ptr_eq(known, group)) {
+                    log.groups.push(group.clone());
+                }
+            }
+            self.topics.insert(message.topic().clone(), log);
         }
         let Some(log) = self.topics.get_mut(message.topic()) else {
             return Ok(());
@@ -256,7 +271,15 @@ impl Subscriber for MemoryTransport {
         } else {
             state.groups.entry(subscription.group.clone()).or_default().clone()
         };
-        for topic in &subscription.topics {
+        let mut topics = subscription.topics.clone();
+        for pattern in &subscription.patterns {
+            topics.extend(state.topics.keys().filter(|topic| pattern.matches(topic)).cloned());
+            let known = |(p, g): &(TopicPattern, Arc<Group>)| p == pattern && Arc::ptr_eq(g, &group);
+            if !state.patterns.iter().any(known) {
+                state.patterns.push((pattern.clone(), group.clone()));
+            }
+        }
+        for topic in &topics {
             let log = state.topics.entry(topic.clone()).or_default();
             if log.groups.iter().any(|known| Arc::ptr_eq(known, &group)) {
                 continue;

@@ -4,7 +4,7 @@ use super::{
     Member, TransportFixture,
     fixture::{names, publish},
 };
-use postrider_core::{Delivery, ErrorKind, Subscription};
+use postrider_core::{Delivery, ErrorKind, Subscription, relay::TopicPattern};
 use std::collections::BTreeSet;
 
 /// Each group gets each message once, whichever of its topics it was sent to.
@@ -110,4 +110,52 @@ pub async fn a_broadcast_reaches_every_member(fixture: &dyn TransportFixture) {
     assert_eq!(members[0].drain().await, ["after"]);
     let mut late = Member::on(fixture, broadcast()).await;
     assert!(late.take(1).await.is_empty());
+}
+
+/// A pattern takes every topic that matches, those that come to be included, in order, and no other.
+pub async fn a_pattern_takes_every_topic_that_matches(fixture: &dyn TransportFixture) {
+    let transport = fixture.transport();
+    let pattern = TopicPattern::parse(format!("{}.*", fixture.topic("likes"))).unwrap();
+    let subscription = |group: &str| Subscription::new(fixture.group(group), Vec::new()).with_pattern(pattern.clone());
+    if !transport.capabilities().wildcards {
+        let refused = transport.subscriber(&subscription("g").unordered()).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Unsupported);
+        assert!(refused.to_string().contains("pattern"), "{refused}");
+        return;
+    }
+    // One that is there before, which only those who keep what nobody wanted yet still have.
+    let mut ordered = Member::on(fixture, subscription("ordered")).await;
+    let mut unordered = Member::on(fixture, subscription("unordered").unordered()).await;
+    // Somebody has to want those that do not match, or a publisher may be told that they lead nowhere.
+    let near = ["likes", "likes2.a", "dislikes"]
+        .map(|name| fixture.topic(name))
+        .to_vec();
+    let mut others = Member::on(fixture, Subscription::new(fixture.group("others"), near)).await;
+    let send = async |topic: &str, name: String| {
+        let message = postrider_core::Message::new(fixture.topic(topic), "test.v1", name).with_source("kit");
+        let outcome = transport
+            .publisher()
+            .unwrap()
+            .publish(&[message.with_key("k")])
+            .await
+            .remove(0);
+        outcome.unwrap();
+    };
+    for n in 0..10 {
+        for topic in ["likes.a", "likes.b.c"] {
+            send(topic, format!("{topic} {n}")).await;
+        }
+    }
+    for topic in ["likes", "likes2.a", "dislikes"] {
+        send(topic, format!("{topic} no")).await;
+    }
+    let got = ordered.drain().await;
+    for topic in ["likes.a ", "likes.b.c "] {
+        let of_it: Vec<&String> = got.iter().filter(|name| name.starts_with(topic)).collect();
+        let expected: Vec<String> = (0..10).map(|n| format!("{topic}{n}")).collect();
+        assert_eq!(of_it, expected.iter().collect::<Vec<_>>());
+    }
+    assert_eq!(got.len(), 20, "{got:?}");
+    assert_eq!(unordered.drain().await.len(), 20);
+    assert_eq!(others.drain().await.len(), 3);
 }

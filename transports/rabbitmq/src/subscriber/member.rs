@@ -139,7 +139,7 @@ impl Member {
             let declaring = Declaring::on(&member.connection, &shared.broker).await?;
             declaring.exchange().await?;
             match shared.subscription.broadcast {
-                true => declaring.broadcast(&shared.queue, &shared.subscription.topics).await?,
+                true => declaring.broadcast(&shared.queue, &shared.subscription).await?,
                 false => declaring.group(&shared.subscription).await?,
             }
             declaring.end().await?;
