@@ -13,6 +13,38 @@ use std::{
 };
 use tokio_util::sync::CancellationToken;
 
+/// What a group asks of its queue, where a transport has such a thing: names, times and rights that brokers have in common
+/// and most applications leave alone. One that a transport does not [honour](crate::Capabilities::queue_options) is refused
+/// at start, by its name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct QueueOptions {
+    /// `queue_expiry`: the broker removes the group's queue, with what is in it, when nobody has used it for so long.
+    pub expiry: Option<Duration>,
+    /// `message_expiry`: a message that has waited so long is dead-lettered, if there is a target for it, and else lost.
+    pub message_expiry: Option<Duration>,
+    /// `dead_letter_to`: where messages go that expire, and dead letters where there is no event log.
+    pub dead_letter_to: Option<String>,
+    /// `bind`: the exchange or stream that the group takes from, in place of the transport's own.
+    pub bind: Option<String>,
+    /// `declare`: whether the group's queue is declared, or has to be there.
+    pub declare: Option<bool>,
+}
+
+impl QueueOptions {
+    /// The names of those that are set.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> {
+        let all = [
+            ("queue_expiry", self.expiry.is_some()),
+            ("message_expiry", self.message_expiry.is_some()),
+            ("dead_letter_to", self.dead_letter_to.is_some()),
+            ("bind", self.bind.is_some()),
+            ("declare", self.declare.is_some()),
+        ];
+        all.into_iter().filter(|(_, is_set)| *is_set).map(|(name, _)| name)
+    }
+}
+
 /// What a group wants to receive.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -30,6 +62,8 @@ pub struct Subscription {
     /// Whether each member gets every message, from when it joined until it goes, in place of a share. Nothing waits for a
     /// member that has gone. Refused at start if the transport cannot.
     pub broadcast: bool,
+    /// What is asked of the group's queue.
+    pub queue: QueueOptions,
 }
 
 impl Subscription {
@@ -43,6 +77,7 @@ impl Subscription {
             ordered: true,
             max_in_flight: 256,
             broadcast: false,
+            queue: QueueOptions::default(),
         }
     }
     /// Adds every topic that matches.

@@ -36,6 +36,8 @@ pub struct Capabilities {
     pub broadcast: bool,
     /// [`Subscription::patterns`].
     pub wildcards: bool,
+    /// Which of the [`QueueOptions`](crate::subscriber::QueueOptions) it honours, by their names.
+    pub queue_options: &'static [&'static str],
     /// The most bytes of a message, encoded; `None` if it knows no limit.
     pub max_message_bytes: Option<usize>,
 }
@@ -81,6 +83,12 @@ impl Capabilities {
     #[must_use]
     pub const fn with_wildcards(mut self) -> Self {
         self.wildcards = true;
+        self
+    }
+    /// Sets which options of a group's queue it honours, by their names.
+    #[must_use]
+    pub const fn with_queue_options(mut self, names: &'static [&'static str]) -> Self {
+        self.queue_options = names;
         self
     }
     /// Sets the most bytes of a message.
@@ -166,6 +174,17 @@ impl Transport {
         if subscription.broadcast && !self.capabilities.broadcast {
             return Err(self
                 .lacks("broadcast: give each instance a group of its own")
+                .with("group", &subscription.group));
+        }
+        let honoured = self.capabilities.queue_options;
+        if let Some(name) = subscription.queue.names().find(|name| !honoured.contains(name)) {
+            let error = Error::new(
+                ErrorKind::Unsupported,
+                "this transport does not honour an option of the subscription",
+            );
+            return Err(error
+                .with("option", name)
+                .with("transport", self.name)
                 .with("group", &subscription.group));
         }
         if let Some(pattern) = subscription.patterns.first()

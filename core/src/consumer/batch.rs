@@ -232,8 +232,12 @@ impl<E: Event> AnyChain for BatchChain<E> {
                 if error.kind() != HandlerErrorKind::Unavailable {
                     attempts += 1;
                     errors.push(AttemptError::new(by.tools.clock.now(), attempts, error.to_chain()));
-                    if error.kind() == HandlerErrorKind::Permanent || attempts >= by.retry.max_attempts {
+                    if error.kind() == HandlerErrorKind::Permanent {
                         outcomes[place] = Some(Handled::Dead { attempts, errors });
+                        continue;
+                    }
+                    if attempts >= by.retry.max_attempts {
+                        outcomes[place] = Some(by.carry_out(by.on_exhausted, attempts, errors));
                         continue;
                     }
                     let told = match error.kind() {

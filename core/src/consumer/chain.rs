@@ -210,6 +210,8 @@ pub(super) struct HandledBy<'a> {
     pub(super) retry: &'a Retry,
     pub(super) tools: &'a Tools,
     pub(super) gate: &'a Gate,
+    /// What is done with a message whose attempts are exhausted, unless a middleware says something else.
+    pub(super) on_exhausted: Verdict,
     /// Ends the waits between attempts, never an attempt.
     pub(super) stop: &'a CancellationToken,
     pub(super) origin: Origin,
@@ -356,7 +358,13 @@ impl<E: Event> Chain<E> {
     }
 
     /// Asks the middleware what is to become of the message, the innermost first.
-    async fn verdict(&self, ctx: &mut Context, event: Option<&Decoded<E>>, error: &HandlerError) -> Verdict {
+    async fn verdict(
+        &self,
+        ctx: &mut Context,
+        event: Option<&Decoded<E>>,
+        error: &HandlerError,
+        otherwise: Verdict,
+    ) -> Verdict {
         let asked = async {
             let typed = event.and_then(Decoded::typed);
             for layer in self.stack.iter().rev() {
@@ -373,7 +381,7 @@ impl<E: Event> Chain<E> {
                     return verdict;
                 }
             }
-            Verdict::DeadLetter
+            otherwise
         };
         let verdict = AssertUnwindSafe(asked).catch_unwind().await.unwrap_or_else(|_| {
             tracing::error!("a middleware panicked when it was asked for a verdict: the message is a dead letter");
@@ -389,7 +397,7 @@ impl<E: Event> Chain<E> {
             Ok(event) => event,
             Err(error) => {
                 let errors = vec![AttemptError::new(tools.clock.now(), by.attempts, error.to_chain())];
-                return match self.verdict(ctx, None, &error).await {
+                return match self.verdict(ctx, None, &error, Verdict::DeadLetter).await {
                     Verdict::DeadLetter => Handled::Dead {
                         attempts: by.attempts,
                         errors,
@@ -429,7 +437,11 @@ impl<E: Event> Chain<E> {
             errors.push(AttemptError::new(tools.clock.now(), attempts, error.to_chain()));
             self.tell(ctx, &error, attempts).await;
             if error.kind() == HandlerErrorKind::Permanent || attempts >= retry.max_attempts {
-                let verdict = self.verdict(ctx, Some(&event), &error).await;
+                let otherwise = match error.kind() {
+                    HandlerErrorKind::Permanent => Verdict::DeadLetter,
+                    _ => by.on_exhausted,
+                };
+                let verdict = self.verdict(ctx, Some(&event), &error, otherwise).await;
                 match by.carry_out(verdict, attempts, errors) {
                     // There is nowhere else to wait.
                     Handled::Parked {
@@ -545,7 +557,7 @@ impl HandledBy<'_> {
     }
 
     /// What a verdict makes of a message.
-    fn carry_out(&self, verdict: Verdict, attempts: u32, errors: Vec<AttemptError>) -> Handled {
+    pub(super) fn carry_out(&self, verdict: Verdict, attempts: u32, errors: Vec<AttemptError>) -> Handled {
         match (verdict, self.origin) {
             (Verdict::Ack, _) => Handled::Done,
             (Verdict::DeadLetter, _) => Handled::Dead { attempts, errors },

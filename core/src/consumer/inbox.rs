@@ -58,6 +58,7 @@ impl Shared {
             retry: &self.retry,
             tools: &self.tools,
             gate: &self.gate,
+            on_exhausted: self.on_exhausted,
             stop: &self.stop,
             origin: Origin::Inbox,
             attempts,

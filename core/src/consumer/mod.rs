@@ -31,7 +31,7 @@ pub use handler::{Handler, HandlerFn, StatefulHandlerFn};
 pub use middleware::{
     CatchPanic, CircuitBreaker, Middleware, Next, RetryInside, Throttle, Timeout, Tracing, Transactional, Verdict,
 };
-pub use options::{SubscriptionOptions, Unknown};
+pub use options::{OnExhausted, SubscriptionOptions, Unknown};
 pub use retry::Retry;
 pub use running::{Flow, Running, SubscriptionReport};
 pub use subscribing::{AtStep, Batched, Empty, NoState, Subscribing, With};

@@ -1,12 +1,13 @@
 use super::{
     Batch, Handler, HandlerFn, Layer, Middleware, OnFailure, Retry, Running, StatefulHandlerFn, SubscriptionOptions,
+    Verdict,
     batch::{BatchChain, BatchHandlerFn},
     chain::{AnyChain, Chain, Step, Steps},
     context::Tools,
     gate::Gate,
     handler::{Bound, Compensate, Execute, Plain, Run},
     inbox::FromInbox,
-    options::Unknown,
+    options::{OnExhausted, Unknown},
     running::Counters,
     worker::{Shared, Worker},
 };
@@ -408,6 +409,7 @@ impl About {
         subscription.ordered = ordered;
         subscription.broadcast = is_broadcast;
         subscription.patterns = patterns;
+        subscription.queue = options.queue();
         let (stop, kill) = bus.new_part()?;
         let subscriber = bus.transport().subscriber(&subscription)?;
         let retry = options.retry.unwrap_or_default();
@@ -432,6 +434,10 @@ impl About {
             ordered,
             parks,
             delays: can.delayed_retry,
+            on_exhausted: match options.on_exhausted.unwrap_or_default() {
+                OnExhausted::DeadLetter => Verdict::DeadLetter,
+                OnExhausted::Requeue => Verdict::Requeue,
+            },
             dead_letter_unknown: options.unknown == Some(Unknown::DeadLetter),
         });
         let tasks = TaskTracker::new();

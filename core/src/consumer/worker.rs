@@ -1,7 +1,7 @@
 //! The loop of a subscription: take → look → handle → settle.
 
 use super::{
-    Context, Retry,
+    Context, Retry, Verdict,
     chain::{AnyChain, Handled, HandledBy, Origin},
     context::Tools,
     gate::Gate,
@@ -49,6 +49,8 @@ pub(super) struct Shared {
     pub(super) any_gathers: bool,
     /// Deliveries are looked up in the inbox before they are handled.
     pub(super) asks_the_inbox: bool,
+    /// What becomes of a message whose attempts are exhausted, unless a middleware says something else.
+    pub(super) on_exhausted: Verdict,
     /// Messages of types nobody handles become dead letters, in place of being acknowledged.
     pub(super) dead_letter_unknown: bool,
 }
@@ -445,6 +447,7 @@ impl Shared {
             retry: &self.retry,
             tools: &self.tools,
             gate: &self.gate,
+            on_exhausted: self.on_exhausted,
             stop: &self.stop,
             origin: Origin::Broker {
                 parks: self.parks,

@@ -5,8 +5,8 @@ use crate::{
     world::{World, options, secs},
 };
 use postrider_core::{
-    Bus, EventLog, Retry, SubscriptionOptions, Transport,
-    consumer::{Flow, Unknown},
+    Bus, ErrorKind, EventLog, Retry, SubscriptionOptions, Transport,
+    consumer::{Flow, OnExhausted, Unknown},
     relay::Backoff,
 };
 use std::{
@@ -138,5 +138,118 @@ async fn the_configuration_counts_over_the_code() {
     assert!(
         error.contains("max_in_flight is 0") && error.contains("group: h"),
         "{error}"
+    );
+}
+
+#[tokio::test]
+async fn what_the_transport_cannot_honour_is_refused_by_name() {
+    let world = World::start(options()).await;
+    let subscribe = |options: &SubscriptionOptions| {
+        let subscription = world.bus.subscribe::<OrderPlaced>("g").options(options);
+        subscription.handler(async |_, _| Ok(())).start()
+    };
+    for (name, options) in [
+        (
+            "queue_expiry",
+            SubscriptionOptions::default().with_queue_expiry(secs(60)),
+        ),
+        (
+            "message_expiry",
+            SubscriptionOptions::default().with_message_expiry(secs(60)),
+        ),
+        (
+            "dead_letter_to",
+            SubscriptionOptions::default().with_dead_letter_to("x".to_owned()),
+        ),
+        ("bind", SubscriptionOptions::default().with_bind("x".to_owned())),
+        ("declare", SubscriptionOptions::default().with_declare(false)),
+    ] {
+        let error = subscribe(&options).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        let text = error.to_string();
+        assert!(
+            text.contains(&format!("option: {name}")) && text.contains("transport: memory"),
+            "{text}"
+        );
+    }
+    let error = subscribe(&SubscriptionOptions::default().with_queue_expiry(Duration::ZERO))
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("queue_expiry is 0ns"), "{error}");
+}
+
+#[tokio::test]
+async fn an_exhausted_message_may_be_tried_for_ever() {
+    let world = World::start(options()).await;
+    let requeue = SubscriptionOptions::default()
+        .with_on_exhausted(OnExhausted::Requeue)
+        .with_retry(Retry::none().with_backoff(Backoff::Fixed(secs(5))));
+    let diary = Diary::default();
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .options(&requeue)
+        .state(diary.clone())
+        .handler(async |diary, _, _| {
+            diary.note("tried");
+            if diary.count("tried") < 20 {
+                Err("not yet")?
+            } else {
+                Ok(())
+            }
+        })
+        .start()
+        .await
+        .unwrap();
+    world.bus.publish(&placed(1, "ada")).await.unwrap();
+    for _ in 0..30 {
+        world.pass(secs(5)).await;
+    }
+    world.until(|_| running.report().handled == 1).await;
+    assert_eq!((diary.count("tried"), running.report().dead_lettered), (20, 0));
+}
+
+#[tokio::test]
+async fn events_come_from_other_topics_too_by_name_or_by_pattern() {
+    use postrider_core::{Topic, relay::TopicPattern};
+    let world = World::start(options()).await;
+    let diary = Diary::default();
+    world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .topic(Topic::new("orders"))
+        .topic(Topic::new("legacy"))
+        .topics_like(TopicPattern::parse("region.*").unwrap())
+        .state(diary.clone())
+        .handler(async |diary, order, ctx| diary.did(format!("{} from {}", order.id, ctx.message().topic())))
+        .start()
+        .await
+        .unwrap();
+    for (id, topic) in [
+        (1, "orders"),
+        (2, "legacy"),
+        (3, "region.north"),
+        (4, "regions"),
+        (5, "region.south"),
+    ] {
+        world
+            .bus
+            .publish(&placed(id, "ada"))
+            .topic(Topic::new(topic))
+            .await
+            .unwrap();
+    }
+    world.until(|_| diary.lines().len() == 4).await;
+    world.settle().await;
+    let mut lines = diary.lines();
+    lines.sort();
+    assert_eq!(
+        lines,
+        [
+            "1 from orders",
+            "2 from legacy",
+            "3 from region.north",
+            "5 from region.south"
+        ]
     );
 }

@@ -6,7 +6,7 @@ use lapin::{
     tcp::OwnedTLSConfig,
     uri::{AMQPScheme, AMQPUri},
 };
-use postrider_core::{Error, ErrorKind, Result};
+use postrider_core::{Error, ErrorKind, Result, subscriber::QueueOptions};
 use std::{sync::Arc, time::Duration};
 
 /// Where the broker is, and how to talk to it.
@@ -16,6 +16,7 @@ pub(crate) struct Broker(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     options: RabbitMqOptions,
+    queue: QueueOptions,
     uri: Hidden,
     tls: HiddenTls,
 }
@@ -37,6 +38,10 @@ impl std::fmt::Debug for HiddenTls {
 
 impl Broker {
     pub(crate) fn new(options: RabbitMqOptions) -> Result<Self> {
+        Self::with_queue(options, QueueOptions::default())
+    }
+
+    fn with_queue(options: RabbitMqOptions, queue: QueueOptions) -> Result<Self> {
         let mut uri: AMQPUri = options.url.parse().map_err(|why: String| {
             Error::new(
                 ErrorKind::Config,
@@ -64,9 +69,26 @@ impl Broker {
         };
         Ok(Self(Arc::new(Inner {
             options,
+            queue,
             uri: Hidden(uri),
             tls: HiddenTls(tls),
         })))
+    }
+
+    /// The same, for a group that asks for something else of its queue.
+    pub(crate) fn for_queue(&self, queue: &QueueOptions) -> Result<Self> {
+        if queue == &QueueOptions::default() {
+            return Ok(self.clone());
+        }
+        let mut options = self.0.options.clone();
+        options.exchange = queue.bind.clone().unwrap_or(options.exchange);
+        options.declares = queue.declare.unwrap_or(options.declares);
+        Self::with_queue(options, queue.clone())
+    }
+
+    /// What a group asks of its queue.
+    pub(crate) fn queue(&self) -> &QueueOptions {
+        &self.0.queue
     }
 
     pub(crate) fn options(&self) -> &RabbitMqOptions {

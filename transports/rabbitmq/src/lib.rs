@@ -74,6 +74,7 @@ pub fn transport_with(options: RabbitMqOptions) -> Result<Transport> {
         .with_individual_acks()
         .with_broadcast()
         .with_wildcards()
+        .with_queue_options(&["queue_expiry", "message_expiry", "dead_letter_to", "bind", "declare"])
         // What RabbitMQ 4 takes unless it is told otherwise.
         .with_max_message_bytes(16 * 1024 * 1024);
     let subscriber = RabbitMqSubscriber::new(broker, publisher.clone());

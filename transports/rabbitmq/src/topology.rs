@@ -11,6 +11,7 @@ use lapin::{
 };
 use postrider_core::{
     Error, ErrorKind, GroupName, Message, MessageId, Result, Subscription, Topic, partition, relay::TopicPattern,
+    subscriber::QueueOptions,
 };
 use rustc_hash::FxHashMap;
 use std::{
@@ -96,6 +97,7 @@ fn quorum(more: &[(&str, AMQPValue)]) -> FieldTable {
 pub(crate) struct Declaring<'a> {
     channel: Channel,
     options: &'a RabbitMqOptions,
+    asked: &'a QueueOptions,
 }
 
 impl<'a> Declaring<'a> {
@@ -104,6 +106,7 @@ impl<'a> Declaring<'a> {
         Ok(Self {
             channel,
             options: broker.options(),
+            asked: broker.queue(),
         })
     }
 
@@ -177,11 +180,30 @@ impl<'a> Declaring<'a> {
         self.exchange().await
     }
 
+    /// What the group's queues are told beside what they always are.
+    fn arguments(&self) -> Vec<(&'static str, AMQPValue)> {
+        let asked = self.asked;
+        let millis = |time: Duration| AMQPValue::LongLongInt(i64::try_from(time.as_millis()).unwrap_or(i64::MAX));
+        let mut arguments = Vec::new();
+        arguments.extend(asked.expiry.map(|time| ("x-expires", millis(time))));
+        arguments.extend(asked.message_expiry.map(|time| ("x-message-ttl", millis(time))));
+        if let (Some(_), Some(target)) = (asked.message_expiry, &asked.dead_letter_to) {
+            arguments.extend([
+                ("x-dead-letter-exchange", text("")),
+                ("x-dead-letter-routing-key", text(target)),
+                ("x-dead-letter-strategy", text("at-least-once")),
+                ("x-overflow", text("reject-publish")),
+            ]);
+        }
+        arguments
+    }
+
     /// The queues of a group, and what they are to get.
     pub(crate) async fn group(&self, subscription: &Subscription) -> Result<()> {
         let group = &subscription.group;
         if !subscription.ordered {
-            self.queue(group.as_str(), quorum(&[])).await?;
+            self.expired().await?;
+            self.queue(group.as_str(), quorum(&self.arguments())).await?;
             if self.options.declares {
                 self.bind_all(group.as_str(), subscription).await?;
             }
@@ -210,12 +232,14 @@ impl<'a> Declaring<'a> {
                 error
             }
         })?;
+        self.expired().await?;
         let classic = table(&[("x-queue-type", text("classic"))]);
         self.queue(&hungry_queue(group), classic).await?;
         for partition in 0..partitions {
             let name = partition_queue(group, partition);
-            let single = [("x-single-active-consumer", AMQPValue::Boolean(true))];
-            self.queue(&name, quorum(&single)).await?;
+            let mut arguments = self.arguments();
+            arguments.push(("x-single-active-consumer", AMQPValue::Boolean(true)));
+            self.queue(&name, quorum(&arguments)).await?;
             if !self.options.declares {
                 continue;
             }
@@ -239,9 +263,18 @@ impl<'a> Declaring<'a> {
 
     /// The queue of the group's dead letters.
     pub(crate) async fn dead_letters(&self, group: &GroupName) -> Result<String> {
-        let name = dead_queue(group);
+        let asked = self.asked.dead_letter_to.clone();
+        let name = asked.unwrap_or_else(|| dead_queue(group));
         self.queue(&name, quorum(&[])).await?;
         Ok(name)
+    }
+
+    /// The queue that messages go to that have waited too long: before any of them does.
+    async fn expired(&self) -> Result<()> {
+        match (&self.asked.dead_letter_to, self.asked.message_expiry) {
+            (Some(name), Some(_)) => self.queue(name, quorum(&[])).await,
+            _ => Ok(()),
+        }
     }
 
     /// A queue whose messages go to `queue` after `millis`.

@@ -130,7 +130,8 @@ pub async fn a_pattern_takes_every_topic_that_matches(fixture: &dyn TransportFix
     let near = ["likes", "likes2.a", "dislikes"]
         .map(|name| fixture.topic(name))
         .to_vec();
-    let mut others = Member::on(fixture, Subscription::new(fixture.group("others"), near)).await;
+    let others = Subscription::new(fixture.group("others"), near).unordered();
+    let mut others = Member::on(fixture, others).await;
     let send = async |topic: &str, name: String| {
         let message = postrider_core::Message::new(fixture.topic(topic), "test.v1", name).with_source("kit");
         let outcome = transport

@@ -48,7 +48,7 @@ impl Subscriber for RabbitMqSubscriber {
                 false => subscription.group.to_string(),
             },
             subscription: subscription.clone(),
-            broker: self.broker.clone(),
+            broker: self.broker.for_queue(&subscription.queue)?,
             publisher: self.publisher.clone(),
             copies: CopyQueues::default(),
             holds: Holds::default(),

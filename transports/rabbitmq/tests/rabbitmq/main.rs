@@ -4,5 +4,6 @@
 
 mod fixture;
 mod publishing;
+mod queues;
 mod settling;
 mod wire;

@@ -1,0 +1,125 @@
+//! What a group may ask of its queue.
+
+use crate::fixture::{Fixture, join, publish, take, text};
+use lapin::options::{BasicGetOptions, BasicPublishOptions, ExchangeDeclareOptions, QueueDeclareOptions};
+use lapin::{BasicProperties, ExchangeKind, types::FieldTable};
+use postrider_core::{ErrorKind, subscriber::QueueOptions};
+use postrider_testkit::run;
+use std::time::Duration;
+
+fn asks(change: impl FnOnce(&mut QueueOptions)) -> QueueOptions {
+    let mut queue = QueueOptions::default();
+    change(&mut queue);
+    queue
+}
+
+#[test]
+fn messages_that_wait_too_long_go_where_they_are_told() {
+    run(async {
+        let fixture = Fixture::new();
+        let dead = format!("{}-dead", fixture.name);
+        let mut subscription = fixture.ordered().unordered();
+        subscription.queue = asks(|queue| {
+            queue.message_expiry = Some(Duration::from_millis(300));
+            queue.dead_letter_to = Some(dead.clone());
+        });
+        let transport = fixture.transport();
+        let (intake, settling) = join(&transport, &subscription).await;
+        settling.close(Duration::from_secs(5)).await.unwrap();
+        drop(intake);
+        publish(&transport, &[fixture.message(None, "too late")]).await;
+        let (_connection, channel) = fixture.plain().await;
+        let began = std::time::Instant::now();
+        let got = loop {
+            let got = channel
+                .basic_get(dead.as_str().into(), BasicGetOptions { no_ack: true })
+                .await
+                .unwrap();
+            match got {
+                Some(got) => break got,
+                None => assert!(began.elapsed() < Duration::from_secs(20), "it does not come"),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
+        assert_eq!(got.delivery.data, b"too late");
+    });
+}
+
+#[test]
+fn a_queue_nobody_uses_expires() {
+    run(async {
+        let fixture = Fixture::new();
+        let mut subscription = fixture.ordered().unordered();
+        subscription.queue = asks(|queue| queue.expiry = Some(Duration::from_millis(500)));
+        let (intake, settling) = join(&fixture.transport(), &subscription).await;
+        settling.close(Duration::from_secs(5)).await.unwrap();
+        drop(intake);
+        let (connection, _) = fixture.plain().await;
+        let began = std::time::Instant::now();
+        loop {
+            // A look that fails closes its channel, and one that succeeds would be a use, if it came often enough.
+            let channel = connection.create_channel().await.unwrap();
+            let passive = QueueDeclareOptions {
+                passive: true,
+                ..Default::default()
+            };
+            let look = channel.queue_declare(fixture.name.as_str().into(), passive, FieldTable::default());
+            if look.await.is_err() {
+                break;
+            }
+            assert!(began.elapsed() < Duration::from_secs(30), "it is still there");
+            tokio::time::sleep(Duration::from_secs(2)).await;
+        }
+    });
+}
+
+#[test]
+fn a_group_takes_from_the_exchange_it_names_and_declares_nothing_if_told_so() {
+    run(async {
+        let fixture = Fixture::new();
+        let (_connection, channel) = fixture.plain().await;
+        let legacy = format!("{}-legacy", fixture.name);
+        let durable = ExchangeDeclareOptions {
+            durable: true,
+            ..Default::default()
+        };
+        let declared = channel.exchange_declare(
+            legacy.as_str().into(),
+            ExchangeKind::Topic,
+            durable,
+            FieldTable::default(),
+        );
+        declared.await.unwrap();
+        let mut subscription = fixture.ordered().unordered();
+        subscription.queue = asks(|queue| {
+            queue.bind = Some(legacy.clone());
+            queue.declare = Some(false);
+        });
+        // Told to declare nothing, it says what is missing.
+        let transport = fixture.transport();
+        let missing = transport
+            .subscriber(&subscription)
+            .unwrap()
+            .subscribe(&subscription)
+            .await
+            .unwrap_err();
+        assert_eq!(missing.kind(), ErrorKind::Config);
+        assert!(missing.to_string().contains("is not to be declared"), "{missing}");
+        subscription.queue.declare = None;
+        let (mut intake, settling) = join(&transport, &subscription).await;
+        let topic = fixture.topic("t");
+        let sent = channel.basic_publish(
+            legacy.as_str().into(),
+            topic.as_str().into(),
+            BasicPublishOptions::default(),
+            b"from there",
+            BasicProperties::default(),
+        );
+        sent.await.unwrap();
+        let got = take(&mut intake, 1, Duration::from_secs(10)).await;
+        assert_eq!(text(&got[0]), "from there");
+        settling
+            .settle(got.into_iter().map(postrider_core::Delivery::ack).collect())
+            .await;
+    });
+}
