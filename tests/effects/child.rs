@@ -68,7 +68,7 @@ impl Scene {
         all.into_iter().find(|scene| scene.name() == name).expect("a scene")
     }
     pub(crate) fn messages(self) -> u32 {
-        if self == Self::Batch { 3 } else { 1 }
+        if self == Self::Batch { 2 } else { 1 }
     }
     /// Effects in the database, follow-ups at the broker.
     pub(crate) fn expected(self) -> (i64, usize) {
@@ -232,7 +232,7 @@ impl World {
         self.fate.decides("published");
         match self.scene {
             Scene::Parked if ctx.attempt() < 3 => Err("not yet")?,
-            Scene::Batch if ctx.attempt() < 2 && ordered.n == 2 => Err("not in a batch")?,
+            Scene::Batch if ctx.attempt() < 2 && ordered.n == 1 => Err("not in a batch")?,
             // Postgres would answer a commit with a rollback, and a driver take that for success.
             Scene::Swallowed if ctx.attempt() < 2 => {
                 let swallowed = self.store.fails(ctx).await;
