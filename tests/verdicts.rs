@@ -1,4 +1,5 @@
-//! What each verdict does on each transport, without an event log and with one: the table of `docs::handlers`.
+//! What each verdict does on each transport, without an event log and with one: the table of `docs::handlers`. And that
+//! what a stop cuts off comes again.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -122,7 +123,65 @@ async fn verdicts(transport: Transport, log: Option<EventLog>, ordered: bool) {
     bus.shutdown(Duration::from_secs(10)).await.unwrap();
 }
 
+/// A stop past its deadline cuts handlers off; what they had in hand comes to the next member.
+async fn cut_off(transport: Transport) {
+    const EVENTS: usize = 20;
+    let bus = Bus::builder()
+        .transport(transport)
+        .log(MemoryLog::new())
+        .build()
+        .unwrap();
+    bus.start().await.unwrap();
+    let name = format!("cut-off-{}", MessageId::new());
+    let topic = Topic::parse(name.clone()).unwrap();
+    let seen = Seen::default();
+    let subscribe = async |hangs: bool| {
+        bus.subscribe::<Judged>(name.clone())
+            .topic(topic.clone())
+            .state(Arc::new((seen.clone(), hangs)))
+            .handler(async |(seen, hangs), event, _| {
+                if *hangs && event.what != "0" {
+                    std::future::pending::<()>().await;
+                }
+                seen.0
+                    .lock()
+                    .unwrap()
+                    .entry(event.what.clone())
+                    .or_default()
+                    .push(Instant::now());
+                Ok(())
+            })
+            .start()
+            .await
+            .unwrap()
+    };
+    let first = subscribe(true).await;
+    for n in 0..EVENTS {
+        let message = Judged { what: n.to_string() }.to_message().unwrap();
+        bus.publish_direct(message.with_topic(topic.clone())).await.unwrap();
+    }
+    let began = Instant::now();
+    while first.report().delivered < EVENTS as u64 || first.report().handled < 1 {
+        assert!(began.elapsed() < Duration::from_secs(60), "{:?}", first.report());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let error = first.stop(Duration::from_millis(200)).await.unwrap_err();
+    assert!(error.to_string().contains("cut off by the deadline"), "{error}");
+    let second = subscribe(false).await;
+    while seen.0.lock().unwrap().len() < EVENTS {
+        assert!(
+            began.elapsed() < Duration::from_secs(90),
+            "{:?}: {:?}",
+            second.report(),
+            seen.0.lock().unwrap().keys()
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    bus.shutdown(Duration::from_secs(10)).await.unwrap();
+}
+
 async fn everywhere(transport: impl AsyncFn() -> Transport) {
+    cut_off(transport().await).await;
     for ordered in [false, true] {
         verdicts(transport().await, None, ordered).await;
         verdicts(transport().await, Some(MemoryLog::new().into()), ordered).await;

@@ -488,7 +488,10 @@ impl<E: Event> Chain<E> {
             events.push(self.decode(ctx.message()).ok()?);
         }
         let mut tx = tools.bus.begin().await.ok()?;
-        let arrivals: Vec<Arrival> = batch.iter().map(|(ctx, _)| Arrival::new(ctx.message())).collect();
+        let arrivals: Vec<Arrival> = batch
+            .iter()
+            .map(|(ctx, _)| Arrival::new(ctx.message()).ordered(tools.ordered))
+            .collect();
         let admissions = tx.admit(&log, &tools.group, &arrivals).await.ok()?;
         let mut outcomes = Vec::with_capacity(batch.len());
         for (((ctx, by), event), admission) in batch.iter_mut().zip(&events).zip(admissions) {

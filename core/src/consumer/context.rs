@@ -17,6 +17,8 @@ pub(super) struct Tools {
     pub(super) bus: crate::Bus,
     pub(super) log: Option<EventLog>,
     pub(super) clock: Arc<dyn Clock>,
+    /// The order of keys counts.
+    pub(super) ordered: bool,
 }
 
 /// What a handler knows beside the event.

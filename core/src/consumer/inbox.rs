@@ -113,7 +113,10 @@ impl Shared {
     /// What the inbox knows of deliveries; `None` if the subscription was stopped before it answered.
     pub(super) async fn look(&self, deliveries: &[Delivery]) -> Option<Vec<Admission>> {
         let inbox = self.tools.log.as_ref().and_then(|log| log.inbox().ok())?;
-        let arrivals: Vec<Arrival> = deliveries.iter().map(|d| Arrival::new(d.message())).collect();
+        let arrivals: Vec<Arrival> = deliveries
+            .iter()
+            .map(|delivery| Arrival::new(delivery.message()).ordered(self.ordered))
+            .collect();
         loop {
             match inbox.look(&self.group, &arrivals).await {
                 Ok(answers) => {

@@ -419,6 +419,7 @@ impl About {
                 bus: bus.clone(),
                 log,
                 clock: bus.clock().clone(),
+                ordered,
             }),
             group: Arc::new(group.clone()),
             any_gathers: by_kind.values().any(|chain| chain.gathering().is_some()),

@@ -109,6 +109,8 @@ struct InHand {
     /// The keys being handled, each with what waits behind.
     keys: FxHashMap<u64, VecDeque<Waiting>>,
     waiting: usize,
+    /// The inbox is to be asked about them, once it has answered for those before.
+    to_look: Vec<Delivery>,
     looked_at: usize,
     /// Keys parked since the inbox was asked: its answer is out of date for them.
     parked_meanwhile: FxHashSet<u64>,
@@ -121,6 +123,7 @@ impl InHand {
     fn len(&self) -> usize {
         self.handled
             + self.waiting
+            + self.to_look.len()
             + self.looked_at
             + self.gatherings.len()
             + self.settlements.len()
@@ -145,6 +148,19 @@ impl Worker {
             if is_stopping && hand.len() == 0 && settle.is_none() {
                 break;
             }
+            if looking.is_none() && !hand.to_look.is_empty() {
+                let deliveries = std::mem::take(&mut hand.to_look);
+                hand.looked_at = deliveries.len();
+                hand.parked_meanwhile.clear();
+                let shared = shared.clone();
+                looking = Some(
+                    async move {
+                        let answers = shared.look(&deliveries).await;
+                        Looked { deliveries, answers }
+                    }
+                    .boxed(),
+                );
+            }
             let mut changed = std::pin::pin!(shared.gate.changed());
             changed.as_mut().enable();
             let mut gathering = self.start_gathered(&mut hand).map(|wait| {
@@ -152,7 +168,7 @@ impl Worker {
                 async move { clock.sleep(wait).await }.boxed()
             });
             let room = shared.max_in_flight.load(Ordering::Relaxed).saturating_sub(hand.len());
-            let takes = room > 0 && !is_stopping && pause.is_none() && looking.is_none() && !shared.gate.is_closed();
+            let takes = room > 0 && !is_stopping && pause.is_none() && !shared.gate.is_closed();
             tokio::select! {
                 biased;
                 () = self.kill.cancelled() => break,
@@ -162,6 +178,7 @@ impl Worker {
                         hand.settlements.extend(waiting.drain(..).map(|waiting| waiting.delivery.release()));
                     }
                     hand.waiting = 0;
+                    hand.settlements.extend(hand.to_look.drain(..).map(Delivery::release));
                     for (delivery, key) in hand.gatherings.drain() {
                         hand.settlements.push(delivery.release());
                         key.and_then(|key| hand.keys.remove(&key));
@@ -197,13 +214,7 @@ impl Worker {
                     Ok(Taken::Batch(batch)) => {
                         shared.counters.delivered(batch.len());
                         if shared.asks_the_inbox {
-                            hand.looked_at = batch.len();
-                            hand.parked_meanwhile.clear();
-                            let shared = shared.clone();
-                            looking = Some(async move {
-                                let answers = shared.look(&batch).await;
-                                Looked { deliveries: batch, answers }
-                            }.boxed());
+                            hand.to_look.extend(batch);
                         } else {
                             for delivery in batch {
                                 self.begin(&mut hand, delivery, Admission::New);
@@ -416,6 +427,7 @@ fn drop_gone(hand: &mut InHand, assignment: crate::Assignment) {
         waiting.retain(|waiting| waiting.delivery.assignment() != assignment);
     }
     hand.waiting = hand.keys.values().map(VecDeque::len).sum();
+    hand.to_look.retain(|delivery| delivery.assignment() != assignment);
 }
 
 async fn ready<T>(job: &mut Option<BoxFuture<'static, T>>) -> T {

@@ -11,6 +11,8 @@ pub struct Arrival {
     pub message: Message,
     /// Whether it is what the inbox itself had parked, on its way to be tried again: then it does not wait for itself.
     pub was_parked: bool,
+    /// Whether the order of its key counts: then it waits behind another of its key.
+    pub ordered: bool,
 }
 
 impl Arrival {
@@ -20,6 +22,7 @@ impl Arrival {
         Self {
             message: message.clone(),
             was_parked: false,
+            ordered: true,
         }
     }
     /// A message that the inbox had parked, and that a session has claimed.
@@ -29,6 +32,12 @@ impl Arrival {
             was_parked: true,
             ..Self::new(message)
         }
+    }
+    /// Sets whether the order of its key counts.
+    #[must_use]
+    pub fn ordered(mut self, ordered: bool) -> Self {
+        self.ordered = ordered;
+        self
     }
     /// Its id.
     #[must_use]
@@ -40,10 +49,10 @@ impl Arrival {
     pub fn topic(&self) -> &Topic {
         self.message.topic()
     }
-    /// Its ordering key.
+    /// Its ordering key, if that counts.
     #[must_use]
     pub fn key(&self) -> Option<&str> {
-        self.message.key()
+        self.message.key().filter(|_| self.ordered)
     }
 }
 

@@ -305,3 +305,39 @@ async fn another_version_waits_for_whoever_handles_it_and_an_unknown_type_is_as_
     assert_eq!((stats.parked, stats.failed), (1, 1), "and no attempt was counted");
     assert_ne!(letters[0].message.id(), MessageId::new());
 }
+
+#[tokio::test]
+async fn without_order_nothing_waits_for_its_key() {
+    for transactional in [false, true] {
+        let world = World::start(options()).await;
+        let (diary, fails) = (Diary::default(), Arc::new(AtomicBool::new(true)));
+        let mut subscription = world.bus.subscribe::<OrderPlaced>("g").unordered().retry(retry());
+        if transactional {
+            subscription = subscription.middleware(postrider_core::Transactional::new());
+        }
+        let running = subscription
+            .state(Arc::new((diary.clone(), fails.clone())))
+            .handler(async |(diary, fails), order, _| {
+                diary.note(order.id.to_string());
+                if fails.load(Ordering::SeqCst) && order.id == 0 {
+                    Err("no")?
+                } else {
+                    Ok(())
+                }
+            })
+            .start()
+            .await
+            .unwrap();
+        world.bus.publish(&placed(0, "ada")).await.unwrap();
+        world.pass(secs(1)).await;
+        world.until(|_| running.report().parked == 1).await;
+        for id in 1..4 {
+            world.bus.publish(&placed(id, "ada")).await.unwrap();
+        }
+        world.until(|_| running.report().handled == 3).await;
+        assert_eq!(running.report().parked, 1, "{transactional}");
+        fails.store(false, Ordering::SeqCst);
+        world.pass(secs(11)).await;
+        world.until(|_| running.report().handled == 4).await;
+    }
+}

@@ -52,7 +52,8 @@ impl<E: Sync + 'static> Middleware<E> for Transactional {
             Arrival::parked(message)
         } else {
             Arrival::new(message)
-        };
+        }
+        .ordered(ctx.tools().ordered);
         match tx.admit(&log, ctx.group(), &[arrival]).await?.first() {
             Some(Admission::New) => {}
             Some(Admission::HeldBack) => {
