@@ -26,3 +26,57 @@ fn the_example_runs_on_kafka() {
             .unwrap()
     });
 }
+
+/// Delays are the log's, so they outlast processes, and any transport carries what was delayed.
+#[test]
+fn a_delayed_event_survives_restarts_and_comes_when_it_is_due() {
+    use postrider::{Bus, Event, MessageId, Topic, event::DynEvent as _, sqlite::SqliteLog};
+    use std::time::{Duration, Instant};
+
+    #[derive(serde::Serialize, serde::Deserialize, Event)]
+    #[event(name = "reminder.due")]
+    struct Reminder {
+        n: u32,
+    }
+    let url = server::RabbitMq::shared().url();
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("log.db");
+        let name = format!("delayed-{}", MessageId::new());
+        let topic = Topic::parse(name.clone()).unwrap();
+        let bus = async || {
+            let log = SqliteLog::open(&file).await.unwrap();
+            let transport = postrider::rabbitmq::transport(url.clone()).unwrap();
+            Bus::builder().log(log).transport(transport).build().unwrap()
+        };
+        let first = bus().await;
+        first.start().await.unwrap();
+        let began = Instant::now();
+        let delay = Duration::from_secs(4);
+        let message = |n| Reminder { n }.to_message().unwrap().with_topic(topic.clone());
+        first.publish_after(message(1), delay).await.unwrap();
+        let at = postrider::clock::Clock::now(&postrider::clock::SystemClock::new()) + delay;
+        first.publish_at(message(2), at).await.unwrap();
+        first.shutdown(Duration::from_secs(5)).await.unwrap();
+        let second = bus().await;
+        let (sender, mut comes) = tokio::sync::mpsc::unbounded_channel();
+        second
+            .subscribe::<Reminder>(name)
+            .topic(topic.clone())
+            .state(std::sync::Arc::new((sender,)))
+            .handler(async |(sender,), reminder, _| Ok(sender.send((reminder.n, Instant::now()))?))
+            .start()
+            .await
+            .unwrap();
+        second.start().await.unwrap();
+        let mut got = Vec::new();
+        for _ in 0..2 {
+            let (n, at) = comes.recv().await.unwrap();
+            assert!(at - began >= delay, "{n} came after {:?}", at - began);
+            got.push(n);
+        }
+        got.sort_unstable();
+        assert_eq!(got, [1, 2]);
+        second.shutdown(Duration::from_secs(5)).await.unwrap();
+    });
+}
