@@ -2,7 +2,7 @@
 
 use super::{
     Context, HandlerError, HandlerErrorKind, HandlerResult, Retry, Verdict,
-    context::Tools,
+    context::{self, Tools},
     durable,
     gate::Gate,
     handler::Run,
@@ -94,13 +94,21 @@ impl<E: Sync + 'static> Steps<E> {
         if self.is_durable {
             return durable::run(self, ctx, event).await;
         }
-        ctx.begin_steps();
+        ctx.ran.clear();
         for (at, step) in self.steps.iter().enumerate() {
+            ctx.publishes_as(context::Origin::step(at, 0));
             let is_optional = step.on_failure == OnFailure::Ignore;
+            let takes_itself_back = step.on_failure == OnFailure::StopAndCompensateSelf;
+            if takes_itself_back {
+                // Also if it is cut off.
+                ctx.ran.push(at);
+            }
             let savepoint = if is_optional { ctx.set_savepoint().await? } else { None };
             let Err(error) = step.guarded(&*step.run, event, ctx).await else {
                 ctx.release(savepoint).await?;
-                ctx.ran.push(at);
+                if !takes_itself_back {
+                    ctx.ran.push(at);
+                }
                 continue;
             };
             if is_optional {
@@ -108,9 +116,6 @@ impl<E: Sync + 'static> Steps<E> {
                 tracing::warn!(%message, %group, step = %step.name, error = error.to_chain(), "a step failed that may: the chain goes on");
                 ctx.return_to(savepoint).await?;
                 continue;
-            }
-            if step.on_failure == OnFailure::StopAndCompensateSelf {
-                ctx.ran.push(at);
             }
             // In a transaction it is for whoever rolls back to call for the compensations.
             return Err(match ctx.has_transaction() {
@@ -123,17 +128,22 @@ impl<E: Sync + 'static> Steps<E> {
 
     /// The compensations of what ran, in reverse. One that fails stops no other.
     async fn take_back(&self, ctx: &mut Context, event: &E, mut error: HandlerError) -> HandlerError {
-        while let Some(step) = ctx.ran.pop().and_then(|at| self.steps.get(at)) {
-            let Some(compensation) = &step.compensate else { continue };
-            if let Err(second) = step.guarded(&**compensation, event, ctx).await {
-                let (message, group) = (ctx.message().id(), ctx.group());
-                tracing::error!(%message, %group, step = %step.name, error = second.to_chain(), "a compensation failed; the others run all the same");
-                error.add(format!(
-                    "the compensation of {} failed: {}",
-                    step.name,
-                    second.to_chain()
-                ));
+        let round = u64::from(ctx.attempt());
+        // Taken off the list once it is over: one that is cut off is run again by whoever goes on.
+        while let Some(at) = ctx.ran.last().copied() {
+            if let Some((step, compensation)) = self.steps.get(at).and_then(|s| Some((s, s.compensate.as_ref()?))) {
+                ctx.publishes_as(context::Origin::compensation(at, round));
+                if let Err(second) = step.guarded(&**compensation, event, ctx).await {
+                    let (message, group) = (ctx.message().id(), ctx.group());
+                    tracing::error!(%message, %group, step = %step.name, error = second.to_chain(), "a compensation failed; the others run all the same");
+                    error.add(format!(
+                        "the compensation of {} failed: {}",
+                        step.name,
+                        second.to_chain()
+                    ));
+                }
             }
+            ctx.ran.pop();
         }
         error
     }
@@ -349,11 +359,16 @@ impl<E: Event> Chain<E> {
 
     /// Tells the middleware of a failed attempt, the innermost first.
     async fn tell(&self, ctx: &mut Context, error: &HandlerError, attempt: u32) {
-        for layer in self.stack.iter().rev() {
-            layer.on_failure(ctx, error, attempt).await;
-        }
-        for layer in self.for_all.iter().rev() {
-            layer.on_failure(ctx, error, attempt).await;
+        let told = async {
+            for layer in self.stack.iter().rev() {
+                layer.on_failure(ctx, error, attempt).await;
+            }
+            for layer in self.for_all.iter().rev() {
+                layer.on_failure(ctx, error, attempt).await;
+            }
+        };
+        if AssertUnwindSafe(told).catch_unwind().await.is_err() {
+            tracing::error!("a middleware panicked when it was told of a failed attempt");
         }
     }
 
@@ -402,6 +417,13 @@ impl<E: Event> Chain<E> {
                         attempts: by.attempts,
                         errors,
                     },
+                    // It will decode no better for waiting in place.
+                    Verdict::Retry { .. } | Verdict::Requeue if !by.parks() && !by.waits_with_broker() => {
+                        Handled::Dead {
+                            attempts: by.attempts,
+                            errors,
+                        }
+                    }
                     verdict => by.carry_out(verdict, by.attempts, errors),
                 };
             }
@@ -436,7 +458,16 @@ impl<E: Event> Chain<E> {
             tracing::debug!(%message, %group, attempts, error = error.to_chain(), "the attempt failed");
             errors.push(AttemptError::new(tools.clock.now(), attempts, error.to_chain()));
             self.tell(ctx, &error, attempts).await;
-            if error.kind() == HandlerErrorKind::Permanent || attempts >= retry.max_attempts {
+            let is_over = error.kind() == HandlerErrorKind::Permanent || attempts >= retry.max_attempts;
+            if is_over && self.steps.is_durable && !durable::is_settled(ctx).await {
+                // Cut off in the middle: it comes once more, to be taken back, before it may be a dead letter.
+                return Handled::Parked {
+                    after: None,
+                    attempts,
+                    errors,
+                };
+            }
+            if is_over {
                 let otherwise = match error.kind() {
                     HandlerErrorKind::Permanent => Verdict::DeadLetter,
                     _ => by.on_exhausted,
@@ -487,6 +518,9 @@ impl<E: Event> Chain<E> {
         for (ctx, _) in batch.iter() {
             events.push(self.decode(ctx.message()).ok()?);
         }
+        // Not while the transaction is open: whoever is to open the gate may need what it holds.
+        let by = batch.first()?.1;
+        let pass = by.gate.pass(&*tools.clock, by.stop).await?;
         let mut tx = tools.bus.begin().await.ok()?;
         let arrivals: Vec<Arrival> = batch
             .iter()
@@ -506,19 +540,20 @@ impl<E: Event> Chain<E> {
                     continue;
                 }
             }
-            let pass = by.gate.pass(&*tools.clock, by.stop).await?;
             ctx.begin_attempt(by.attempts + 1);
             ctx.lend(tx);
             ctx.is_in_batch = true;
             let result = self.attempt(event, ctx).await;
             tx = ctx.take_transaction()?;
+            let result = match result {
+                Ok(()) if ctx.has_failed_in_batch => Err("a run of it has failed in the batch's transaction".into()),
+                result => result,
+            };
             if let Err(error) = result {
                 tracing::debug!(message = %ctx.message().id(), error = error.to_chain(), "a batch is rolled back, and handled one by one");
-                drop(pass);
                 let _ = tx.rollback().await;
                 return None;
             }
-            pass.answered();
             outcomes.push(Handled::Done);
         }
         if let Err(error) = tx.commit().await {
@@ -526,6 +561,7 @@ impl<E: Event> Chain<E> {
             tracing::debug!(group = %tools.group, error = error.to_chain(), "the commit of a batch failed: it is handled one by one");
             return None;
         }
+        pass.answered();
         Some(outcomes)
     }
 }
@@ -540,6 +576,17 @@ pub(super) enum Wait {
 impl HandledBy<'_> {
     fn parks(&self) -> bool {
         matches!(self.origin, Origin::Inbox | Origin::Broker { parks: true, .. })
+    }
+
+    fn waits_with_broker(&self) -> bool {
+        matches!(
+            self.origin,
+            Origin::Broker {
+                delays: true,
+                ordered: false,
+                ..
+            }
+        )
     }
 
     pub(super) fn where_to_wait(&self, attempts: u32, told: Option<Duration>) -> Wait {

@@ -21,6 +21,37 @@ pub(super) struct Tools {
     pub(super) ordered: bool,
 }
 
+/// What publishes in the name of a message: middleware (0), a step forwards or its compensation, in a round if that matters.
+/// A part of derived ids, so never to be changed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Origin {
+    slot: u32,
+    round: u32,
+}
+
+impl Origin {
+    /// A step: what it publishes when it is run again is the same.
+    #[allow(clippy::cast_possible_truncation)]
+    pub(super) fn step(at: usize, round: u64) -> Self {
+        let (slot, round) = (1 + 2 * at as u32, round as u32);
+        Self { slot, round }
+    }
+    /// Its compensation: what that publishes is another event each round.
+    #[allow(clippy::cast_possible_truncation)]
+    pub(super) fn compensation(at: usize, round: u64) -> Self {
+        let (slot, round) = (2 + 2 * at as u32, round as u32);
+        Self { slot, round }
+    }
+
+    fn id(self, handled: MessageId, group: &GroupName, n: u32) -> MessageId {
+        let mut id = handled;
+        for part in [self.slot, self.round].into_iter().filter(|part| *part > 0) {
+            id = MessageId::derived(id, group, part);
+        }
+        MessageId::derived(id, group, n)
+    }
+}
+
 /// What a handler knows beside the event.
 pub struct Context {
     message: Message,
@@ -28,14 +59,19 @@ pub struct Context {
     attempt: u32,
     /// Grows with each new beginning of the chain; `None` before somebody asks.
     round: Option<u64>,
+    /// What publishes just now: its events have ids of their own.
+    origin: Origin,
+    /// How many it has published.
     published: u32,
-    /// How many were published before the first step of this attempt.
-    published_before: Option<u32>,
     /// Never locked, only reached through `&mut`: so that a context can be shared by reference, which a transaction cannot.
     tx: Mutex<Option<LogTx>>,
     has_tx: bool,
     /// The transaction is the batch's, which has admitted this message and commits.
     pub(super) is_in_batch: bool,
+    /// A run in the batch's transaction has failed, whatever became of its error: all of it is to be rolled back.
+    pub(super) has_failed_in_batch: bool,
+    /// The version of a durable chain's note that says that a step has begun which this process has rolled back.
+    pub(super) rolled_back: Option<u64>,
     /// It was parked in the inbox, and comes from there.
     pub(super) was_parked: bool,
     /// The steps that have run and would have to be taken back, in order.
@@ -50,11 +86,13 @@ impl Context {
             tools,
             attempt: 0,
             round: None,
+            origin: Origin::default(),
             published: 0,
-            published_before: None,
             tx: Mutex::new(None),
             has_tx: false,
             is_in_batch: false,
+            has_failed_in_batch: false,
+            rolled_back: None,
             was_parked: false,
             ran: Vec::new(),
             values: HashMap::new(),
@@ -64,16 +102,16 @@ impl Context {
     pub(super) fn begin_attempt(&mut self, attempt: u32) {
         self.attempt = attempt;
         self.round = None;
-        self.published = 0;
-        self.published_before = None;
+        self.publishes_as(Origin::default());
         self.ran.clear();
         self.is_in_batch = false;
+        self.has_failed_in_batch = false;
     }
 
-    /// A run of the steps begins: what it publishes has the ids of the run before.
-    pub(super) fn begin_steps(&mut self) {
-        self.published = *self.published_before.get_or_insert(self.published);
-        self.ran.clear();
+    /// What is published from now on is published by `origin`, and has the ids it had when that published before.
+    pub(super) fn publishes_as(&mut self, origin: Origin) {
+        self.origin = origin;
+        self.published = 0;
     }
 
     pub(super) fn set_round(&mut self, round: u64) {
@@ -161,8 +199,9 @@ impl Context {
 
     /// Publishes an event through the log: in the transaction that is lent, else in one of its own.
     ///
-    /// Its id follows from the message's, the group and how many were published before it: a second attempt publishes
-    /// the same event under the same id, so a receiver with an inbox drops the repeat. Its `correlationid` is that of the
+    /// Its id follows from the message's, the group, the step and how many that has published before it: a second attempt
+    /// publishes the same event under the same id, so a receiver with an inbox drops the repeat. What a compensation
+    /// publishes is another event each time. Its `correlationid` is that of the
     /// message handled, or that message's id; its `causationid` is that message's id. Headers it has already stay.
     ///
     /// # Errors
@@ -192,7 +231,7 @@ impl Context {
         if message.header(CAUSATION).is_none() {
             message = message.with_header(CAUSATION, handled.to_string());
         }
-        let message = message.with_id(MessageId::derived(handled, &self.tools.group, n));
+        let message = message.with_id(self.origin.id(handled, &self.tools.group, n));
         let bus: &dyn EventBus = &self.tools.bus;
         match self.tx.get_mut().unwrap_or_else(PoisonError::into_inner) {
             Some(tx) => bus.publish_in(tx, message).after(delay).await,

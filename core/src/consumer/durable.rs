@@ -12,13 +12,14 @@
 use super::{
     Context, HandlerError, HandlerErrorKind, HandlerResult, OnFailure,
     chain::{Step, Steps},
+    context::Origin,
 };
 use crate::{
     ErrorKind,
     log::{AnyLog, InboxLog, Note, TransactionOf},
 };
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 /// How far a chain has come.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,16 +37,32 @@ struct Progress {
 enum Phase {
     /// Forwards: `next` is the step to come, `began` whether it has begun, `ran` those to be taken back if it fails.
     Forward { next: usize, began: bool, ran: Vec<usize> },
-    /// Backwards: `left` are still to be taken back, the last one first; `stuck` could not be.
-    Back {
-        left: Vec<usize>,
-        stuck: Vec<usize>,
-        why: String,
-        is_permanent: bool,
-    },
+    /// Backwards.
+    Back(Back),
     /// All done.
     Done,
 }
+
+/// A way back.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Back {
+    /// Still to be taken back, the last one first.
+    left: Vec<usize>,
+    /// Could not be.
+    stuck: Vec<usize>,
+    why: String,
+    is_permanent: bool,
+    /// How long to wait before the next round, where the step knew.
+    after_ms: Option<u64>,
+    /// `left` are those that could not be taken back the time before.
+    is_again: bool,
+}
+
+const BEGINNING: Phase = Phase::Forward {
+    next: 0,
+    began: false,
+    ran: Vec::new(),
+};
 
 /// One run of a chain: from where the note says it is.
 struct Run<'a, E> {
@@ -74,13 +91,20 @@ pub(super) async fn run<E: Sync + 'static>(steps: &Steps<E>, ctx: &mut Context, 
         None => Progress {
             steps: names.clone(),
             round: 1,
-            phase: Phase::Forward {
-                next: 0,
-                began: false,
-                ran: Vec::new(),
-            },
+            phase: BEGINNING,
         },
     };
+    let mut progress: Progress = progress;
+    if progress.phase == BEGINNING {
+        // Nothing is in effect: another version of the program may have other steps.
+        progress.steps.clone_from(&names);
+    }
+    if let Phase::Forward { began, .. } = &mut progress.phase
+        && ctx.rolled_back == Some(version)
+    {
+        // It was this process that began it, and rolled it back.
+        *began = false;
+    }
     if progress.steps != names && progress.phase != Phase::Done {
         let text = format!(
             "the steps of the chain have changed while it was under way: from {} to {names}",
@@ -112,22 +136,19 @@ impl<E: Sync + 'static> Run<'_, E> {
                     // message that ends processes.
                     ran.push(next);
                     let name = self.steps.steps.get(next).map_or("?", |step| &step.name);
-                    let why = format!("the process ended in the step {name}");
-                    self.turn_back(ctx, ran, why, false).await?;
+                    let why = format!("it was cut off, or the process ended, in the step {name}");
+                    let back = Back {
+                        left: ran,
+                        why,
+                        ..Back::default()
+                    };
+                    self.note(ctx, Phase::Back(back)).await?;
                 }
-                Phase::Forward { next, ran, .. } if next == self.steps.steps.len() => {
-                    drop(ran);
-                    self.note(ctx, Phase::Done).await?;
-                }
+                Phase::Forward { next, .. } if next == self.steps.steps.len() => self.note(ctx, Phase::Done).await?,
                 Phase::Forward { next, ran, .. } => self.step_forward(ctx, event, next, ran).await?,
-                Phase::Back {
-                    left,
-                    stuck,
-                    why,
-                    is_permanent,
-                } => match left.split_last() {
-                    Some((at, left)) => self.step_back(ctx, event, *at, left, stuck, why, is_permanent).await?,
-                    None => return self.taken_back(ctx, stuck, why, is_permanent).await,
+                Phase::Back(mut back) => match back.left.pop() {
+                    Some(at) => self.step_back(ctx, event, at, back).await?,
+                    None => return self.taken_back(ctx, back).await,
                 },
             }
         }
@@ -142,6 +163,7 @@ impl<E: Sync + 'static> Run<'_, E> {
             ran: ran.clone(),
         };
         self.note(ctx, forward(next, true, &ran)).await?;
+        ctx.publishes_as(Origin::step(next, self.progress.round));
         let result = self.in_transaction(ctx, event, step, false, || {
             let mut ran = ran.clone();
             ran.push(next);
@@ -149,109 +171,92 @@ impl<E: Sync + 'static> Run<'_, E> {
         });
         let Err(error) = result.await else { return Ok(()) };
         if error.kind() == HandlerErrorKind::Unavailable {
-            // Nothing has happened, as far as the step knows: it is tried again from here when the service is back.
+            // Nothing has happened, as far as the step knows: it is tried again from here when the service is back. Should
+            // that be the log itself, it is remembered here that nothing has.
+            ctx.rolled_back = Some(self.version);
             self.refresh(ctx).await?;
             if let Phase::Forward { began: true, .. } = self.progress.phase {
                 self.note(ctx, forward(next, false, &ran)).await?;
             }
             return Err(error);
         }
-        let mut back = ran;
+        let mut left = ran;
         match step.on_failure {
             OnFailure::Ignore => {
                 tracing::warn!(message = %ctx.message().id(), group = %ctx.group(), step = %step.name, error = error.to_chain(), "a step failed that may: the chain goes on");
-                return self.note(ctx, forward(next + 1, false, &back)).await;
+                return self.note(ctx, forward(next + 1, false, &left)).await;
             }
-            OnFailure::StopAndCompensateSelf => back.push(next),
+            OnFailure::StopAndCompensateSelf => left.push(next),
             OnFailure::Stop => {}
         }
-        let is_permanent = error.kind() == HandlerErrorKind::Permanent;
-        self.turn_back(ctx, back, error.to_chain(), is_permanent).await
+        let after_ms = match error.kind() {
+            HandlerErrorKind::RetryAfter(wait) => Some(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)),
+            _ => None,
+        };
+        let back = Back {
+            left,
+            why: error.to_chain(),
+            is_permanent: error.kind() == HandlerErrorKind::Permanent,
+            after_ms,
+            ..Back::default()
+        };
+        self.note(ctx, Phase::Back(back)).await
     }
 
-    #[allow(clippy::too_many_arguments)] // the parts of one phase
-    async fn step_back(
-        &mut self,
-        ctx: &mut Context,
-        event: &E,
-        at: usize,
-        left: &[usize],
-        stuck: Vec<usize>,
-        why: String,
-        is_permanent: bool,
-    ) -> HandlerResult {
+    /// Takes the step at `at` back; `back` is what is left then.
+    async fn step_back(&mut self, ctx: &mut Context, event: &E, at: usize, mut back: Back) -> HandlerResult {
         let steps = self.steps;
-        let back = |stuck: &[usize], why: String| Phase::Back {
-            left: left.to_vec(),
-            stuck: stuck.to_vec(),
-            why,
-            is_permanent,
-        };
         let Some(step) = steps.steps.get(at).filter(|step| step.compensate.is_some()) else {
-            return self.note(ctx, back(&stuck, why)).await;
+            return self.note(ctx, Phase::Back(back)).await;
         };
-        let result = self.in_transaction(ctx, event, step, true, || back(&stuck, why.clone()));
+        ctx.publishes_as(Origin::compensation(at, self.progress.round));
+        let result = self.in_transaction(ctx, event, step, true, || Phase::Back(back.clone()));
         match result.await {
             Ok(()) => Ok(()),
-            Err(error) if error.kind() == HandlerErrorKind::Unavailable => Err(error),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    HandlerErrorKind::Unavailable | HandlerErrorKind::TakenOver
+                ) =>
+            {
+                Err(error)
+            }
             Err(error) => {
                 let text = error.to_chain();
                 tracing::error!(message = %ctx.message().id(), group = %ctx.group(), step = %step.name, error = text, "a compensation failed; the others run all the same");
-                let mut stuck = stuck.clone();
-                stuck.push(at);
-                let why = format!("{why}; beside it the compensation of {} failed: {text}", step.name);
-                self.note(ctx, back(&stuck, why)).await
+                back.stuck.push(at);
+                back.why = format!(
+                    "{}; beside it the compensation of {} failed: {text}",
+                    back.why, step.name
+                );
+                self.note(ctx, Phase::Back(back)).await
             }
         }
     }
 
-    /// All that could be taken back has been. The attempt has failed; what is stuck is for a person, whose redrive tries
-    /// it again.
-    async fn taken_back(
-        &mut self,
-        ctx: &mut Context,
-        stuck: Vec<usize>,
-        why: String,
-        is_permanent: bool,
-    ) -> HandlerResult {
-        if stuck.is_empty() {
+    /// All that could be taken back has been, and the attempt has failed. What is stuck is tried again with the next one, and
+    /// after the last by a person's redrive.
+    async fn taken_back(&mut self, ctx: &mut Context, back: Back) -> HandlerResult {
+        let error = match (back.is_permanent, back.after_ms) {
+            (true, _) => HandlerError::permanent(back.why.clone()),
+            (false, Some(wait)) => HandlerError::retry_after(Duration::from_millis(wait), back.why.clone()),
+            (false, None) => HandlerError::transient(back.why.clone()),
+        };
+        if back.stuck.is_empty() {
             self.progress.round += 1;
-            let again = Phase::Forward {
-                next: 0,
-                began: false,
-                ran: Vec::new(),
+            self.note(ctx, BEGINNING).await?;
+        } else {
+            let mut left = back.stuck.clone();
+            left.reverse();
+            let again = Back {
+                left,
+                stuck: Vec::new(),
+                is_again: true,
+                ..back
             };
-            self.note(ctx, again).await?;
-            return Err(match is_permanent {
-                true => HandlerError::permanent(why),
-                false => HandlerError::transient(why),
-            });
+            self.note(ctx, Phase::Back(again)).await?;
         }
-        let left = stuck.into_iter().rev().collect();
-        let again = Phase::Back {
-            left,
-            stuck: Vec::new(),
-            why: why.clone(),
-            is_permanent,
-        };
-        self.note(ctx, again).await?;
-        Err(HandlerError::permanent(why))
-    }
-
-    async fn turn_back(
-        &mut self,
-        ctx: &mut Context,
-        left: Vec<usize>,
-        why: String,
-        is_permanent: bool,
-    ) -> HandlerResult {
-        let back = Phase::Back {
-            left,
-            stuck: Vec::new(),
-            why,
-            is_permanent,
-        };
-        self.note(ctx, back).await
+        Err(error)
     }
 
     /// Runs a step or its compensation in a transaction that also writes how far the chain is then.
@@ -293,8 +298,12 @@ impl<E: Sync + 'static> Run<'_, E> {
             )
             .await;
         // An error here may be of a statement of the step that was swallowed: then it is the step's.
-        if !written.map_err(HandlerError::transient)? {
-            return Err(taken_over());
+        let written = written.map_err(|error| match error.kind() {
+            ErrorKind::Unavailable => HandlerError::unavailable(error),
+            _ => HandlerError::transient(error),
+        });
+        if !written? {
+            return Err(HandlerError::taken_over());
         }
         match tx.commit().await {
             Ok(()) => {
@@ -324,7 +333,7 @@ impl<E: Sync + 'static> Run<'_, E> {
             .write_note(None, ctx.group(), id, self.version, &text)
             .await?
         {
-            return Err(taken_over());
+            return Err(HandlerError::taken_over());
         }
         self.version += 1;
         Ok(())
@@ -345,7 +354,25 @@ fn text(progress: &Progress) -> Result<String, HandlerError> {
     serde_json::to_string(progress).map_err(HandlerError::permanent)
 }
 
-/// Somebody else goes on with it: this process had lost the lease.
-fn taken_over() -> HandlerError {
-    HandlerError::taken_over()
+/// Whether the chain of this message stands still in good order: done, or taken back as far as that goes.
+pub(super) async fn is_settled(ctx: &Context) -> bool {
+    let Some(Ok(inbox)) = ctx.tools().log.as_ref().map(|log| log.inbox()) else {
+        return true;
+    };
+    match inbox.note(None, ctx.group(), ctx.message().id()).await {
+        Ok(None) => true,
+        Ok(Some(note)) => match serde_json::from_str::<Progress>(&note.text).map(|progress| progress.phase) {
+            Ok(
+                Phase::Forward {
+                    next: 0, began: false, ..
+                }
+                | Phase::Done,
+            )
+            | Err(_) => true,
+            Ok(Phase::Back(back)) => back.is_again,
+            Ok(Phase::Forward { .. }) => false,
+        },
+        // It is asked again with the next attempt.
+        Err(_) => false,
+    }
 }

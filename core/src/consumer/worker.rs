@@ -466,7 +466,7 @@ impl Shared {
                 delays: self.delays,
                 ordered: self.ordered,
             },
-            attempts: before.saturating_mul(self.retry.in_place),
+            attempts: before,
         }
     }
 
@@ -583,7 +583,8 @@ impl Shared {
             },
         };
         let record = record(delivery.message(), placement);
-        let is_parked = self.store(std::slice::from_ref(&record)).await;
+        // Without an inbox there is nobody who would ever look there again.
+        let is_parked = self.parks && self.store(std::slice::from_ref(&record)).await;
         let settlement = if is_parked {
             self.counters.parked(1);
             delivery.ack()

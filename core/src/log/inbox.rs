@@ -127,7 +127,7 @@ pub trait InboxLog: Debug + Send + Sync + 'static {
     /// # Contract
     /// Of two writers that expect one version, one succeeds: the second waits for the first one's transaction, and is
     /// told `false` if that commits. Without a transaction it is committed when it returns. Notes are purged with the
-    /// [receipts](super::Purge::receipts_after), by the age of their last write.
+    /// [receipts](super::Purge::receipts_after), by the age of their last write, but not while their message is in the inbox.
     ///
     /// Held by `log::notes_are_compared_and_set`.
     async fn write_note(

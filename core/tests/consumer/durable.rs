@@ -337,3 +337,61 @@ async fn a_barrier_lets_each_call_have_its_effect_once_whatever_the_order() {
     assert!(later.forward(&mut tx).await.is_err());
     tx.rollback().await.unwrap();
 }
+
+#[tokio::test]
+async fn a_durable_chain_waits_as_a_step_says_and_is_taken_back_before_it_may_be_dead() {
+    use postrider_core::consumer::Timeout;
+    let world = World::start(options()).await;
+    let diary = Diary::default();
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("later")
+        .durable()
+        .state(diary.clone())
+        .handler(Diary::reserve)
+        .compensate(Diary::release)
+        .named("reserve")
+        .handler(async |diary, _, _| {
+            diary.note("ask");
+            if diary.count("ask") < 2 {
+                return Err(HandlerError::retry_after(secs(24 * 3600), "tomorrow"));
+            }
+            Ok(())
+        })
+        .named("ask")
+        .start()
+        .await
+        .unwrap();
+    let cut = Diary::default();
+    let hanging = world
+        .bus
+        .subscribe::<OrderPlaced>("cut")
+        .durable()
+        .middleware(Timeout::after(secs(2)))
+        .retry(Retry::none().with_backoff(Backoff::Fixed(secs(1))))
+        .state(cut.clone())
+        .handler(Diary::reserve)
+        .compensate(Diary::release)
+        .named("reserve")
+        .handler(async |_, _, _| std::future::pending().await)
+        .named("hang")
+        .start()
+        .await
+        .unwrap();
+    world.bus.publish(&placed(1, "ada")).await.unwrap();
+    for _ in 0..10 {
+        world.pass(secs(2)).await;
+    }
+    world.until(|_| hanging.report().dead_lettered == 1).await;
+    assert_eq!(
+        cut.lines(),
+        ["reserve 1", "release 1"],
+        "cut off, taken back, and then dead"
+    );
+    assert_eq!(diary.lines(), ["reserve 1", "ask", "release 1"]);
+    world.pass(secs(23 * 3600)).await;
+    assert_eq!(diary.lines().len(), 3);
+    world.pass(secs(2 * 3600)).await;
+    world.until(|_| running.report().handled == 1).await;
+    assert_eq!(diary.lines()[3..], ["reserve 1", "ask"]);
+}

@@ -8,6 +8,7 @@ use postrider_core::{
     AnyEvent, Bus, Context, EventLog, HandlerError, HandlerResult, Message, Middleware, Next, Retry, Topic, Transport,
     Verdict,
     consumer::{CatchPanic, CircuitBreaker, Flow, RetryInside, Throttle, Timeout, Tracing},
+    relay::Backoff,
 };
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -303,4 +304,41 @@ async fn a_circuit_breaker_pauses_the_subscription_and_costs_nothing() {
     }
     world.until(|_| running.report().handled == 50).await;
     assert_eq!(running.flow(), Flow::Running);
+}
+
+#[tokio::test]
+async fn a_middleware_that_panics_ends_no_subscription() {
+    struct Panics;
+    impl Middleware for Panics {
+        async fn on_failure(&self, _: &mut Context, _: &HandlerError, _: u32) {
+            panic!("when told");
+        }
+        async fn fallback(&self, _: &mut Context, _: Option<&AnyEvent>, _: &HandlerError) -> Option<Verdict> {
+            panic!("when asked");
+        }
+    }
+    let world = World::start(options()).await;
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .middleware_for_all(Panics)
+        .retry(
+            Retry::default()
+                .with_max_attempts(2)
+                .with_in_place(1)
+                .with_backoff(Backoff::Fixed(secs(1))),
+        )
+        .handler(async |order, _| if order.id == 1 { Err("no")? } else { Ok(()) })
+        .start()
+        .await
+        .unwrap();
+    for id in 1..4 {
+        world.bus.publish(&placed(id, &format!("c{id}"))).await.unwrap();
+    }
+    for _ in 0..3 {
+        world.pass(secs(1)).await;
+    }
+    world
+        .until(|_| running.report().handled == 2 && running.report().dead_lettered == 1)
+        .await;
 }

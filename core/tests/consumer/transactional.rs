@@ -264,3 +264,91 @@ async fn what_cannot_be_had_is_named() {
     let text = dead(&world, "h").await[0].errors[0].text.clone();
     assert!(text.contains("add the `Transactional` middleware"), "{text}");
 }
+
+#[tokio::test]
+async fn what_a_compensation_publishes_is_not_taken_for_what_a_step_does() {
+    for durable in [false, true] {
+        let world = World::start(options()).await;
+        let mut subscription = world.bus.subscribe::<OrderPlaced>("g");
+        if durable {
+            subscription = subscription.durable();
+        } else {
+            subscription = subscription.middleware(Transactional::new());
+        }
+        let running = subscription
+            .retry(
+                Retry::default()
+                    .with_max_attempts(3)
+                    .with_backoff(postrider_core::relay::Backoff::Fixed(secs(1))),
+            )
+            .handler(async |_, _| Ok(()))
+            .compensate(async |_, ctx| {
+                ctx.publish(&OrderPaid {
+                    order: 100 + ctx.attempt(),
+                })
+                .await?;
+                Ok(())
+            })
+            .named("charge")
+            .handler(async |_, ctx| {
+                if ctx.attempt() < 3 {
+                    return Err(HandlerError::from("not yet"));
+                }
+                ctx.publish(&OrderPaid { order: 1 }).await?;
+                ctx.publish(&OrderPaid { order: 2 }).await?;
+                Ok(())
+            })
+            .named("confirm")
+            .start()
+            .await
+            .unwrap();
+        world.bus.publish(&placed(1, "ada")).await.unwrap();
+        for _ in 0..5 {
+            world.pass(secs(2)).await;
+        }
+        world.until(|_| running.report().handled == 1).await;
+        world.until(|w| paid(w).len() == 4).await;
+        let ids: std::collections::HashSet<_> = paid(&world).iter().map(Message::id).collect();
+        assert_eq!(
+            ids.len(),
+            4,
+            "two refunds of two attempts, and two events of the third: durable {durable}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_run_that_failed_inside_a_batch_spoils_it_whatever_a_middleware_makes_of_it() {
+    use postrider_core::consumer::RetryInside;
+    let world = World::new(options()).await;
+    let orders: Vec<_> = (0..10).map(|id| placed(id, &format!("c{id}"))).collect();
+    world.bus.publish_all(&orders).await.unwrap();
+    world.bus.start().await.unwrap();
+    world.until(|w| w.published("orders").len() == 10).await;
+    let diary = Diary::default();
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .middleware(RetryInside::new(Retry::default()))
+        .middleware(Transactional::batch(NonZeroUsize::new(10).unwrap()))
+        .state(diary.clone())
+        .handler(async |diary, order, ctx| {
+            ctx.publish(&OrderPaid { order: order.id }).await?;
+            diary.note(order.id.to_string());
+            if order.id == 5 && diary.count("5") < 3 {
+                Err("a hiccup")?
+            } else {
+                Ok(())
+            }
+        })
+        .start()
+        .await
+        .unwrap();
+    for _ in 0..5 {
+        world.pass(secs(1)).await;
+    }
+    world.until(|_| running.report().handled == 10).await;
+    world.until(|w| paid(w).len() == 10).await;
+    world.pass(secs(1)).await;
+    assert_eq!(paid(&world).len(), 10, "the run that failed has published nothing");
+}

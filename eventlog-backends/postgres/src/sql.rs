@@ -413,8 +413,8 @@ statements! {
     note: "SELECT version, body FROM {note} WHERE mailbox = $1 AND message_id = $2";
     add_note: "INSERT INTO {note} (mailbox, message_id, version, body, written_at) VALUES ($1, $2, 1, $3, {clock}()) ON CONFLICT DO NOTHING";
     set_note: "UPDATE {note} SET version = version + 1, body = $3, written_at = {clock}() WHERE mailbox = $1 AND message_id = $2 AND version = $4";
-    purge_notes: "DELETE FROM {note} r USING (SELECT mailbox, message_id FROM {note} WHERE mailbox = $1 AND written_at <= {clock}() - make_interval(secs => $2) \
-        ORDER BY written_at LIMIT $3 FOR UPDATE SKIP LOCKED) o WHERE r.mailbox = o.mailbox AND r.message_id = o.message_id";
+    purge_notes: "DELETE FROM {note} r USING (SELECT n.mailbox, n.message_id FROM {note} n WHERE n.mailbox = $1 AND n.written_at <= {clock}() - make_interval(secs => $2) \
+        AND NOT EXISTS (SELECT 1 FROM {parked} p WHERE p.message_id = n.message_id AND p.mailbox + 0 = n.mailbox) ORDER BY written_at LIMIT $3 FOR UPDATE SKIP LOCKED) o WHERE r.mailbox = o.mailbox AND r.message_id = o.message_id";
     purge_receipts: "DELETE FROM {receipt} r USING (SELECT mailbox, message_id FROM {receipt} WHERE mailbox = $1 AND seen_at <= {clock}() - make_interval(secs => $2) \
         ORDER BY seen_at LIMIT $3 FOR UPDATE SKIP LOCKED) o WHERE r.mailbox = o.mailbox AND r.message_id = o.message_id";
 

@@ -220,7 +220,8 @@ statements! {
     add_note: "INSERT INTO {note} (mailbox, message_id, version, body, written_at) VALUES (?1, ?2, 1, ?3, ?4) ON CONFLICT DO NOTHING";
     set_note: "UPDATE {note} SET version = version + 1, body = ?3, written_at = ?4 WHERE mailbox = ?1 AND message_id = ?2 AND version = ?5";
     purge_notes: "DELETE FROM {note} WHERE (mailbox, message_id) IN \
-        (SELECT mailbox, message_id FROM {note} INDEXED BY {note_written} WHERE mailbox = ?1 AND written_at <= ?2 ORDER BY written_at LIMIT ?3)";
+        (SELECT mailbox, message_id FROM {note} INDEXED BY {note_written} WHERE mailbox = ?1 AND written_at <= ?2 \
+        AND NOT EXISTS (SELECT 1 FROM {parked} p WHERE p.mailbox = ?1 AND p.message_id = {note}.message_id) ORDER BY written_at LIMIT ?3)";
     add_receipts: "INSERT INTO {receipt} (mailbox, message_id, seen_at) SELECT ?1, unhex(value), ?3 FROM json_each(?2)";
 
     // Cleaning up.

@@ -2,7 +2,8 @@ use super::{Context, HandlerResult, Middleware, Next};
 use crate::consumer::{HandlerErrorKind, Retry};
 
 /// Runs what is behind it again when it fails, in place and within one attempt: for the part of a chain that is known to
-/// fail now and then, where the attempts of the subscription would be too much.
+/// fail now and then, where the attempts of the subscription would be too much. Outside of [`Transactional`](super::Transactional):
+/// behind it, a run that failed has left something in the transaction, so it is not run again there.
 #[derive(Debug, Clone, Copy)]
 pub struct RetryInside(Retry);
 
@@ -22,7 +23,11 @@ impl<E: Sync + 'static> Middleware<E> for RetryInside {
             let result = next.run(ctx, event).await;
             runs += 1;
             match result {
-                Err(error) if error.kind() == HandlerErrorKind::Transient && runs < self.0.in_place => {
+                Err(error)
+                    if error.kind() == HandlerErrorKind::Transient
+                        && runs < self.0.in_place
+                        && !ctx.has_transaction() =>
+                {
                     tracing::debug!(message = %ctx.message().id(), runs, error = error.to_chain(), "run again");
                     clock.sleep(self.0.wait_after(runs)).await;
                 }

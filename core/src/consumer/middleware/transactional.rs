@@ -41,7 +41,9 @@ impl Transactional {
 impl<E: Sync + 'static> Middleware<E> for Transactional {
     async fn execute(&self, ctx: &mut Context, event: &E, next: Next<'_, E>) -> HandlerResult {
         if ctx.is_in_batch {
-            return next.run(ctx, event).await;
+            let result = next.run(ctx, event).await;
+            ctx.has_failed_in_batch |= result.is_err();
+            return result;
         }
         let Some(log) = ctx.tools().log.clone() else {
             return Err(HandlerError::permanent("`Transactional` needs an event log"));
@@ -85,12 +87,15 @@ impl<E: Sync + 'static> Middleware<E> for Transactional {
                     }
                 }
             }
-            Err(error) => {
-                if let Err(second) = tx.rollback().await {
+            Err(error) => match tx.rollback().await {
+                // The database is away, which is nobody's failure, whatever a driver made of it.
+                Err(away) if away.kind() == ErrorKind::Unavailable => HandlerError::unavailable(away),
+                Err(second) => {
                     tracing::debug!(message = %ctx.message().id(), error = second.to_chain(), "the rollback failed: the transaction is gone all the same");
+                    error
                 }
-                error
-            }
+                Ok(()) => error,
+            },
         };
         Err(next.compensate(ctx, event, error).await)
     }
