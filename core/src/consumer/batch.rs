@@ -2,7 +2,9 @@
 
 use super::{
     Context, HandlerError, HandlerErrorKind, HandlerResult,
-    chain::{AnyChain, Gathering, Handled, HandledBy, Wait, decode},
+    chain::{AnyChain, decode},
+    gathering::Gathering,
+    handled::{Handled, HandledBy, Wait},
     middleware::Panicked,
 };
 use crate::{Event, Message, Topic, log::AttemptError};

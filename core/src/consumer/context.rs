@@ -24,12 +24,12 @@ pub(super) struct Tools {
 /// What publishes in the name of a message: middleware (0), a step forwards or its compensation, in a round if that matters.
 /// A part of derived ids, so never to be changed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Origin {
+pub(super) struct Author {
     slot: u32,
     round: u32,
 }
 
-impl Origin {
+impl Author {
     /// A step: what it publishes when it is run again is the same.
     #[allow(clippy::cast_possible_truncation)]
     pub(super) fn step(at: usize, round: u64) -> Self {
@@ -60,7 +60,7 @@ pub struct Context {
     /// Grows with each new beginning of the chain; `None` before somebody asks.
     round: Option<u64>,
     /// What publishes just now: its events have ids of their own.
-    origin: Origin,
+    author: Author,
     /// How many it has published.
     published: u32,
     /// Never locked, only reached through `&mut`: so that a context can be shared by reference, which a transaction cannot.
@@ -86,7 +86,7 @@ impl Context {
             tools,
             attempt: 0,
             round: None,
-            origin: Origin::default(),
+            author: Author::default(),
             published: 0,
             tx: Mutex::new(None),
             has_tx: false,
@@ -102,15 +102,15 @@ impl Context {
     pub(super) fn begin_attempt(&mut self, attempt: u32) {
         self.attempt = attempt;
         self.round = None;
-        self.publishes_as(Origin::default());
+        self.publishes_as(Author::default());
         self.ran.clear();
         self.is_in_batch = false;
         self.has_failed_in_batch = false;
     }
 
-    /// What is published from now on is published by `origin`, and has the ids it had when that published before.
-    pub(super) fn publishes_as(&mut self, origin: Origin) {
-        self.origin = origin;
+    /// What is published from now on is published by `author`, and has the ids it had when that published before.
+    pub(super) fn publishes_as(&mut self, author: Author) {
+        self.author = author;
         self.published = 0;
     }
 
@@ -231,7 +231,7 @@ impl Context {
         if message.header(CAUSATION).is_none() {
             message = message.with_header(CAUSATION, handled.to_string());
         }
-        let message = message.with_id(self.origin.id(handled, &self.tools.group, n));
+        let message = message.with_id(self.author.id(handled, &self.tools.group, n));
         let bus: &dyn EventBus = &self.tools.bus;
         match self.tx.get_mut().unwrap_or_else(PoisonError::into_inner) {
             Some(tx) => bus.publish_in(tx, message).after(delay).await,

@@ -11,8 +11,8 @@
 
 use super::{
     Context, HandlerError, HandlerErrorKind, HandlerResult, OnFailure,
-    chain::{Step, Steps},
-    context::Origin,
+    context::Author,
+    steps::{Step, Steps},
 };
 use crate::{
     ErrorKind,
@@ -163,7 +163,7 @@ impl<E: Sync + 'static> Run<'_, E> {
             ran: ran.clone(),
         };
         self.note(ctx, forward(next, true, &ran)).await?;
-        ctx.publishes_as(Origin::step(next, self.progress.round));
+        ctx.publishes_as(Author::step(next, self.progress.round));
         let result = self.in_transaction(ctx, event, step, false, || {
             let mut ran = ran.clone();
             ran.push(next);
@@ -209,7 +209,7 @@ impl<E: Sync + 'static> Run<'_, E> {
         let Some(step) = steps.steps.get(at).filter(|step| step.compensate.is_some()) else {
             return self.note(ctx, Phase::Back(back)).await;
         };
-        ctx.publishes_as(Origin::compensation(at, self.progress.round));
+        ctx.publishes_as(Author::compensation(at, self.progress.round));
         let result = self.in_transaction(ctx, event, step, true, || Phase::Back(back.clone()));
         match result.await {
             Ok(()) => Ok(()),

@@ -1,14 +1,22 @@
 //! Deliveries that are gathered to be handled together.
 
-use super::chain::{AnyChain, Gathering};
+use super::chain::AnyChain;
 use crate::{
     Delivery,
     clock::{Clock, Moment},
 };
-use std::{sync::Arc, time::Duration};
+use std::{num::NonZeroUsize, sync::Arc, time::Duration};
 
 /// How many batches may be handled at once: while so many are, what comes gathers into larger ones.
 const AT_ONCE: usize = 4;
+
+/// How deliveries are gathered that are handled together.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Gathering {
+    pub(super) max: NonZeroUsize,
+    /// How long to wait for more; not at all where they only share what is there at once.
+    pub(super) wait: Duration,
+}
 
 /// What has been gathered, for each chain.
 #[derive(Default)]

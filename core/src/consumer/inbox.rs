@@ -2,8 +2,8 @@
 
 use super::{
     Context,
-    chain::{Handled, HandledBy, Origin},
-    worker::Shared,
+    handled::{Handled, HandledBy, Origin},
+    shared::Shared,
 };
 use crate::{
     Delivery, Mailbox, Message, Reachability,

@@ -13,18 +13,20 @@ mod durable;
 mod error;
 mod gate;
 mod gathering;
+mod handled;
 mod handler;
 mod inbox;
 mod middleware;
 mod options;
 mod retry;
 mod running;
+mod shared;
+mod steps;
 mod subscribing;
 mod worker;
 
 pub use barrier::Barrier;
 pub use batch::{Batch, BatchContext, BatchHandlerFn, BatchResult};
-pub use chain::OnFailure;
 pub use context::Context;
 pub use error::{HandlerError, HandlerErrorKind, HandlerResult};
 pub use handler::{Handler, HandlerFn, StatefulHandlerFn};
@@ -34,6 +36,7 @@ pub use middleware::{
 pub use options::{OnExhausted, SubscriptionOptions, Unknown};
 pub use retry::Retry;
 pub use running::{Flow, Running, SubscriptionReport};
+pub use steps::OnFailure;
 pub use subscribing::{AtStep, Batched, Empty, NoState, Subscribing, With};
 
 pub(crate) use middleware::Layer;

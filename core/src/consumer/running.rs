@@ -1,4 +1,4 @@
-use super::worker::Shared;
+use super::shared::Shared;
 use crate::{Error, ErrorKind, GroupName, Result};
 use std::{
     fmt,

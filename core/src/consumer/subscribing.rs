@@ -2,14 +2,16 @@ use super::{
     Batch, Handler, HandlerFn, Layer, Middleware, OnFailure, Retry, Running, StatefulHandlerFn, SubscriptionOptions,
     Verdict,
     batch::{BatchChain, BatchHandlerFn},
-    chain::{AnyChain, Chain, Step, Steps},
+    chain::{AnyChain, Chain},
     context::Tools,
     gate::Gate,
     handler::{Bound, Compensate, Execute, Plain, Run},
     inbox::FromInbox,
     options::{OnExhausted, Unknown},
     running::Counters,
-    worker::{Shared, Worker},
+    shared::Shared,
+    steps::{Step, Steps},
+    worker::Worker,
 };
 use crate::{
     AnyEvent, Bus, Error, ErrorKind, Event, GroupName, Mailbox, RelayOptions, Result, Subscription, Topic,

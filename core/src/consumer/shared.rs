@@ -1,0 +1,266 @@
+//! What the handlings of a subscription share, and what they make of a message: nothing is acknowledged before it is stored.
+
+use super::{
+    Context, Retry, Verdict,
+    chain::AnyChain,
+    context::Tools,
+    gate::Gate,
+    handled::{Handled, HandledBy, Origin},
+    inbox::{behind, record},
+    running::Counters,
+};
+use crate::{
+    Delivery, GroupName, Message, Settlement,
+    log::{AttemptError, Placement},
+    relay::Wake,
+};
+use rustc_hash::FxHashMap;
+use std::{
+    sync::{Arc, atomic::AtomicUsize},
+    time::Duration,
+};
+use tokio_util::sync::CancellationToken;
+
+/// How long a message of another version of a known type waits in the inbox, for a process that handles it.
+const ANOTHER_VERSION: Duration = Duration::from_secs(5);
+
+/// What the handling of a message needs: shared by those in flight, and by the relay of the inbox.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) group: Arc<GroupName>,
+    pub(super) tools: Arc<Tools>,
+    pub(super) chains: FxHashMap<String, Arc<dyn AnyChain>>,
+    pub(super) retry: Retry,
+    pub(super) gate: Gate,
+    /// Wakes the relay of the inbox.
+    pub(super) wake: Arc<Wake>,
+    pub(super) counters: Arc<Counters>,
+    pub(super) stop: CancellationToken,
+    pub(super) max_in_flight: AtomicUsize,
+    pub(super) ordered: bool,
+    /// There is an inbox that messages can wait in.
+    pub(super) parks: bool,
+    /// The broker itself can deliver again after a delay.
+    pub(super) delays: bool,
+    /// Some chains handle several messages together.
+    pub(super) any_gathers: bool,
+    /// Deliveries are looked up in the inbox before they are handled.
+    pub(super) asks_the_inbox: bool,
+    /// What becomes of a message whose attempts are exhausted, unless a middleware says something else.
+    pub(super) on_exhausted: Verdict,
+    /// Messages of types nobody handles become dead letters, in place of being acknowledged.
+    pub(super) dead_letter_unknown: bool,
+}
+
+/// A message that has been handled, and its key.
+pub(super) struct Finished {
+    pub(super) settlement: Settlement,
+    pub(super) key: Option<u64>,
+    /// It waits in the inbox, and those of its key with it.
+    pub(super) is_parked: bool,
+}
+
+impl Shared {
+    pub(super) fn gathers(&self, message: &Message) -> Option<Arc<dyn AnyChain>> {
+        if !self.any_gathers {
+            return None;
+        }
+        let chain = self.chains.get(message.kind())?;
+        chain.gathering()?;
+        Some(chain.clone())
+    }
+
+    fn by<'a>(&'a self, delivery: &Delivery) -> HandledBy<'a> {
+        // Where only the broker can let a message wait there is nobody to count attempts but the broker.
+        let waits_with_broker = !self.parks && self.delays && !self.ordered;
+        let before = if waits_with_broker {
+            delivery.delivery_count().saturating_sub(1)
+        } else {
+            0
+        };
+        HandledBy {
+            retry: &self.retry,
+            tools: &self.tools,
+            gate: &self.gate,
+            on_exhausted: self.on_exhausted,
+            stop: &self.stop,
+            origin: Origin::Broker {
+                parks: self.parks,
+                delays: self.delays,
+                ordered: self.ordered,
+            },
+            attempts: before,
+        }
+    }
+
+    /// Takes a message through its chain, and says what the broker is to be told.
+    pub(super) async fn handle(&self, delivery: Delivery, key: Option<u64>) -> Finished {
+        let message = delivery.message();
+        let handled = match self.chains.get(message.kind()) {
+            Some(chain) if chain.is_durable() => Handled::Parked {
+                after: Some(Duration::ZERO),
+                attempts: 0,
+                errors: Vec::new(),
+            },
+            Some(chain) => {
+                let mut ctx = Context::new(message.clone(), self.tools.clone());
+                chain.handle(&mut ctx, &self.by(&delivery)).await
+            }
+            None => match self.without_chain(message) {
+                Some(handled) => handled,
+                None => {
+                    self.counters.ignored(1);
+                    return Finished {
+                        settlement: delivery.ack(),
+                        key,
+                        is_parked: false,
+                    };
+                }
+            },
+        };
+        self.finish(delivery, key, handled).await
+    }
+
+    /// Several messages through one chain, together.
+    pub(super) async fn handle_together(
+        &self,
+        chain: &dyn AnyChain,
+        batch: Vec<(Delivery, Option<u64>)>,
+    ) -> Vec<Finished> {
+        let contexts = batch.iter().map(|(delivery, _)| {
+            let ctx = Context::new(delivery.message().clone(), self.tools.clone());
+            (ctx, self.by(delivery))
+        });
+        let outcomes = chain.handle_together(contexts.collect()).await;
+        let mut finished = Vec::with_capacity(batch.len());
+        for ((delivery, key), handled) in batch.into_iter().zip(outcomes) {
+            finished.push(self.finish(delivery, key, handled).await);
+        }
+        finished
+    }
+
+    /// What becomes of a message nobody here handles: `None` if it is not for this group.
+    fn without_chain(&self, message: &Message) -> Option<Handled> {
+        let known = message.kind().rsplit_once(".v").and_then(|(name, _)| {
+            let known = self.chains.iter().find(|(_, chain)| chain.name() == name);
+            known.map(|(kind, _)| kind.as_str())
+        });
+        let now = self.tools.clock.now();
+        match known {
+            Some(known) => {
+                let why = format!("this process handles {known}, not {}", message.kind());
+                if !self.parks {
+                    return Some(Handled::dead(now, why));
+                }
+                // A rolling deploy: another process, or this one's next version, will handle it.
+                tracing::warn!(group = %self.group, message = %message.id(), "{why}: it waits for one that does");
+                Some(Handled::Parked {
+                    after: Some(ANOTHER_VERSION),
+                    attempts: 0,
+                    errors: vec![AttemptError::new(now, 0, why)],
+                })
+            }
+            None if self.dead_letter_unknown => {
+                let why = format!("this group has no handler for {}", message.kind());
+                Some(Handled::dead(now, why))
+            }
+            None => None,
+        }
+    }
+
+    /// Does what has become of a message, and says what the broker is to be told: nothing is acknowledged before it is
+    /// stored.
+    async fn finish(&self, delivery: Delivery, key: Option<u64>, handled: Handled) -> Finished {
+        let placement = match handled {
+            Handled::Done => {
+                self.counters.handled(1);
+                let settlement = delivery.ack();
+                return Finished {
+                    settlement,
+                    key,
+                    is_parked: false,
+                };
+            }
+            Handled::Released => {
+                let settlement = delivery.release();
+                return Finished {
+                    settlement,
+                    key,
+                    is_parked: false,
+                };
+            }
+            Handled::Retried { after } => {
+                let settlement = delivery.retry(after);
+                return Finished {
+                    settlement,
+                    key,
+                    is_parked: false,
+                };
+            }
+            Handled::Dead { attempts, errors } => return self.bury(delivery, key, attempts, errors).await,
+            Handled::HeldBack => behind(),
+            Handled::Parked {
+                after,
+                attempts,
+                errors,
+            } => Placement::Parked {
+                after: after.unwrap_or_else(|| self.retry.backoff.after(attempts, &mut fastrand::Rng::new())),
+                attempts,
+                errors,
+            },
+        };
+        let record = record(delivery.message(), placement);
+        // Without an inbox there is nobody who would ever look there again.
+        let is_parked = self.parks && self.store(std::slice::from_ref(&record)).await;
+        let settlement = if is_parked {
+            self.counters.parked(1);
+            delivery.ack()
+        } else {
+            delivery.release()
+        };
+        Finished {
+            settlement,
+            key,
+            is_parked,
+        }
+    }
+
+    /// Parks deliveries behind what waits of their key.
+    pub(super) async fn park_behind(&self, deliveries: Vec<Delivery>, key: Option<u64>) -> Vec<Finished> {
+        let records: Vec<_> = deliveries.iter().map(|d| record(d.message(), behind())).collect();
+        let is_parked = self.store(&records).await;
+        if is_parked {
+            self.counters.parked(records.len());
+        }
+        let settle = |delivery: Delivery| if is_parked { delivery.ack() } else { delivery.release() };
+        let finished = |delivery| Finished {
+            settlement: settle(delivery),
+            key,
+            is_parked,
+        };
+        deliveries.into_iter().map(finished).collect()
+    }
+
+    /// Makes a dead letter: in the log's inbox of the group, and only then is the broker's copy acknowledged.
+    async fn bury(&self, delivery: Delivery, key: Option<u64>, attempts: u32, errors: Vec<AttemptError>) -> Finished {
+        let message = delivery.message();
+        tracing::error!(message = %message.id(), topic = %message.topic(), group = %self.group, attempts, error = errors.last().map(|e| &*e.text), "the message could not be handled: it is a dead letter");
+        let settlement = if self.tools.log.is_none() {
+            self.counters.dead_lettered(1);
+            delivery.dead_letter()
+        } else {
+            let record = record(message, Placement::Failed { attempts, errors });
+            if self.store(std::slice::from_ref(&record)).await {
+                self.counters.dead_lettered(1);
+                delivery.ack()
+            } else {
+                delivery.release()
+            }
+        };
+        Finished {
+            settlement,
+            key,
+            is_parked: false,
+        }
+    }
+}
