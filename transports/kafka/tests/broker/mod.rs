@@ -3,7 +3,7 @@
 use postrider_kafka::KafkaOptions;
 use postrider_testkit::server::Kafka;
 use rdkafka::mocking::MockCluster;
-use std::{sync::OnceLock, time::Duration};
+use std::sync::OnceLock;
 
 /// Options for it.
 pub(crate) fn options() -> KafkaOptions {
@@ -17,9 +17,7 @@ pub(crate) fn options() -> KafkaOptions {
             brokers
         });
         // It makes topics when they are asked for, and does not know how to declare one.
-        let options = KafkaOptions::new(brokers).without_declaring();
-        // A group waits there for the session of a member that has left to end.
-        options.with_session_timeout(Duration::from_secs(2))
+        KafkaOptions::new(brokers).without_declaring()
     } else {
         KafkaOptions::new(Kafka::shared().brokers())
     }
