@@ -62,7 +62,8 @@ async fn main() -> anyhow::Result<()> {
         })
         .start()
         .await?;
-    bus.subscribe::<BalanceChanged>("screen")
+    let screen = bus
+        .subscribe::<BalanceChanged>("screen")
         .handler(async |changed, ctx| {
             let cause = ctx.message().header("causationid").unwrap_or("?");
             println!(
@@ -86,10 +87,9 @@ async fn main() -> anyhow::Result<()> {
         bus.publish(twice.clone()).await?;
     }
     bus.publish(&pay(300)).await?;
-    while payments.report().handled < 6 {
+    while payments.report().handled < 6 || screen.report().handled < 3 {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    tokio::time::sleep(Duration::from_millis(300)).await;
     let cents: i64 = sqlx::query_scalar("SELECT cents FROM balance WHERE account = 'ada'")
         .fetch_one(&pool)
         .await?;

@@ -15,8 +15,8 @@ use std::{sync::Arc, time::Duration};
 
 /// Between tries to reach a log that failed.
 const PAUSE: Duration = Duration::from_millis(500);
-/// How long a record waits whose chain this process lacks.
-const ANOTHER_VERSION: Duration = Duration::from_secs(5);
+/// How long a message waits in the inbox of whose type this process knows another version, or none: for one that handles it.
+pub(super) const ANOTHER_VERSION: Duration = Duration::from_secs(5);
 
 /// Takes what is due in the inbox through its chain, one record a call.
 #[derive(Debug)]
@@ -77,11 +77,8 @@ impl Shared {
                 self.counters.dead_lettered(1);
                 Err(Refusal::Invalid { why: why(errors) })
             }
-            Handled::Retried { after } => Err(Refusal::Deferred {
-                why: String::new(),
-                after,
-            }),
-            Handled::HeldBack | Handled::Released => Err(Refusal::HeldBack),
+            // (Nothing that comes from the inbox waits with the broker.)
+            Handled::HeldBack | Handled::Released | Handled::Retried { .. } => Err(Refusal::HeldBack),
         }
     }
 

@@ -6,7 +6,7 @@ use super::{
     context::Tools,
     gate::Gate,
     handled::{Handled, HandledBy, Origin},
-    inbox::{behind, record},
+    inbox::{ANOTHER_VERSION, behind, record},
     running::Counters,
 };
 use crate::{
@@ -20,9 +20,6 @@ use std::{
     time::Duration,
 };
 use tokio_util::sync::CancellationToken;
-
-/// How long a message of another version of a known type waits in the inbox, for a process that handles it.
-const ANOTHER_VERSION: Duration = Duration::from_secs(5);
 
 /// What the handling of a message needs: shared by those in flight, and by the relay of the inbox.
 #[derive(Debug)]
@@ -171,32 +168,18 @@ impl Shared {
     /// Does what has become of a message, and says what the broker is to be told: nothing is acknowledged before it is
     /// stored.
     async fn finish(&self, delivery: Delivery, key: Option<u64>, handled: Handled) -> Finished {
+        let settled = |settlement| Finished {
+            settlement,
+            key,
+            is_parked: false,
+        };
         let placement = match handled {
             Handled::Done => {
                 self.counters.handled(1);
-                let settlement = delivery.ack();
-                return Finished {
-                    settlement,
-                    key,
-                    is_parked: false,
-                };
+                return settled(delivery.ack());
             }
-            Handled::Released => {
-                let settlement = delivery.release();
-                return Finished {
-                    settlement,
-                    key,
-                    is_parked: false,
-                };
-            }
-            Handled::Retried { after } => {
-                let settlement = delivery.retry(after);
-                return Finished {
-                    settlement,
-                    key,
-                    is_parked: false,
-                };
-            }
+            Handled::Released => return settled(delivery.release()),
+            Handled::Retried { after } => return settled(delivery.retry(after)),
             Handled::Dead { attempts, errors } => return self.bury(delivery, key, attempts, errors).await,
             Handled::HeldBack => behind(),
             Handled::Parked {
