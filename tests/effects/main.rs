@@ -23,6 +23,7 @@ use child::{Scene, Store};
 use postrider::{DynEvent, Message};
 use postrider_testkit::server::{Postgres, RabbitMq};
 use std::{
+    fs::File,
     path::Path,
     process::{Child, Command, Stdio},
     sync::Arc,
@@ -35,9 +36,14 @@ fn spawn(dir: &Path, place: &str, scene: Scene, dies_at: u64) -> Child {
         .args(["child", place, scene.name(), &dies_at.to_string()])
         .arg(dir)
         .stdin(Stdio::null())
-        .stderr(Stdio::null())
+        .stderr(File::create(dir.join("stderr")).unwrap())
         .spawn()
         .unwrap()
+}
+
+/// What the last process there said before it ended.
+fn last_words(dir: &Path) -> String {
+    std::fs::read_to_string(dir.join("stderr")).unwrap()
 }
 
 /// Dies at the first boundary, the second, and so on, until a process comes through alive; several at a time.
@@ -87,7 +93,8 @@ async fn dies_at(place: &str, store: &Store, root: &Path, scene: Scene, at: u64)
     if died {
         assert!(
             end(u64::MAX).await.success(),
-            "{scene:?}: after the death at {at} nobody could finish"
+            "{scene:?} on {place}: after the death at {at} nobody could finish: {}",
+            last_words(dir.path())
         );
     }
     for message in &messages {
@@ -127,7 +134,11 @@ async fn random_kills(place: &str, rabbitmq: &RabbitMq, seconds: u64) {
         child.wait().unwrap();
     }
     let last = spawn(dir.path(), place, Scene::Finish, u64::MAX).wait().unwrap();
-    assert!(last.success(), "the last process could not finish");
+    assert!(
+        last.success(),
+        "the last process could not finish: {}",
+        last_words(dir.path())
+    );
     let (sent, effects, follow_ups) = store.of_random().await;
     let repeated = effects.values().filter(|n| **n != 1).count();
     println!(
