@@ -1,13 +1,13 @@
 //! Handlers that take several events at once.
 
 use super::{
-    Context, HandlerError, HandlerErrorKind, HandlerResult,
+    Context, HandlerError, HandlerErrorKind, HandlerResult, Verdict,
     chain::{AnyChain, decode},
     gathering::Gathering,
-    handled::{Handled, HandledBy, Wait},
-    middleware::Panicked,
+    handled::{After, Handled, HandledBy},
+    middleware::{Layer, Panicked, ask, tell},
 };
-use crate::{Event, Message, Topic, log::AttemptError};
+use crate::{AnyEvent, Event, Message, Topic, log::AttemptError};
 use async_trait::async_trait;
 use futures_util::{FutureExt as _, future::BoxFuture};
 use std::{borrow::Cow, fmt, num::NonZeroUsize, panic::AssertUnwindSafe, time::Duration};
@@ -108,15 +108,29 @@ pub(super) struct BatchChain<E> {
     how: Batch,
     name: &'static str,
     run: Box<dyn RunBatch<E>>,
+    /// Told of failures and asked for verdicts, event by event. Nothing of it goes around a call.
+    for_all: Vec<Layer<AnyEvent>>,
 }
 
 impl<E: Event> BatchChain<E> {
-    pub(super) fn new<F: BatchHandlerFn<E>>(how: Batch, handler: F) -> Self {
+    pub(super) fn new<F: BatchHandlerFn<E>>(how: Batch, handler: F, for_all: Vec<Layer<AnyEvent>>) -> Self {
         Self {
             how,
+            for_all,
             name: std::any::type_name::<F>(),
             run: Box::new(PlainBatch(handler)),
         }
+    }
+
+    /// Asks the middleware what is to become of a message.
+    async fn verdict(&self, ctx: &mut Context, error: &HandlerError, otherwise: Verdict) -> Verdict {
+        // It is seldom asked: the event of the call is in a row with others, and cannot be lent.
+        let event = match self.for_all.is_empty() {
+            true => None,
+            false => decode::<E>(ctx.message()).ok().map(AnyEvent::new),
+        };
+        let verdict = ask(&self.for_all, ctx, event.as_ref(), error).await;
+        verdict.unwrap_or(otherwise)
     }
 
     /// One call: an outcome for each event, whatever the handler does.
@@ -180,7 +194,7 @@ impl<E: Event> AnyChain for BatchChain<E> {
     async fn handle_together(&self, batch: Vec<(Context, HandledBy<'_>)>) -> Vec<Handled> {
         let mut outcomes: Vec<Option<Handled>> = batch.iter().map(|_| None).collect();
         let mut left = Vec::with_capacity(batch.len());
-        for (place, (ctx, by)) in batch.into_iter().enumerate() {
+        for (place, (mut ctx, by)) in batch.into_iter().enumerate() {
             match decode::<E>(ctx.message()) {
                 Ok(event) => left.push(Item {
                     place,
@@ -190,7 +204,12 @@ impl<E: Event> AnyChain for BatchChain<E> {
                     by,
                     errors: Vec::new(),
                 }),
-                Err(why) => outcomes[place] = Some(Handled::dead(by.tools.clock.now(), why)),
+                Err(why) => {
+                    let error = HandlerError::permanent(why);
+                    let errors = vec![AttemptError::new(by.tools.clock.now(), by.attempts, error.to_chain())];
+                    let verdict = self.verdict(&mut ctx, &error, Verdict::DeadLetter).await;
+                    outcomes[place] = Some(by.carry_out_undecoded(verdict, errors));
+                }
             }
         }
         while let Some(by) = left.first().map(|item| item.by) {
@@ -224,7 +243,7 @@ impl<E: Event> AnyChain for BatchChain<E> {
                 None => pass.answered(),
             }
             let mut longest = Duration::ZERO;
-            for (((result, event), ctx), (place, by, mut attempts, mut errors)) in
+            for (((result, event), mut ctx), (place, by, mut attempts, mut errors)) in
                 results.into_iter().zip(events).zip(ctx.contexts).zip(items)
             {
                 let Err(error) = result else {
@@ -234,31 +253,19 @@ impl<E: Event> AnyChain for BatchChain<E> {
                 if error.kind() != HandlerErrorKind::Unavailable {
                     attempts += 1;
                     errors.push(AttemptError::new(by.tools.clock.now(), attempts, error.to_chain()));
-                    if error.kind() == HandlerErrorKind::Permanent {
-                        outcomes[place] = Some(Handled::Dead { attempts, errors });
-                        continue;
-                    }
-                    if attempts >= by.retry.max_attempts {
-                        outcomes[place] = Some(by.carry_out(by.on_exhausted, attempts, errors));
-                        continue;
-                    }
-                    let told = match error.kind() {
-                        HandlerErrorKind::RetryAfter(wait) => Some(wait),
-                        _ => None,
+                    tell(&self.for_all, &mut ctx, &error, attempts).await;
+                    let otherwise = match error.kind() {
+                        HandlerErrorKind::Permanent => Some(Verdict::DeadLetter),
+                        _ => (attempts >= by.retry.max_attempts).then_some(by.on_exhausted),
                     };
-                    match by.where_to_wait(attempts, told) {
-                        Wait::Here(wait) => longest = longest.max(wait),
-                        Wait::Inbox => {
-                            let after = told;
-                            outcomes[place] = Some(Handled::Parked {
-                                after,
-                                attempts,
-                                errors,
-                            });
-                            continue;
-                        }
-                        Wait::Broker(after) => {
-                            outcomes[place] = Some(Handled::Retried { after });
+                    let verdict = match otherwise {
+                        Some(otherwise) => Some(self.verdict(&mut ctx, &error, otherwise).await),
+                        None => None,
+                    };
+                    match by.after_failure(&error, attempts, &mut errors, verdict) {
+                        After::Here(wait) => longest = longest.max(wait),
+                        After::Ends(handled) => {
+                            outcomes[place] = Some(handled);
                             continue;
                         }
                     }

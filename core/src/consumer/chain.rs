@@ -3,8 +3,8 @@
 use super::{
     Context, HandlerError, HandlerErrorKind, HandlerResult, Verdict, durable,
     gathering::Gathering,
-    handled::{Handled, HandledBy, Wait},
-    middleware::{Endpoint, Layer, Next, Panicked},
+    handled::{After, Handled, HandledBy},
+    middleware::{Endpoint, Layer, Next, Panicked, ask, tell},
     steps::Steps,
 };
 use crate::{AnyEvent, Codec as _, Error, ErrorKind, Event, Message, Result, Topic, log::AttemptError};
@@ -134,17 +134,8 @@ impl<E: Event> Chain<E> {
 
     /// Tells the middleware of a failed attempt, the innermost first.
     async fn tell(&self, ctx: &mut Context, error: &HandlerError, attempt: u32) {
-        let told = async {
-            for layer in self.stack.iter().rev() {
-                layer.on_failure(ctx, error, attempt).await;
-            }
-            for layer in self.for_all.iter().rev() {
-                layer.on_failure(ctx, error, attempt).await;
-            }
-        };
-        if AssertUnwindSafe(told).catch_unwind().await.is_err() {
-            tracing::error!("a middleware panicked when it was told of a failed attempt");
-        }
+        tell(&self.stack, ctx, error, attempt).await;
+        tell(&self.for_all, ctx, error, attempt).await;
     }
 
     /// Asks the middleware what is to become of the message, the innermost first.
@@ -155,30 +146,17 @@ impl<E: Event> Chain<E> {
         error: &HandlerError,
         otherwise: Verdict,
     ) -> Verdict {
-        let asked = async {
-            let typed = event.and_then(Decoded::typed);
-            for layer in self.stack.iter().rev() {
-                if let Some(verdict) = layer.fallback(ctx, typed, error).await {
-                    return verdict;
-                }
-            }
-            let any = match event {
-                Some(Decoded::Any(event)) => Some(event),
-                _ => None,
-            };
-            for layer in self.for_all.iter().rev() {
-                if let Some(verdict) = layer.fallback(ctx, any, error).await {
-                    return verdict;
-                }
-            }
-            otherwise
+        let (typed, any) = match event {
+            Some(Decoded::Any(any)) => (any.downcast_ref(), Some(any)),
+            Some(Decoded::Plain(event)) => (Some(event), None),
+            None => (None, None),
         };
-        let verdict = AssertUnwindSafe(asked).catch_unwind().await.unwrap_or_else(|_| {
-            tracing::error!("a middleware panicked when it was asked for a verdict: the message is a dead letter");
-            Verdict::DeadLetter
-        });
+        let verdict = match ask(&self.stack, ctx, typed, error).await {
+            None => ask(&self.for_all, ctx, any, error).await,
+            verdict => verdict,
+        };
         ctx.roll_back().await;
-        verdict
+        verdict.unwrap_or(otherwise)
     }
 
     async fn handle_event(&self, ctx: &mut Context, by: &HandledBy<'_>) -> Handled {
@@ -187,20 +165,8 @@ impl<E: Event> Chain<E> {
             Ok(event) => event,
             Err(error) => {
                 let errors = vec![AttemptError::new(tools.clock.now(), by.attempts, error.to_chain())];
-                return match self.verdict(ctx, None, &error, Verdict::DeadLetter).await {
-                    Verdict::DeadLetter => Handled::Dead {
-                        attempts: by.attempts,
-                        errors,
-                    },
-                    // It will decode no better for waiting in place.
-                    Verdict::Retry { .. } | Verdict::Requeue if !by.parks() && !by.waits_with_broker() => {
-                        Handled::Dead {
-                            attempts: by.attempts,
-                            errors,
-                        }
-                    }
-                    verdict => by.carry_out(verdict, by.attempts, errors),
-                };
+                let verdict = self.verdict(ctx, None, &error, Verdict::DeadLetter).await;
+                return by.carry_out_undecoded(verdict, errors);
             }
         };
         let (mut attempts, mut errors) = (by.attempts, Vec::new());
@@ -234,7 +200,7 @@ impl<E: Event> Chain<E> {
             errors.push(AttemptError::new(tools.clock.now(), attempts, error.to_chain()));
             self.tell(ctx, &error, attempts).await;
             let is_over = error.kind() == HandlerErrorKind::Permanent || attempts >= retry.max_attempts;
-            if is_over && self.steps.is_durable && !durable::is_settled(ctx).await {
+            if is_over && self.steps.is_durable && !durable::is_settled(&self.steps, ctx).await {
                 // Cut off in the middle: it comes once more, to be taken back, before it may be a dead letter.
                 return Handled::Parked {
                     after: None,
@@ -242,41 +208,18 @@ impl<E: Event> Chain<E> {
                     errors,
                 };
             }
-            if is_over {
+            let verdict = if is_over {
                 let otherwise = match error.kind() {
                     HandlerErrorKind::Permanent => Verdict::DeadLetter,
                     _ => by.on_exhausted,
                 };
-                let verdict = self.verdict(ctx, Some(&event), &error, otherwise).await;
-                match by.carry_out(verdict, attempts, errors) {
-                    // There is nowhere else to wait.
-                    Handled::Parked {
-                        after, errors: kept, ..
-                    } if !by.parks() => {
-                        errors = kept;
-                        let wait = after.unwrap_or(retry.max_wait);
-                        if by.stop.run_until_cancelled(tools.clock.sleep(wait)).await.is_none() {
-                            return Handled::Released;
-                        }
-                        continue;
-                    }
-                    handled => return handled,
-                }
-            }
-            let told = match error.kind() {
-                HandlerErrorKind::RetryAfter(wait) => Some(wait),
-                _ => None,
+                Some(self.verdict(ctx, Some(&event), &error, otherwise).await)
+            } else {
+                None
             };
-            let wait = match by.where_to_wait(attempts, told) {
-                Wait::Here(wait) => wait,
-                Wait::Inbox => {
-                    return Handled::Parked {
-                        after: told,
-                        attempts,
-                        errors,
-                    };
-                }
-                Wait::Broker(after) => return Handled::Retried { after },
+            let wait = match by.after_failure(&error, attempts, &mut errors, verdict) {
+                After::Here(wait) => wait,
+                After::Ends(handled) => return handled,
             };
             if by.stop.run_until_cancelled(tools.clock.sleep(wait)).await.is_none() {
                 return Handled::Released;

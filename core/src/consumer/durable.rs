@@ -73,8 +73,7 @@ struct Run<'a, E> {
 }
 
 pub(super) async fn run<E: Sync + 'static>(steps: &Steps<E>, ctx: &mut Context, event: &E) -> HandlerResult {
-    let names: Vec<&str> = steps.steps.iter().map(|step| &*step.name).collect();
-    let names = names.join(" → ");
+    let names = names(steps);
     let log = ctx.tools().log.clone();
     let inbox = log.as_ref().map(|log| log.inbox().cloned());
     let Some(Ok(inbox)) = inbox else {
@@ -350,29 +349,34 @@ impl<E: Sync + 'static> Run<'_, E> {
     }
 }
 
+fn names<E>(steps: &Steps<E>) -> String {
+    let names: Vec<&str> = steps.steps.iter().map(|step| &*step.name).collect();
+    names.join(" → ")
+}
+
 fn text(progress: &Progress) -> Result<String, HandlerError> {
     serde_json::to_string(progress).map_err(HandlerError::permanent)
 }
 
-/// Whether the chain of this message stands still in good order: done, or taken back as far as that goes.
-pub(super) async fn is_settled(ctx: &Context) -> bool {
+/// Whether this program leaves the chain of the message as it is: done, taken back as far as that goes, or one that has
+/// other steps.
+pub(super) async fn is_settled<E>(steps: &Steps<E>, ctx: &Context) -> bool {
     let Some(Ok(inbox)) = ctx.tools().log.as_ref().map(|log| log.inbox()) else {
         return true;
     };
-    match inbox.note(None, ctx.group(), ctx.message().id()).await {
-        Ok(None) => true,
-        Ok(Some(note)) => match serde_json::from_str::<Progress>(&note.text).map(|progress| progress.phase) {
-            Ok(
-                Phase::Forward {
-                    next: 0, began: false, ..
-                }
-                | Phase::Done,
-            )
-            | Err(_) => true,
-            Ok(Phase::Back(back)) => back.is_again,
-            Ok(Phase::Forward { .. }) => false,
-        },
+    let note = match inbox.note(None, ctx.group(), ctx.message().id()).await {
+        Ok(Some(note)) => note,
+        Ok(None) => return true,
         // It is asked again with the next attempt.
-        Err(_) => false,
+        Err(_) => return false,
+    };
+    let Ok(progress) = serde_json::from_str::<Progress>(&note.text) else {
+        return true;
+    };
+    match progress.phase {
+        Phase::Done => true,
+        _ if progress.steps != names(steps) => true,
+        Phase::Back(back) => back.is_again,
+        phase => phase == BEGINNING,
     }
 }

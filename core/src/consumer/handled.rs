@@ -1,6 +1,6 @@
 //! What becomes of a message, and where it can wait.
 
-use super::{Retry, Verdict, context::Tools, gate::Gate};
+use super::{HandlerError, HandlerErrorKind, Retry, Verdict, context::Tools, gate::Gate};
 use crate::{clock::Timestamp, log::AttemptError};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -71,9 +71,16 @@ pub(super) struct HandledBy<'a> {
     pub(super) attempts: u32,
 }
 
-/// Where a message waits for its next attempt.
-pub(super) enum Wait {
+/// What comes after a failed attempt.
+pub(super) enum After {
+    /// The next one, in place, after this wait.
     Here(Duration),
+    /// No other here.
+    Ends(Handled),
+}
+
+/// Where a message waits that does not wait in place.
+enum Elsewhere {
     Inbox,
     Broker(Duration),
 }
@@ -83,7 +90,7 @@ impl HandledBy<'_> {
         matches!(self.origin, Origin::Inbox | Origin::Broker { parks: true, .. })
     }
 
-    pub(super) fn waits_with_broker(&self) -> bool {
+    fn waits_with_broker(&self) -> bool {
         matches!(
             self.origin,
             Origin::Broker {
@@ -94,25 +101,65 @@ impl HandledBy<'_> {
         )
     }
 
-    pub(super) fn where_to_wait(&self, attempts: u32, told: Option<Duration>) -> Wait {
+    /// What comes after an attempt that failed with `error`: with a verdict if it was the last.
+    pub(super) fn after_failure(
+        &self,
+        error: &HandlerError,
+        attempts: u32,
+        errors: &mut Vec<AttemptError>,
+        verdict: Option<Verdict>,
+    ) -> After {
+        let told = match error.kind() {
+            HandlerErrorKind::RetryAfter(wait) => Some(wait),
+            _ => None,
+        };
+        let ends = match verdict {
+            Some(verdict) => self.carry_out(verdict, attempts, std::mem::take(errors)),
+            None => match self.wait(attempts, told) {
+                Ok(wait) => return After::Here(wait),
+                Err(Elsewhere::Inbox) => Handled::Parked {
+                    after: told,
+                    attempts,
+                    errors: std::mem::take(errors),
+                },
+                Err(Elsewhere::Broker(after)) => Handled::Retried { after },
+            },
+        };
+        match ends {
+            // There is nowhere else to wait.
+            Handled::Parked {
+                after, errors: kept, ..
+            } if !self.parks() => {
+                *errors = kept;
+                After::Here(after.unwrap_or(self.retry.max_wait))
+            }
+            ends => After::Ends(ends),
+        }
+    }
+
+    /// How long to wait in place, or where else.
+    fn wait(&self, attempts: u32, told: Option<Duration>) -> Result<Duration, Elsewhere> {
         let retry = self.retry;
         let wait = told.unwrap_or_else(|| retry.wait_after(attempts));
         let is_short = attempts < retry.in_place && wait <= retry.max_wait;
         match self.origin {
-            Origin::Inbox => Wait::Inbox,
-            Origin::Broker { .. } if is_short => Wait::Here(wait),
-            Origin::Broker { parks: true, .. } => Wait::Inbox,
+            Origin::Inbox => Err(Elsewhere::Inbox),
+            Origin::Broker { .. } if is_short => Ok(wait),
+            Origin::Broker { parks: true, .. } => Err(Elsewhere::Inbox),
             Origin::Broker {
                 delays: true,
                 ordered: false,
                 ..
-            } => Wait::Broker(told.unwrap_or_else(|| retry.backoff.after(attempts, &mut fastrand::Rng::new()))),
-            Origin::Broker { .. } => Wait::Here(wait),
+            } => {
+                let after = told.unwrap_or_else(|| retry.backoff.after(attempts, &mut fastrand::Rng::new()));
+                Err(Elsewhere::Broker(after))
+            }
+            Origin::Broker { .. } => Ok(wait),
         }
     }
 
     /// What a verdict makes of a message.
-    pub(super) fn carry_out(&self, verdict: Verdict, attempts: u32, errors: Vec<AttemptError>) -> Handled {
+    fn carry_out(&self, verdict: Verdict, attempts: u32, errors: Vec<AttemptError>) -> Handled {
         match (verdict, self.origin) {
             (Verdict::Ack, _) => Handled::Done,
             (Verdict::DeadLetter, _) => Handled::Dead { attempts, errors },
@@ -135,6 +182,17 @@ impl HandledBy<'_> {
                 attempts,
                 errors,
             },
+        }
+    }
+
+    /// The same of a message that cannot be decoded, which it will no better for waiting in place.
+    pub(super) fn carry_out_undecoded(&self, verdict: Verdict, errors: Vec<AttemptError>) -> Handled {
+        match verdict {
+            Verdict::Retry { .. } | Verdict::Requeue if !self.parks() && !self.waits_with_broker() => Handled::Dead {
+                attempts: self.attempts,
+                errors,
+            },
+            verdict => self.carry_out(verdict, self.attempts, errors),
         }
     }
 }

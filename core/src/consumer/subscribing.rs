@@ -224,13 +224,20 @@ impl<E: Event, S, At> Subscribing<E, S, At> {
 impl<E: Event, S> Subscribing<E, S, Empty> {
     /// Handles several events at once: `async fn(&[E], &mut BatchContext) -> Vec<HandlerResult>`, one outcome each, in
     /// order. Those that failed are tried again without the others. At most one event of a key is in a batch, unless the
-    /// subscription is [`unordered`](Subscribing::unordered). Middleware does not go around it.
+    /// subscription is [`unordered`](Subscribing::unordered).
+    ///
+    /// Middleware for all events does not go around a call; it is told of each event that
+    /// [failed](Middleware::on_failure), and asked for a [verdict](Middleware::fallback). Starting is refused with middleware
+    /// for this type, [`durable`](Subscribing::durable), or [`Transactional`](super::Transactional) around everything.
     pub fn batch_handler<F: BatchHandlerFn<E>>(mut self, how: Batch, handler: F) -> Subscribing<E, S, Batched> {
+        let is_transactional = self.about.for_all.iter().any(|layer| layer.transaction().is_some());
         let misplaced = (!self.stack.is_empty())
             .then_some("middleware")
-            .or(self.is_durable.then_some("durable()"));
+            .or(self.is_durable.then_some("durable()"))
+            .or(is_transactional.then_some("Transactional"));
+        let for_all = self.about.for_all.clone();
         self.about.finished.push(match misplaced {
-            None => Ok(Arc::new(BatchChain::<E>::new(how, handler))),
+            None => Ok(Arc::new(BatchChain::<E>::new(how, handler, for_all))),
             Some(what) => Err(
                 Error::new(ErrorKind::Config, "this cannot be said of a handler of batches")
                     .with("what", what)

@@ -4,7 +4,10 @@ use crate::{
     Diary, OrderPlaced, dead, placed,
     world::{World, options, secs},
 };
-use postrider_core::{HandlerError, Message, Retry, Topic, consumer::Batch, relay::Backoff};
+use postrider_core::{
+    AnyEvent, Context, HandlerError, Message, Middleware, Retry, Topic, Transactional, Verdict, consumer::Batch,
+    relay::Backoff,
+};
 use std::{num::NonZeroUsize, time::Duration};
 
 fn of(max: usize) -> Batch {
@@ -125,4 +128,75 @@ async fn one_of_a_key_is_in_a_batch_and_a_handler_that_miscounts_or_panics_has_f
     for says in ["panicked: not the first", "gave 0 outcomes for", "does not decode"] {
         assert!(texts.iter().any(|t| t.contains(says)), "{says}: {texts:?}");
     }
+}
+
+/// Notes each failure, and has an opinion of what cannot be decoded and of what is exhausted.
+struct Witness(Diary);
+
+impl Middleware for Witness {
+    async fn on_failure(&self, _: &mut Context, error: &HandlerError, attempt: u32) {
+        self.0.note(format!("{attempt}: {error}"));
+    }
+    async fn fallback(&self, _: &mut Context, event: Option<&AnyEvent>, _: &HandlerError) -> Option<Verdict> {
+        let order: Option<&OrderPlaced> = event.and_then(AnyEvent::downcast_ref);
+        self.0.note(format!("asked of {:?}", order.map(|order| order.id)));
+        order.is_none_or(|order| order.id == 3).then_some(Verdict::Ack)
+    }
+}
+
+#[tokio::test]
+async fn middleware_for_all_is_told_of_each_event_that_failed_and_asked_for_a_verdict() {
+    let world = World::start(options()).await;
+    let diary = Diary::default();
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .middleware_for_all(Witness(diary.clone()))
+        .retry(Retry::default().with_max_attempts(2).with_in_place(2))
+        .batch_handler(of(10), async |orders, _| {
+            let outcome = |order: &OrderPlaced| match order.id {
+                1 => Ok(()),
+                2 => Err(HandlerError::permanent("never")),
+                _ => Err(HandlerError::from("no")),
+            };
+            orders.iter().map(outcome).collect()
+        })
+        .start()
+        .await
+        .unwrap();
+    let orders: Vec<_> = (1..4).map(|id| placed(id, &format!("c{id}"))).collect();
+    world.bus.publish_all(&orders).await.unwrap();
+    world
+        .bus
+        .publish(Message::new(Topic::new("orders"), "order.placed.v2", "?"))
+        .await
+        .unwrap();
+    for _ in 0..5 {
+        world.pass(secs(1)).await;
+    }
+    world.until(|_| running.report().handled == 3).await;
+    let mut lines = diary.lines();
+    lines.sort_unstable();
+    assert_eq!(
+        lines,
+        [
+            "1: never",
+            "1: no",
+            "2: no",
+            "asked of None",
+            "asked of Some(2)",
+            "asked of Some(3)"
+        ]
+    );
+    let letters = dead(&world, "g").await;
+    assert_eq!(letters.len(), 1, "the others were acknowledged");
+    let refused = world
+        .bus
+        .subscribe::<OrderPlaced>("refused")
+        .middleware_for_all(Transactional::new())
+        .batch_handler(of(10), async |orders, _| orders.iter().map(|_| Ok(())).collect())
+        .start()
+        .await
+        .unwrap_err();
+    assert!(refused.to_string().contains("Transactional"), "{refused}");
 }

@@ -395,3 +395,65 @@ async fn a_durable_chain_waits_as_a_step_says_and_is_taken_back_before_it_may_be
     world.until(|_| running.report().handled == 1).await;
     assert_eq!(diary.lines()[3..], ["reserve 1", "ask"]);
 }
+
+/// A program whose chain has other steps now takes up what had been taken back; what is in the middle is a person's to
+/// decide.
+#[tokio::test]
+async fn a_chain_with_other_steps_takes_up_what_is_not_in_effect() {
+    for (ends_with, handled) in [
+        (HandlerError::retry_after(secs(60), "later") as HandlerError, 1),
+        (HandlerError::unavailable("closed"), 0),
+    ] {
+        let world = World::start(short_lease()).await;
+        let diary = Diary::default();
+        let ends_with = Arc::new(std::sync::Mutex::new(Some(ends_with)));
+        let before = world
+            .bus
+            .subscribe::<OrderPlaced>("g")
+            .durable()
+            .state(Arc::new((diary.clone(), ends_with)))
+            .handler(async |(diary, _), _, _| diary.did("reserve"))
+            .compensate(async |(diary, _), _, _| diary.did("release"))
+            .named("reserve")
+            .handler(async |(diary, ends_with), _, _| {
+                diary.note("ask");
+                ends_with.lock().unwrap().take().map_or(Ok(()), Err)
+            })
+            .named("ask")
+            .start()
+            .await
+            .unwrap();
+        world.bus.publish(&placed(1, "ada")).await.unwrap();
+        world.until(|_| diary.count("ask") == 1).await;
+        world.settle().await;
+        // As if killed, in the second case: it still waits for the service.
+        let _ = before.stop(secs(0)).await;
+        let after = world
+            .bus
+            .subscribe::<OrderPlaced>("g")
+            .durable()
+            .state(diary.clone())
+            .handler(async |diary, _, _| diary.did("check"))
+            .named("check")
+            .handler(async |diary, _, _| diary.did("reserve"))
+            .named("reserve")
+            .start()
+            .await
+            .unwrap();
+        for _ in 0..60 {
+            world.pass(secs(2)).await;
+        }
+        world
+            .until(|_| after.report().handled == handled && after.report().dead_lettered == 1 - handled)
+            .await;
+        let letters = dead(&world, "g").await;
+        match handled {
+            1 => assert_eq!(diary.lines(), ["reserve", "ask", "release", "check", "reserve"]),
+            _ => {
+                assert_eq!(diary.lines(), ["reserve", "ask"], "nothing is done in the dark");
+                let text = &letters[0].errors.last().unwrap().text;
+                assert!(text.contains("from reserve → ask to check → reserve"), "{text}");
+            }
+        }
+    }
+}

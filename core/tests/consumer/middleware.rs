@@ -5,9 +5,10 @@ use crate::{
     world::{World, options, secs},
 };
 use postrider_core::{
-    AnyEvent, Bus, Context, EventLog, HandlerError, HandlerResult, Message, Middleware, Next, Retry, Topic, Transport,
-    Verdict,
+    AnyEvent, Bus, Context, EventLog, GroupName, HandlerError, HandlerResult, Message, Middleware, Next, Retry, Topic,
+    Transactional, Transport, Verdict,
     consumer::{CatchPanic, CircuitBreaker, Flow, RetryInside, Throttle, Timeout, Tracing},
+    memory::MemoryTransport,
     relay::Backoff,
 };
 use std::{num::NonZeroU32, sync::Arc};
@@ -341,4 +342,72 @@ async fn a_middleware_that_panics_ends_no_subscription() {
     world
         .until(|_| running.report().handled == 2 && running.report().dead_lettered == 1)
         .await;
+}
+
+/// A compensation that is cut off with everything around it runs again, to its end.
+#[tokio::test]
+async fn a_compensation_that_is_cut_off_runs_again() {
+    let world = World::start(options()).await;
+    let diary = Diary::default();
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .middleware(Timeout::after(secs(2)))
+        .middleware(Transactional::new())
+        .retry(Retry::none())
+        .state(diary.clone())
+        .handler(Diary::reserve)
+        .compensate(async |diary, _, _| {
+            diary.note("release begins");
+            if diary.count("release begins") == 1 {
+                std::future::pending::<()>().await;
+            }
+            diary.did("release ends")
+        })
+        .handler(async |_, _, _| Err("no")?)
+        .start()
+        .await
+        .unwrap();
+    world.bus.publish(&placed(1, "ada")).await.unwrap();
+    for _ in 0..3 {
+        world.pass(secs(2)).await;
+    }
+    world.until(|_| running.report().dead_lettered == 1).await;
+    assert_eq!(
+        diary.lines(),
+        ["reserve 1", "release begins", "release begins", "release ends"]
+    );
+}
+
+/// Would have everything tried again.
+struct Again;
+
+impl Middleware for Again {
+    async fn fallback(&self, _: &mut Context, _: Option<&AnyEvent>, _: &HandlerError) -> Option<Verdict> {
+        Some(Verdict::Retry { after: secs(1) })
+    }
+}
+
+/// It decodes no better the next time, and without an inbox there is nowhere to wait: it is kept.
+#[tokio::test]
+async fn what_cannot_be_decoded_is_kept_where_nothing_can_wait() {
+    let transport = MemoryTransport::new();
+    let bus = Bus::builder().transport(transport.clone()).build().unwrap();
+    bus.start().await.unwrap();
+    let running = bus
+        .subscribe::<OrderPlaced>("g")
+        .middleware_for_all(Again)
+        .handler(async |_, _| Ok(()))
+        .start()
+        .await
+        .unwrap();
+    bus.publish_direct(Message::new(Topic::new("orders"), "order.placed.v2", "?"))
+        .await
+        .unwrap();
+    while running.report().delivered == 0 {
+        tokio::task::yield_now().await;
+    }
+    bus.shutdown(secs(5)).await.unwrap();
+    assert_eq!(running.report().dead_lettered, 1);
+    assert_eq!(transport.dead_letters(&GroupName::new("g")).len(), 1);
 }

@@ -5,7 +5,13 @@ use crate::{
     Diary, OrderPaid, OrderPlaced, dead, placed,
     world::{World, options, secs},
 };
-use postrider_core::{ErrorKind, HandlerError, Message, OnFailure, Retry, Topic, Transactional, consumer::Batch};
+use async_trait::async_trait;
+use postrider_core::{
+    Bus, Error, ErrorKind, EventLog, HandlerError, Mailbox, Message, OnFailure, Result, Retry, Topic, Transactional,
+    Transport,
+    consumer::Batch,
+    log::{Lent, LogTransaction, NewRecord, TransactionalLog},
+};
 use std::{
     num::NonZeroUsize,
     sync::{
@@ -351,4 +357,68 @@ async fn a_run_that_failed_inside_a_batch_spoils_it_whatever_a_middleware_makes_
     world.until(|w| paid(w).len() == 10).await;
     world.pass(secs(1)).await;
     assert_eq!(paid(&world).len(), 10, "the run that failed has published nothing");
+}
+
+/// A database whose transactions can be switched off.
+#[derive(Debug)]
+struct Switched(Arc<dyn TransactionalLog>, Arc<AtomicBool>);
+
+#[async_trait]
+impl TransactionalLog for Switched {
+    async fn begin(&self) -> Result<Box<dyn LogTransaction>> {
+        match self.1.load(Ordering::SeqCst) {
+            true => Err(Error::new(ErrorKind::Unavailable, "the database is away")),
+            false => self.0.begin().await,
+        }
+    }
+    async fn append_in(&self, tx: Lent<'_>, mailbox: &Mailbox, batch: &[NewRecord]) -> Result<()> {
+        self.0.append_in(tx, mailbox, batch).await
+    }
+}
+
+/// What a transaction cannot begin for is no fault of the message's.
+#[tokio::test]
+async fn a_database_that_is_away_costs_no_attempt() {
+    let world = World::start(options()).await;
+    let is_away = Arc::new(AtomicBool::new(true));
+    let log = EventLog::from(world.log.clone());
+    let inner = log.transactions().unwrap().clone();
+    let bus = Bus::builder()
+        .log(log.with_transactions(Switched(inner, is_away.clone())))
+        .transport(Transport::from(world.transport.clone()))
+        .relay(options())
+        .clock(world.clock.clone())
+        .build()
+        .unwrap();
+    let one_by_one = bus
+        .subscribe::<OrderPlaced>("one")
+        .middleware(Transactional::new())
+        .retry(Retry::none())
+        .handler(async |_, ctx| if ctx.attempt() == 1 { Ok(()) } else { Err("counted")? })
+        .start()
+        .await
+        .unwrap();
+    let together = bus
+        .subscribe::<OrderPlaced>("together")
+        .middleware(Transactional::batch(NonZeroUsize::new(10).unwrap()))
+        .retry(Retry::none())
+        .handler(async |_, ctx| if ctx.attempt() == 1 { Ok(()) } else { Err("counted")? })
+        .start()
+        .await
+        .unwrap();
+    for id in 0..20 {
+        world.bus.publish(&placed(id, &format!("c{id}"))).await.unwrap();
+    }
+    for _ in 0..20 {
+        world.pass(secs(10)).await;
+    }
+    for running in [&one_by_one, &together] {
+        let report = running.report();
+        assert_eq!((report.handled, report.dead_lettered, report.parked), (0, 0, 0));
+    }
+    is_away.store(false, Ordering::SeqCst);
+    world.pass(secs(60)).await;
+    world
+        .until(|_| one_by_one.report().handled == 20 && together.report().handled == 20)
+        .await;
 }

@@ -19,8 +19,8 @@ pub use transactional::Transactional;
 
 use super::{Context, HandlerError, HandlerResult};
 use crate::AnyEvent;
-use futures_util::future::BoxFuture;
-use std::{fmt, num::NonZeroUsize, sync::Arc, time::Duration};
+use futures_util::{FutureExt as _, future::BoxFuture};
+use std::{fmt, num::NonZeroUsize, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 /// What is to become of a message whose attempts are exhausted, or that cannot be decoded. The table of
 /// `docs::handlers` in the facade says what each does on each transport.
@@ -121,6 +121,40 @@ impl<E: Sync + 'static, M: Middleware<E>> Around<E> for M {
 
 /// Middleware as it is kept: shared by the chains of a subscription, or of a bus.
 pub(crate) type Layer<E> = Arc<dyn Around<E>>;
+
+/// Tells them of a failed attempt, the innermost first.
+pub(super) async fn tell<E>(layers: &[Layer<E>], ctx: &mut Context, error: &HandlerError, attempt: u32) {
+    let told = async {
+        for layer in layers.iter().rev() {
+            layer.on_failure(ctx, error, attempt).await;
+        }
+    };
+    if AssertUnwindSafe(told).catch_unwind().await.is_err() {
+        ::tracing::error!("a middleware panicked when it was told of a failed attempt");
+    }
+}
+
+/// Asks them what is to become of the message, the innermost first.
+pub(super) async fn ask<E>(
+    layers: &[Layer<E>],
+    ctx: &mut Context,
+    event: Option<&E>,
+    error: &HandlerError,
+) -> Option<Verdict> {
+    let asked = async {
+        for layer in layers.iter().rev() {
+            let verdict = layer.fallback(ctx, event, error).await;
+            if verdict.is_some() {
+                return verdict;
+            }
+        }
+        None
+    };
+    AssertUnwindSafe(asked).catch_unwind().await.unwrap_or_else(|_| {
+        ::tracing::error!("a middleware panicked when it was asked for a verdict: the message is a dead letter");
+        Some(Verdict::DeadLetter)
+    })
+}
 
 /// What a stack of middleware ends in.
 pub(super) trait Endpoint<E>: Send + Sync {

@@ -486,7 +486,8 @@ impl Rows {
             let old = self
                 .notes
                 .iter()
-                .filter(|(_, (_, at))| *at <= before)
+                // Not of what waits: it is to go on from there.
+                .filter(|(id, (_, at))| *at <= before && !self.parked_ids.contains(id))
                 .map(|(id, _)| *id);
             let old: Vec<MessageId> = old.take(max - removed).collect();
             removed += old.len();
