@@ -59,6 +59,7 @@ macro_rules! log_conformance {
             admission_knows_what_waits
             a_look_writes_nothing
             notes_are_compared_and_set
+            notes_are_kept_while_their_message_waits
             a_savepoint_undoes_a_part
             claims_are_bounded_by_bytes
             random_histories_lose_nothing_and_keep_order
@@ -108,27 +109,28 @@ macro_rules! transport_conformance {
     )*};
 }
 
-/// One test for each behaviour a transport has to show while its broker is away; the arguments are an expression that starts
-/// a [`Server`](transport::Server) of a test's own, a function of a reference to it that makes the transport, and attributes
-/// that the tests get.
+/// One test for each behaviour a transport has to show while its broker is away; the arguments are the
+/// [`Server`](transport::Server), of which each test starts its own, a function of a reference to it that makes the transport,
+/// and attributes that the tests get.
 #[cfg(unix)]
 #[macro_export]
 macro_rules! transport_outages {
-    ($start:expr, $transport:expr $(, #[$attribute:meta])*) => {
-        $crate::transport_outages!(@each [$(#[$attribute])*] $start, $transport;
-            what_was_confirmed_outlives_the_broker
-            a_feed_outlives_the_broker
-            a_broker_that_stands_still_is_told
+    ($server:ty, $transport:expr $(, #[$attribute:meta])*) => {
+        $crate::transport_outages!(@each [$(#[$attribute])*] $server, $transport;
+            start what_was_confirmed_outlives_the_broker
+            behind_proxy what_was_confirmed_outlives_its_connection
+            start a_feed_outlives_the_broker
+            start a_broker_that_stands_still_is_told
         );
     };
-    (@each $attributes:tt $start:expr, $transport:expr; $($name:ident)*) => {$(
-        $crate::transport_outages!(@one $attributes $start, $transport; $name);
+    (@each $attributes:tt $server:ty, $transport:expr; $($start:ident $name:ident)*) => {$(
+        $crate::transport_outages!(@one $attributes $server, $transport; $start $name);
     )*};
-    (@one [$(#[$attribute:meta])*] $start:expr, $transport:expr; $name:ident) => {
+    (@one [$(#[$attribute:meta])*] $server:ty, $transport:expr; $start:ident $name:ident) => {
         #[test]
         $(#[$attribute])*
         fn $name() {
-            let server = $start;
+            let server = <$server as $crate::transport::Server>::$start();
             let transport = $transport(&server);
             let longest = std::time::Duration::from_secs(240);
             $crate::run_within(longest, $crate::transport::$name(server, transport));

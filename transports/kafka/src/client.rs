@@ -7,19 +7,72 @@ use rdkafka::{
     config::RDKafkaLogLevel,
     error::{KafkaError, RDKafkaErrorCode},
 };
-use std::sync::Arc;
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 /// Where the brokers are, and how to talk to them.
 #[derive(Debug, Clone)]
-pub(crate) struct Cluster(Arc<KafkaOptions>);
+pub(crate) struct Cluster(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    options: KafkaOptions,
+    /// Why a broker could not be reached the last time, and when that was: with an error the client says only that it was so.
+    trouble: Mutex<Option<(Instant, String)>>,
+}
+
+/// For so long what was said of a broker explains errors.
+const RECENT: Duration = Duration::from_secs(30);
 
 impl Cluster {
     pub(crate) fn new(options: KafkaOptions) -> Self {
-        Self(Arc::new(options))
+        Self(Arc::new(Inner {
+            options,
+            trouble: Mutex::default(),
+        }))
     }
 
     pub(crate) fn options(&self) -> &KafkaOptions {
-        &self.0
+        &self.0.options
+    }
+
+    fn trouble(&self) -> MutexGuard<'_, Option<(Instant, String)>> {
+        self.0.trouble.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a client says of itself, in one of its threads: it goes to `tracing`.
+    pub(crate) fn said(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        match level {
+            RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical | RDKafkaLogLevel::Error => {
+                tracing::warn!(facility, "librdkafka: {text}");
+            }
+            // Whatever it cannot reach it says again and again.
+            _ => tracing::debug!(facility, "librdkafka: {text}"),
+        }
+        if facility == "FAIL" {
+            *self.trouble() = Some((Instant::now(), text.to_owned()));
+        }
+    }
+
+    /// Why a broker could not be reached, if that was lately.
+    pub(crate) fn recent_trouble(&self) -> Option<String> {
+        let trouble = self.trouble();
+        let recent = trouble.as_ref().filter(|(at, _)| at.elapsed() < RECENT);
+        recent.map(|(_, reason)| reason.clone())
+    }
+
+    /// What went wrong while `doing` something.
+    pub(crate) fn failed(&self, doing: &'static str) -> impl Fn(KafkaError) -> Error {
+        move |why| {
+            let kind = kind_of(&why);
+            let error = Error::new(kind, "Kafka failed").with("doing", doing).because(why);
+            match self.recent_trouble().filter(|_| kind == ErrorKind::Unavailable) {
+                Some(reason) => error.with("reason", reason),
+                None => error,
+            }
+        }
     }
 
     /// The same, and what else the client is to be told: last, so that it counts.
@@ -30,8 +83,15 @@ impl Cluster {
         config
     }
 
-    /// Whether the client knows what it is told.
+    /// Whether the client knows what it is told, and can read what it is to read.
     pub(crate) fn check(&self) -> Result<()> {
+        if let Some(file) = &self.options().ca_file {
+            std::fs::File::open(file).map_err(|why| {
+                Error::new(ErrorKind::Config, "the certificates to trust cannot be read")
+                    .with("ca_file", file)
+                    .because(why)
+            })?;
+        }
         self.with_properties(self.config())
             .create_native_config()
             .map(drop)
@@ -79,23 +139,13 @@ impl Cluster {
     }
 }
 
-/// What the client says of itself goes to `tracing`.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Quiet;
-
-pub(crate) fn log(level: RDKafkaLogLevel, facility: &str, text: &str) {
-    match level {
-        RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical | RDKafkaLogLevel::Error => {
-            tracing::warn!(facility, "librdkafka: {text}");
-        }
-        // Whatever it cannot reach it says again and again.
-        _ => tracing::debug!(facility, "librdkafka: {text}"),
-    }
-}
+/// What a client that needs no more tells.
+#[derive(Debug, Clone)]
+pub(crate) struct Quiet(pub(crate) Cluster);
 
 impl ClientContext for Quiet {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
-        log(level, facility, text);
+        self.0.said(level, facility, text);
     }
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(%error, "librdkafka: {reason}");
@@ -108,22 +158,18 @@ pub(crate) async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Sen
     done.map_err(|why| Error::new(ErrorKind::Unexpected, "a thread for Kafka has ended").because(why))
 }
 
-/// What went wrong while `doing` something.
-pub(crate) fn failed(doing: &'static str) -> impl Fn(KafkaError) -> Error + Clone {
-    move |why| {
-        let kind = match why.rdkafka_error_code() {
-            Some(
-                RDKafkaErrorCode::TopicAuthorizationFailed
-                | RDKafkaErrorCode::GroupAuthorizationFailed
-                | RDKafkaErrorCode::ClusterAuthorizationFailed
-                | RDKafkaErrorCode::InvalidConfig
-                | RDKafkaErrorCode::UnknownTopicOrPartition
-                | RDKafkaErrorCode::UnknownTopic,
-            ) => ErrorKind::Config,
-            _ if matches!(why, KafkaError::ClientConfig(..)) => ErrorKind::Config,
-            _ => ErrorKind::Unavailable,
-        };
-        Error::new(kind, "Kafka failed").with("doing", doing).because(why)
+fn kind_of(error: &KafkaError) -> ErrorKind {
+    match error.rdkafka_error_code() {
+        Some(
+            RDKafkaErrorCode::TopicAuthorizationFailed
+            | RDKafkaErrorCode::GroupAuthorizationFailed
+            | RDKafkaErrorCode::ClusterAuthorizationFailed
+            | RDKafkaErrorCode::InvalidConfig
+            | RDKafkaErrorCode::UnknownTopicOrPartition
+            | RDKafkaErrorCode::UnknownTopic,
+        ) => ErrorKind::Config,
+        _ if matches!(error, KafkaError::ClientConfig(..)) => ErrorKind::Config,
+        _ => ErrorKind::Unavailable,
     }
 }
 

@@ -1,7 +1,7 @@
 //! Publishing: librdkafka's own thread sends and confirms; a call is answered by the confirm of its last message.
 
 use crate::{
-    client::{Cluster, failed, log, off_thread},
+    client::{Cluster, off_thread},
     topology::Topology,
     wire,
 };
@@ -49,11 +49,11 @@ impl fmt::Debug for Shared {
 }
 
 /// What is told of confirms.
-struct Confirms;
+struct Confirms(Cluster);
 
 impl ClientContext for Confirms {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
-        log(level, facility, text);
+        self.0.said(level, facility, text);
     }
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(%error, "librdkafka: {reason}");
@@ -138,8 +138,9 @@ impl KafkaPublisher {
             .set("linger.ms", format!("{:.3}", options.linger.as_secs_f64() * 1000.0))
             .set("message.timeout.ms", options.delivery_timeout.as_millis().to_string())
             .set("queue.buffering.max.messages", "100000");
-        let made = Producer::from_config_and_context(&self.shared.cluster.with_properties(config), Confirms)
-            .map_err(failed("connecting"))?;
+        let cluster = &self.shared.cluster;
+        let made = Producer::from_config_and_context(&cluster.with_properties(config), Confirms(cluster.clone()))
+            .map_err(cluster.failed("connecting"))?;
         Ok(producer.insert(Arc::new(made)).clone())
     }
 
@@ -265,9 +266,13 @@ impl KafkaPublisher {
             let answer = off_thread(move || asked.client().fetch_metadata(None, limit).is_ok()).await;
             outcomes.iter().any(Result::is_ok) || answer.unwrap_or(false)
         };
+        let why_late = match brokers_answer {
+            true => None,
+            false => Some(self.shared.cluster.recent_trouble().unwrap_or_default()),
+        };
         let outcomes = part.iter().zip(outcomes).map(|(message, outcome)| {
             outcome.map_err(|error| {
-                let error = refusal(error, message, timeout, brokers_answer);
+                let error = refusal(error, message, timeout, why_late.as_deref());
                 if error.is_unroutable() {
                     self.shared.topology.forget(copy_to.unwrap_or(message.topic().as_str()));
                 }
@@ -278,8 +283,8 @@ impl KafkaPublisher {
     }
 }
 
-/// What a broker's refusal means.
-fn refusal(error: KafkaError, message: &Message, timeout: Duration, brokers_answer: bool) -> PublishError {
+/// What a broker's refusal means. `unreachable` is why no broker answers, if none does.
+fn refusal(error: KafkaError, message: &Message, timeout: Duration, unreachable: Option<&str>) -> PublishError {
     use RDKafkaErrorCode as Code;
     let topic = message.topic();
     match error.rdkafka_error_code() {
@@ -303,10 +308,12 @@ fn refusal(error: KafkaError, message: &Message, timeout: Duration, brokers_answ
         ) => PublishError::invalid(error),
         // Another one of its batch was invalid.
         Some(Code::PolicyViolation | Code::InvalidDifferentRecord) => PublishError::rejected(error),
-        Some(Code::MessageTimedOut) if brokers_answer => PublishError::destination(format!(
-            "topic `{topic}` did not confirm within {timeout:?}, though brokers answer: it has no leader, or too few replicas"
-        )),
-        Some(Code::MessageTimedOut) => PublishError::connection(format!("Kafka did not confirm within {timeout:?}")),
+        Some(Code::MessageTimedOut) => match unreachable {
+            None => PublishError::destination(format!(
+                "topic `{topic}` did not confirm within {timeout:?}, though brokers answer: it has no leader, or too few replicas"
+            )),
+            Some(why) => PublishError::connection(format!("Kafka did not confirm within {timeout:?}: {why}")),
+        },
         _ => PublishError::connection(error),
     }
 }
@@ -339,7 +346,11 @@ impl Publisher for KafkaPublisher {
         // Its cluster's id the client would remember.
         match off_thread(move || producer.client().fetch_metadata(None, timeout).map(drop)).await {
             Ok(Ok(())) => Reachability::Up,
-            Ok(Err(error)) => Reachability::Down(PublishError::connection(failed("asking brokers")(error))),
+            Ok(Err(error)) => {
+                Reachability::Down(PublishError::connection(self.shared.cluster.failed("asking brokers")(
+                    error,
+                )))
+            }
             Err(error) => Reachability::Down(PublishError::connection(error)),
         }
     }

@@ -1,6 +1,6 @@
 //! Topics: their declaration.
 
-use crate::client::{Cluster, Quiet, failed, off_thread};
+use crate::client::{Cluster, Quiet, off_thread};
 use postrider_core::{Error, ErrorKind, GroupName, Result};
 use rdkafka::{
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
@@ -80,8 +80,9 @@ impl Topology {
         }
         let admin = self.admin.get_or_try_init(|| async {
             let config = self.cluster.with_properties(self.cluster.config());
-            let made = off_thread(move || AdminClient::from_config_and_context(&config, Quiet)).await?;
-            made.map(Arc::new).map_err(failed("connecting"))
+            let quiet = Quiet(self.cluster.clone());
+            let made = off_thread(move || AdminClient::from_config_and_context(&config, quiet)).await?;
+            made.map(Arc::new).map_err(self.cluster.failed("connecting"))
         });
         let admin = admin.await?.clone();
         let options = self.cluster.options();
@@ -95,7 +96,7 @@ impl Topology {
             let made = admin
                 .create_topics(&new, &limits)
                 .await
-                .map_err(failed("declaring topics"))?;
+                .map_err(self.cluster.failed("declaring topics"))?;
             for outcome in made {
                 match outcome {
                     Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
@@ -139,7 +140,7 @@ impl Topology {
             let topic = metadata.topics().iter().find(|topic| topic.name() == asked);
             Ok(topic.is_some_and(|topic| topic.error().is_none() && !topic.partitions().is_empty()))
         });
-        match found.await?.map_err(failed("looking for a topic"))? {
+        match found.await?.map_err(self.cluster.failed("looking for a topic"))? {
             true => Ok(()),
             false => Err(Error::new(
                 ErrorKind::Config,

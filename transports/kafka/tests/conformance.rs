@@ -31,7 +31,7 @@ fn soon_told(server: &Kafka) -> Transport {
 
 transport_conformance!(fixture());
 transport_outages!(
-    Kafka::start(),
+    Kafka,
     soon_told,
     #[cfg_attr(feature = "mock", ignore = "there is no Apache Kafka here to be killed")]
 );

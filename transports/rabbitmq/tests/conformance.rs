@@ -20,4 +20,4 @@ fn soon_told(server: &RabbitMq) -> Transport {
 }
 
 transport_conformance!(fixture());
-transport_outages!(RabbitMq::start(), soon_told);
+transport_outages!(RabbitMq, soon_told);

@@ -278,14 +278,36 @@ pub async fn notes_are_compared_and_set(fixture: &dyn LogFixture) {
     };
     let (one, two) = tokio::join!(first("a"), first("b"));
     assert!(one != two, "one of them: {one}, {two}");
-    // Other groups and other messages have notes of their own; all are kept as long as receipts are.
+    // Other groups and other messages have notes of their own.
     assert_eq!(inbox.note(None, &GroupName::new("shipping"), id).await.unwrap(), None);
-    let purge = |age| Purge::new(Mailbox::Inbox(group()), 1).receipts_after(age);
+}
+
+/// Notes are kept as long as receipts are, and longer while their message waits.
+pub async fn notes_are_kept_while_their_message_waits(fixture: &dyn LogFixture) {
+    let log = fixture.log();
+    let Ok(inbox) = log.inbox() else { return };
+    let (mailbox, m) = (Mailbox::Inbox(group()), messages(3));
+    let parked = NewRecord::new(m[2].clone()).placed(Placement::Parked {
+        after: LONG,
+        attempts: 1,
+        errors: Vec::new(),
+    });
+    log.store().append(&mailbox, &[parked]).await.unwrap();
+    for message in &m {
+        let is_written = inbox.write_note(None, &group(), message.id(), 0, "begun").await;
+        assert!(is_written.unwrap());
+    }
+    let purge = |age| Purge::new(mailbox.clone(), 1).receipts_after(age);
     assert_eq!(log.store().purge(&purge(LONG)).await.unwrap(), 0);
     fixture.advance(SHORT * 2).await;
-    assert_eq!(log.store().purge(&purge(SHORT)).await.unwrap(), 1);
-    assert_eq!(log.store().purge(&purge(SHORT)).await.unwrap(), 1);
-    assert_eq!(read().await, None);
+    for removed in [1, 1, 0] {
+        assert_eq!(log.store().purge(&purge(SHORT)).await.unwrap(), removed);
+    }
+    let mut kept = Vec::new();
+    for message in &m {
+        kept.push(inbox.note(None, &group(), message.id()).await.unwrap().is_some());
+    }
+    assert_eq!(kept, [false, false, true]);
 }
 
 /// What was written since the savepoint is undone, and the transaction goes on.

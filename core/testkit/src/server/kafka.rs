@@ -1,10 +1,10 @@
-use super::{Keeper, free_port, fresh_dir, fresh_name, is_running, kill, run, signal, tail, wait_until};
+use super::{Keeper, Place, certificate, free_port, fresh_dir, fresh_name, kill, launch, proxy::Proxy, run, signal};
 use std::{
     fs,
     io::{Read as _, Write as _},
     net::TcpStream,
     path::PathBuf,
-    process::{Command, Stdio},
+    process::Command,
     sync::OnceLock,
     time::Duration,
 };
@@ -15,14 +15,7 @@ use std::{
 /// Its jars are looked for in `POSTRIDER_TEST_KAFKA_LIB` and where `./test` puts them.
 #[derive(Debug)]
 pub struct Kafka {
-    place: Place,
-}
-
-#[derive(Debug)]
-enum Place {
-    Own(Box<Own>),
-    /// A running one, named by the environment.
-    Given(String),
+    place: Place<Own>,
 }
 
 #[derive(Debug)]
@@ -30,6 +23,9 @@ struct Own {
     dir: PathBuf,
     lib: PathBuf,
     port: u16,
+    /// Where it speaks TLS.
+    tls_port: u16,
+    proxy: Option<Proxy>,
     pid: u32,
     java_options: Vec<String>,
     _keeper: Keeper,
@@ -50,42 +46,108 @@ impl Kafka {
     #[must_use]
     pub fn shared() -> &'static Self {
         static SHARED: OnceLock<Kafka> = OnceLock::new();
-        SHARED.get_or_init(|| match std::env::var(VARIABLE) {
-            Ok(brokers) if !brokers.is_empty() => Self {
-                place: Place::Given(brokers),
-            },
-            _ => Self::start(),
+        SHARED.get_or_init(|| Self {
+            place: Place::of(VARIABLE, || Own::start(&QUICK, false)),
         })
+    }
+
+    fn own(own: Own) -> Self {
+        Self {
+            place: Place::Own(Box::new(own)),
+        }
     }
 
     /// Starts a broker for a test that kills or pauses it.
     #[must_use]
     pub fn start() -> Self {
-        Self::start_with(&QUICK)
+        Self::own(Own::start(&QUICK, false))
+    }
+
+    /// Starts a broker whose connections can be [cut](Kafka::cut).
+    #[must_use]
+    pub fn behind_proxy() -> Self {
+        Self::own(Own::start(&QUICK, true))
     }
 
     /// Starts a broker as a benchmark wants it: it takes longer to start.
     #[must_use]
     pub fn start_fast() -> Self {
-        Self::start_with(&["-Xmx2g"])
+        Self::own(Own::start(&["-Xmx2g"], false))
     }
 
-    fn start_with(java_options: &[&str]) -> Self {
+    /// Its address: `host:port`.
+    #[must_use]
+    pub fn brokers(&self) -> String {
+        self.place.address(|own| {
+            let port = own.proxy.as_ref().map_or(own.port, Proxy::port);
+            format!("127.0.0.1:{port}")
+        })
+    }
+
+    /// Its address for TLS, and the certificate to trust.
+    #[must_use]
+    pub fn tls(&self) -> (String, PathBuf) {
+        let own = self.place.own();
+        (format!("localhost:{}", own.tls_port), own.dir.join("ca.pem"))
+    }
+
+    /// A name for topics and groups that no other test uses.
+    #[must_use]
+    pub fn fresh_name(&self) -> String {
+        fresh_name()
+    }
+
+    /// Kills it (SIGKILL), as a power failure would.
+    pub fn kill(&mut self) {
+        kill(&[self.place.own_mut().pid]);
+    }
+
+    /// Stops it (SIGSTOP) until [`resume`](Kafka::resume).
+    pub fn pause(&mut self) {
+        signal("-STOP", &[self.place.own_mut().pid]);
+    }
+
+    /// Lets it go on.
+    pub fn resume(&mut self) {
+        signal("-CONT", &[self.place.own_mut().pid]);
+    }
+
+    /// Starts it again, after [`kill`](Kafka::kill), on the same data and the same port.
+    pub fn restart(&mut self) {
+        self.place.own_mut().run();
+    }
+
+    /// Cuts all connections that there are to it.
+    ///
+    /// # Panics
+    /// If it was not started [behind a proxy](Kafka::behind_proxy).
+    pub fn cut(&mut self) {
+        self.place.own().proxy.as_ref().expect("a proxy").cut();
+    }
+}
+
+impl Own {
+    fn start(java_options: &[&str], behind_proxy: bool) -> Self {
         let dir = fresh_dir("kafka");
-        let (port, controller) = (free_port(), free_port());
-        let lib = lib();
+        let (port, tls_port, controller) = (free_port(), free_port(), free_port());
+        let proxy = behind_proxy.then(|| Proxy::to(port));
+        let advertised = proxy.as_ref().map_or(port, Proxy::port);
+        certificate(&dir);
         let properties = PROPERTIES
             .replace("{port}", &port.to_string())
-            .replace("{controller}", &controller.to_string())
-            .replace("{logs}", &dir.join("logs").display().to_string());
+            .replace("{advertised}", &advertised.to_string())
+            .replace("{tls}", &tls_port.to_string())
+            .replace("{dir}", &dir.display().to_string())
+            .replace("{controller}", &controller.to_string());
         fs::write(dir.join("server.properties"), properties).expect("its configuration");
         fs::write(dir.join("log4j2.yaml"), LOGGING).expect("its configuration");
-        fs::write(dir.join("server.log"), "").expect("a log file");
         let mut own = Own {
             _keeper: Keeper::of(&dir, "pid", "TERM"),
             dir,
-            lib,
+            lib: lib(),
             port,
+            tls_port,
+            proxy,
             pid: 0,
             java_options: java_options.iter().map(|option| (*option).to_owned()).collect(),
         };
@@ -100,55 +162,9 @@ impl Kafka {
         ]);
         run(format.arg(own.dir.join("server.properties"))).expect("Kafka's storage is formatted");
         own.run();
-        Self {
-            place: Place::Own(Box::new(own)),
-        }
+        own
     }
 
-    /// Its address: `host:port`.
-    #[must_use]
-    pub fn brokers(&self) -> String {
-        match &self.place {
-            Place::Own(own) => format!("127.0.0.1:{}", own.port),
-            Place::Given(brokers) => brokers.clone(),
-        }
-    }
-
-    /// A name for topics and groups that no other test uses.
-    #[must_use]
-    pub fn fresh_name(&self) -> String {
-        fresh_name()
-    }
-
-    fn own(&mut self) -> &mut Own {
-        match &mut self.place {
-            Place::Own(own) => own,
-            Place::Given(_) => panic!("a broker that {VARIABLE} names is not ours to kill: use Kafka::start()"),
-        }
-    }
-
-    /// Kills it (SIGKILL), as a power failure would.
-    pub fn kill(&mut self) {
-        kill(&[self.own().pid]);
-    }
-
-    /// Stops it (SIGSTOP) until [`resume`](Kafka::resume).
-    pub fn pause(&mut self) {
-        signal("-STOP", &[self.own().pid]);
-    }
-
-    /// Lets it go on.
-    pub fn resume(&mut self) {
-        signal("-CONT", &[self.own().pid]);
-    }
-
-    /// Starts it again, after [`kill`](Kafka::kill), on the same data and the same port.
-    pub fn restart(&mut self) {
-        self.own().run();
-    }
-}
-
-impl Own {
     fn java(&self, options: &[&str]) -> Command {
         let mut java = Command::new("java");
         java.arg("-cp").arg(self.lib.join("*")).args(options);
@@ -156,28 +172,15 @@ impl Own {
             "-Dlog4j2.configurationFile={}",
             self.dir.join("log4j2.yaml").display()
         ));
-        java.stdin(Stdio::null());
         java
     }
 
     fn run(&mut self) {
-        let log = self.dir.join("server.log");
-        let file = || fs::File::options().append(true).open(&log).expect("the broker's log");
         let options: Vec<&str> = self.java_options.iter().map(String::as_str).collect();
         let mut server = self.java(&options);
         server.arg("kafka.Kafka").arg(self.dir.join("server.properties"));
-        std::os::unix::process::CommandExt::process_group(&mut server, 0);
-        let mut started = server.stdout(file()).stderr(file()).spawn().expect("java starts");
-        self.pid = started.id();
-        fs::write(self.dir.join("pid"), self.pid.to_string()).expect("its process id");
-        std::thread::spawn(move || started.wait());
-        let (port, pid) = (self.port, self.pid);
-        let answers = wait_until(Duration::from_secs(90), || has_metadata(port) || !is_running(pid));
-        assert!(
-            answers && is_running(pid),
-            "the Kafka broker does not come up:\n{}",
-            tail(&log)
-        );
+        let port = self.port;
+        self.pid = launch(&mut server, &self.dir, || has_metadata(port));
     }
 }
 
@@ -212,12 +215,14 @@ const PROPERTIES: &str = "\
 process.roles=broker,controller
 node.id=1
 controller.quorum.bootstrap.servers=127.0.0.1:{controller}
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+listeners=PLAINTEXT://127.0.0.1:{port},SSL://127.0.0.1:{tls},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{advertised},SSL://localhost:{tls},CONTROLLER://127.0.0.1:{controller}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SSL:SSL,CONTROLLER:PLAINTEXT
+ssl.keystore.type=PEM
+ssl.keystore.location={dir}/both.pem
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
-log.dirs={logs}
+log.dirs={dir}/logs
 num.partitions=4
 auto.create.topics.enable=false
 offsets.topic.replication.factor=1

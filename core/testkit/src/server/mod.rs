@@ -4,6 +4,7 @@
 
 mod kafka;
 mod postgres;
+mod proxy;
 mod rabbitmq;
 
 pub use kafka::Kafka;
@@ -14,6 +15,7 @@ use std::{
     fs,
     io::{self, Read as _},
     net::TcpListener,
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -33,11 +35,99 @@ pub fn fresh_name() -> String {
     format!("test_{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
+/// A server of a test's own, or a running one that the environment names.
+#[derive(Debug)]
+pub(crate) enum Place<O> {
+    Own(Box<O>),
+    Given { variable: &'static str, address: String },
+}
+
+impl<O> Place<O> {
+    /// The running one that this variable names; else one is started.
+    pub(crate) fn of(variable: &'static str, start: impl FnOnce() -> O) -> Self {
+        match std::env::var(variable) {
+            Ok(address) if !address.is_empty() => Self::Given { variable, address },
+            _ => Self::Own(Box::new(start())),
+        }
+    }
+
+    /// The address: of one of our own it is asked.
+    pub(crate) fn address(&self, of: impl FnOnce(&O) -> String) -> String {
+        match self {
+            Self::Own(own) => of(own),
+            Self::Given { address, .. } => address.clone(),
+        }
+    }
+
+    pub(crate) fn own(&self) -> &O {
+        match self {
+            Self::Own(own) => own,
+            Self::Given { variable, .. } => not_ours(variable),
+        }
+    }
+
+    pub(crate) fn own_mut(&mut self) -> &mut O {
+        match self {
+            Self::Own(own) => own,
+            Self::Given { variable, .. } => not_ours(variable),
+        }
+    }
+}
+
+fn not_ours(variable: &str) -> ! {
+    panic!("a server that {variable} names is not this test's, to kill or to configure: it has to start its own")
+}
+
+/// Starts the server with its data in `dir`, in a group of its own: a signal to the test's is not one to it. Gives its
+/// process id, which stands in the file `pid` there, once it `answers`.
+pub(crate) fn launch(server: &mut Command, dir: &Path, answers: impl Fn() -> bool) -> u32 {
+    let log = dir.join("server.log");
+    let file = || {
+        fs::File::options()
+            .append(true)
+            .create(true)
+            .open(&log)
+            .expect("the server's log")
+    };
+    let mut started = server
+        .stdin(Stdio::null())
+        .stdout(file())
+        .stderr(file())
+        .process_group(0)
+        .spawn()
+        .expect("the server starts");
+    let pid = started.id();
+    fs::write(dir.join("pid"), pid.to_string()).expect("its process id");
+    // Whoever waits for it is told when it is gone, so that no dead process is left.
+    std::thread::spawn(move || started.wait());
+    let has_come = wait_until(Duration::from_secs(90), || answers() || !is_running(pid));
+    assert!(
+        has_come && is_running(pid),
+        "the server does not come up: {server:?}\n{}",
+        tail(&log)
+    );
+    pid
+}
+
 /// A directory for a server's data.
 pub(crate) fn fresh_dir(what: &str) -> PathBuf {
     let dir = std::env::temp_dir().join(format!("postrider-{what}-{}-{}", std::process::id(), free_port()));
     fs::create_dir(&dir).expect("a directory for the server");
     dir
+}
+
+/// Writes a certificate for this machine that signs itself, and its key, into `dir`: `ca.pem`, `key.pem`, and `both.pem`.
+pub(crate) fn certificate(dir: &Path) {
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned(), "127.0.0.1".to_owned()]);
+    let made = made.expect("a certificate");
+    let (certificate, key) = (made.cert.pem(), made.signing_key.serialize_pem());
+    for (name, text) in [
+        ("ca.pem", &certificate),
+        ("key.pem", &key),
+        ("both.pem", &(key.clone() + &certificate)),
+    ] {
+        fs::write(dir.join(name), text).expect("a certificate's file");
+    }
 }
 
 /// A shell that ends a server, and removes its data, when this is dropped, or its process ends in whatever way.

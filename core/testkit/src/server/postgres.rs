@@ -1,5 +1,5 @@
 use super::{
-    Keeper, family, free_port, fresh_dir, fresh_name, is_root, is_running, kill, run, signal, tail, wait_until,
+    Keeper, Place, family, free_port, fresh_dir, fresh_name, is_root, is_running, kill, run, signal, tail, wait_until,
 };
 use std::{
     fs,
@@ -18,14 +18,7 @@ use std::{
 /// root; then it runs as the user `postgres`, or `nobody`.
 #[derive(Debug)]
 pub struct Postgres {
-    place: Place,
-}
-
-#[derive(Debug)]
-enum Place {
-    Own(Box<Own>),
-    /// A running one, named by the environment.
-    Given(String),
+    place: Place<Own>,
 }
 
 #[derive(Debug)]
@@ -38,6 +31,8 @@ struct Own {
     _keeper: Keeper,
 }
 
+const WITHOUT_FSYNC: [&str; 1] = ["fsync=off"];
+
 const VARIABLE: &str = "POSTRIDER_TEST_POSTGRES_URL";
 
 impl Postgres {
@@ -46,23 +41,81 @@ impl Postgres {
     #[must_use]
     pub fn shared() -> &'static Self {
         static SHARED: OnceLock<Postgres> = OnceLock::new();
-        SHARED.get_or_init(|| match std::env::var(VARIABLE) {
-            Ok(url) if !url.is_empty() => Self {
-                place: Place::Given(url),
-            },
-            _ => Self::start(),
+        SHARED.get_or_init(|| Self {
+            place: Place::of(VARIABLE, || Own::start(&WITHOUT_FSYNC)),
         })
     }
 
     /// Starts a server for a test that kills or pauses it.
     #[must_use]
     pub fn start() -> Self {
-        Self::start_with(&["fsync=off"])
+        Self::start_with(&WITHOUT_FSYNC)
     }
 
     /// Starts a server with these settings beside the usual ones.
     #[must_use]
     pub fn start_with(settings: &[&str]) -> Self {
+        Self {
+            place: Place::Own(Box::new(Own::start(settings))),
+        }
+    }
+
+    /// The address of its database `postgres`.
+    #[must_use]
+    pub fn url(&self) -> String {
+        self.place
+            .address(|own| format!("postgres://postgres@127.0.0.1:{}/postgres", own.port))
+    }
+
+    /// A name for a schema that no other test uses.
+    #[must_use]
+    pub fn fresh_name(&self) -> String {
+        fresh_name()
+    }
+
+    /// The folder of its programs, `psql` among them.
+    #[must_use]
+    pub fn programs() -> PathBuf {
+        binaries()
+    }
+
+    /// Kills it and all its processes at once (SIGKILL), as a power failure would.
+    pub fn kill(&mut self) {
+        let own = self.place.own_mut();
+        kill(&own.processes());
+    }
+
+    /// Stops all its processes (SIGSTOP) until [`resume`](Postgres::resume).
+    pub fn pause(&mut self) {
+        let processes = self.place.own_mut().processes();
+        signal("-STOP", &processes);
+    }
+
+    /// Lets them go on.
+    pub fn resume(&mut self) {
+        let processes = self.place.own_mut().processes();
+        signal("-CONT", &processes);
+    }
+
+    /// Starts it again, after [`kill`](Postgres::kill), on the same data and the same port.
+    pub fn restart(&mut self) {
+        self.place.own_mut().run();
+    }
+
+    /// Ends it in order, connections cut.
+    pub fn stop(&mut self) {
+        let own = self.place.own_mut();
+        let pid = own.pid();
+        signal("-INT", &[pid]);
+        assert!(
+            wait_until(Duration::from_secs(20), || !is_running(pid)),
+            "the server does not stop"
+        );
+    }
+}
+
+impl Own {
+    fn start(settings: &[&str]) -> Self {
         let bin = binaries();
         let user = is_root().then(unprivileged_user);
         let dir = fresh_dir("postgres");
@@ -93,75 +146,9 @@ impl Postgres {
             settings: settings.iter().map(|s| (*s).to_owned()).collect(),
         };
         own.run();
-        Self {
-            place: Place::Own(Box::new(own)),
-        }
+        own
     }
 
-    /// The address of its database `postgres`.
-    #[must_use]
-    pub fn url(&self) -> String {
-        match &self.place {
-            Place::Own(own) => format!("postgres://postgres@127.0.0.1:{}/postgres", own.port),
-            Place::Given(url) => url.clone(),
-        }
-    }
-
-    /// A name for a schema that no other test uses.
-    #[must_use]
-    pub fn fresh_name(&self) -> String {
-        fresh_name()
-    }
-
-    /// The folder of its programs, `psql` among them.
-    #[must_use]
-    pub fn programs() -> PathBuf {
-        binaries()
-    }
-
-    fn own(&mut self) -> &mut Own {
-        match &mut self.place {
-            Place::Own(own) => own,
-            Place::Given(_) => panic!("a server that {VARIABLE} names is not ours to kill: use Postgres::start()"),
-        }
-    }
-
-    /// Kills it and all its processes at once (SIGKILL), as a power failure would.
-    pub fn kill(&mut self) {
-        let own = self.own();
-        kill(&own.processes());
-    }
-
-    /// Stops all its processes (SIGSTOP) until [`resume`](Postgres::resume).
-    pub fn pause(&mut self) {
-        let processes = self.own().processes();
-        signal("-STOP", &processes);
-    }
-
-    /// Lets them go on.
-    pub fn resume(&mut self) {
-        let processes = self.own().processes();
-        signal("-CONT", &processes);
-    }
-
-    /// Starts it again, after [`kill`](Postgres::kill), on the same data and the same port.
-    pub fn restart(&mut self) {
-        self.own().run();
-    }
-
-    /// Ends it in order, connections cut.
-    pub fn stop(&mut self) {
-        let own = self.own();
-        let pid = own.pid();
-        signal("-INT", &[pid]);
-        assert!(
-            wait_until(Duration::from_secs(20), || !is_running(pid)),
-            "the server does not stop"
-        );
-    }
-}
-
-impl Own {
     fn run(&mut self) {
         let (data, log) = (self.dir.join("data"), self.dir.join("server.log"));
         let mut server = as_user(self.user, &self.bin.join("postgres"));

@@ -1,11 +1,13 @@
-use super::{Keeper, family, free_port, fresh_dir, fresh_name, is_running, kill, run, signal, tail, wait_until};
+use super::{
+    Keeper, Place, certificate, family, free_port, fresh_dir, fresh_name, kill, launch, proxy::Proxy, run, signal,
+};
 use std::{
     fs,
     io::{Read as _, Write as _},
     net::TcpStream,
-    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
+    os::unix::fs::PermissionsExt as _,
     path::PathBuf,
-    process::{Command, Stdio},
+    process::Command,
     sync::OnceLock,
     time::Duration,
 };
@@ -16,14 +18,7 @@ use std::{
 /// Its programs are looked for in `POSTRIDER_TEST_RABBITMQ_BIN` and in Debian's place for them.
 #[derive(Debug)]
 pub struct RabbitMq {
-    place: Place,
-}
-
-#[derive(Debug)]
-enum Place {
-    Own(Box<Own>),
-    /// A running one, named by the environment.
-    Given(String),
+    place: Place<Own>,
 }
 
 #[derive(Debug)]
@@ -33,6 +28,7 @@ struct Own {
     port: u16,
     /// Where it speaks TLS.
     tls_port: u16,
+    proxy: Option<Proxy>,
     /// Of the node's own protocol, and of the daemon that knows its port.
     dist: u16,
     epmd: u16,
@@ -58,71 +54,42 @@ impl RabbitMq {
     #[must_use]
     pub fn shared() -> &'static Self {
         static SHARED: OnceLock<RabbitMq> = OnceLock::new();
-        SHARED.get_or_init(|| match std::env::var(VARIABLE) {
-            Ok(url) if !url.is_empty() => Self {
-                place: Place::Given(url),
-            },
-            _ => Self::start(),
+        SHARED.get_or_init(|| Self {
+            place: Place::of(VARIABLE, || Own::start(false)),
         })
     }
 
     /// Starts a broker for a test that kills or pauses it.
     #[must_use]
     pub fn start() -> Self {
-        let dir = fresh_dir("rabbitmq");
-        let (dist, epmd) = (free_port(), free_port());
-        let tls_port = free_port();
-        let certificate = rcgen::generate_simple_self_signed(["localhost".to_owned(), "127.0.0.1".to_owned()]);
-        let certificate = certificate.expect("a certificate");
-        fs::write(dir.join("ca.pem"), certificate.cert.pem()).expect("its certificate");
-        fs::write(dir.join("key.pem"), certificate.signing_key.serialize_pem()).expect("its key");
-        let config = CONFIG
-            .replace("{tls}", &tls_port.to_string())
-            .replace("{dir}", &dir.display().to_string());
-        fs::write(dir.join("rabbitmq.conf"), config).expect("its configuration");
-        fs::write(dir.join("enabled_plugins"), "[].").expect("its plugins");
-        fs::write(dir.join("server.log"), "").expect("a log file");
-        // The port daemon outlives the node.
-        let ending = dir.join("ending");
-        fs::write(&ending, format!("#!/bin/sh\nepmd -port {epmd} -kill\n")).expect("a script");
-        fs::set_permissions(&ending, fs::Permissions::from_mode(0o755)).expect("its permissions");
-        let mut own = Own {
-            bin: programs(),
-            port: free_port(),
-            tls_port,
-            dist,
-            epmd,
-            pid: 0,
-            _keeper: Keeper::of(&dir, "pid", "TERM"),
-            dir,
-        };
-        own.run();
         Self {
-            place: Place::Own(Box::new(own)),
+            place: Place::Own(Box::new(Own::start(false))),
+        }
+    }
+
+    /// Starts a broker whose connections can be [cut](RabbitMq::cut).
+    #[must_use]
+    pub fn behind_proxy() -> Self {
+        Self {
+            place: Place::Own(Box::new(Own::start(true))),
         }
     }
 
     /// The address of its virtual host `/`.
     #[must_use]
     pub fn url(&self) -> String {
-        match &self.place {
-            Place::Own(own) => format!("amqp://guest:guest@127.0.0.1:{}/%2f", own.port),
-            Place::Given(url) => url.clone(),
-        }
+        self.place.address(|own| {
+            let port = own.proxy.as_ref().map_or(own.port, Proxy::port);
+            format!("amqp://guest:guest@127.0.0.1:{port}/%2f")
+        })
     }
 
     /// Its address for TLS, and the certificate to trust.
     #[must_use]
     pub fn tls(&self) -> (String, PathBuf) {
-        match &self.place {
-            Place::Own(own) => (
-                format!("amqps://guest:guest@localhost:{}/%2f", own.tls_port),
-                own.dir.join("ca.pem"),
-            ),
-            Place::Given(_) => {
-                panic!("a broker that {VARIABLE} names has no certificate that is known: use RabbitMq::start()")
-            }
-        }
+        let own = self.place.own();
+        let url = format!("amqps://guest:guest@localhost:{}/%2f", own.tls_port);
+        (url, own.dir.join("ca.pem"))
     }
 
     /// A name for exchanges, groups and topics that no other test uses.
@@ -131,36 +98,37 @@ impl RabbitMq {
         fresh_name()
     }
 
-    fn own(&mut self) -> &mut Own {
-        match &mut self.place {
-            Place::Own(own) => own,
-            Place::Given(_) => panic!("a broker that {VARIABLE} names is not ours to kill: use RabbitMq::start()"),
-        }
-    }
-
     /// Kills it and all its processes at once (SIGKILL), as a power failure would.
     pub fn kill(&mut self) {
-        kill(&family(self.own().pid));
+        kill(&family(self.place.own_mut().pid));
     }
 
     /// Stops all its processes (SIGSTOP) until [`resume`](RabbitMq::resume).
     pub fn pause(&mut self) {
-        signal("-STOP", &family(self.own().pid));
+        signal("-STOP", &family(self.place.own_mut().pid));
     }
 
     /// Lets them go on.
     pub fn resume(&mut self) {
-        signal("-CONT", &family(self.own().pid));
+        signal("-CONT", &family(self.place.own_mut().pid));
     }
 
     /// Starts it again, after [`kill`](RabbitMq::kill), on the same data and the same port.
     pub fn restart(&mut self) {
-        self.own().run();
+        self.place.own_mut().run();
+    }
+
+    /// Cuts all connections that there are to it.
+    ///
+    /// # Panics
+    /// If it was not started [behind a proxy](RabbitMq::behind_proxy).
+    pub fn cut(&mut self) {
+        self.place.own().proxy.as_ref().expect("a proxy").cut();
     }
 
     /// Runs `rabbitmqctl` on it, which takes a second or two, and gives what it printed.
     pub fn ctl(&mut self, arguments: &[&str]) -> String {
-        let own = self.own();
+        let own = self.place.own_mut();
         let mut ctl = own.command("rabbitmqctl");
         ctl.arg("-q").args(arguments);
         run(&mut ctl).expect("rabbitmqctl")
@@ -168,6 +136,35 @@ impl RabbitMq {
 }
 
 impl Own {
+    fn start(behind_proxy: bool) -> Self {
+        let dir = fresh_dir("rabbitmq");
+        let (dist, epmd) = (free_port(), free_port());
+        let (port, tls_port) = (free_port(), free_port());
+        certificate(&dir);
+        let config = CONFIG
+            .replace("{tls}", &tls_port.to_string())
+            .replace("{dir}", &dir.display().to_string());
+        fs::write(dir.join("rabbitmq.conf"), config).expect("its configuration");
+        fs::write(dir.join("enabled_plugins"), "[].").expect("its plugins");
+        // The port daemon outlives the node.
+        let ending = dir.join("ending");
+        fs::write(&ending, format!("#!/bin/sh\nepmd -port {epmd} -kill\n")).expect("a script");
+        fs::set_permissions(&ending, fs::Permissions::from_mode(0o755)).expect("its permissions");
+        let mut own = Own {
+            bin: programs(),
+            port,
+            tls_port,
+            proxy: behind_proxy.then(|| Proxy::to(port)),
+            dist,
+            epmd,
+            pid: 0,
+            _keeper: Keeper::of(&dir, "pid", "TERM"),
+            dir,
+        };
+        own.run();
+        own
+    }
+
     /// One of its programs, in its surroundings.
     fn command(&self, program: &str) -> Command {
         let mut command = Command::new(self.bin.join(program));
@@ -182,37 +179,20 @@ impl Own {
             .env("ERL_EPMD_PORT", self.epmd.to_string())
             .env("RABBITMQ_MNESIA_BASE", dir("data"))
             .env("RABBITMQ_LOG_BASE", dir("log"))
-            .env("RABBITMQ_LOGS", dir("broker.log"))
+            .env("RABBITMQ_LOGS", "-")
             .env("RABBITMQ_CONFIG_FILE", dir("rabbitmq"))
             .env("RABBITMQ_ENABLED_PLUGINS_FILE", dir("enabled_plugins"))
             .env("RABBITMQ_CONF_ENV_FILE", dir("none"))
             .env(
                 "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
                 "-kernel inet_dist_use_interface {127,0,0,1}",
-            )
-            .stdin(Stdio::null());
+            );
         command
     }
 
     fn run(&mut self) {
-        let log = self.dir.join("server.log");
-        let file = || fs::File::options().append(true).open(&log).expect("the broker's log");
-        let mut server = self.command("rabbitmq-server");
-        // A group of its own: a signal to the test's is not one to the broker.
-        server.stdout(file()).stderr(file()).process_group(0);
-        let mut started = server.spawn().expect("the broker starts");
-        self.pid = started.id();
-        fs::write(self.dir.join("pid"), self.pid.to_string()).expect("its process id");
-        // Whoever waits for it is told when it is gone, so that no dead process is left.
-        std::thread::spawn(move || started.wait());
-        let (port, pid) = (self.port, self.pid);
-        let answers = wait_until(Duration::from_secs(90), || speaks_amqp(port) || !is_running(pid));
-        assert!(
-            answers && is_running(pid),
-            "the RabbitMQ broker does not come up:\n{}\n{}",
-            tail(&log),
-            tail(&self.dir.join("broker.log"))
-        );
+        let port = self.port;
+        self.pid = launch(&mut self.command("rabbitmq-server"), &self.dir, || speaks_amqp(port));
     }
 }
 

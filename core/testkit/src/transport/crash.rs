@@ -19,8 +19,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A broker that can be killed.
+/// A broker that can be killed, and its connections cut.
 pub trait Server {
+    /// Starts one.
+    fn start() -> Self;
+    /// Starts one whose connections can be cut.
+    fn behind_proxy() -> Self;
     /// How a member is told where it is.
     fn address(&self) -> String;
     /// Kills it at once.
@@ -35,11 +39,19 @@ pub trait Server {
     fn pause(&mut self);
     /// Lets it go on.
     fn resume(&mut self);
+    /// Cuts all connections that there are to it, if it was started for that.
+    fn cut(&mut self);
 }
 
 macro_rules! server {
     ($type:ident, $address:ident, $forgets_within:expr) => {
         impl Server for crate::server::$type {
+            fn start() -> Self {
+                crate::server::$type::start()
+            }
+            fn behind_proxy() -> Self {
+                crate::server::$type::behind_proxy()
+            }
             fn address(&self) -> String {
                 self.$address().to_string()
             }
@@ -57,6 +69,9 @@ macro_rules! server {
             }
             fn resume(&mut self) {
                 crate::server::$type::resume(self);
+            }
+            fn cut(&mut self) {
+                crate::server::$type::cut(self);
             }
         }
     };

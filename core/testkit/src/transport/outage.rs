@@ -1,5 +1,5 @@
 //! A broker that goes away and comes back: each of these has a broker of its own.
-#![allow(clippy::print_stdout)]
+#![allow(clippy::print_stdout, clippy::disallowed_methods)]
 
 use super::{Server, join, take, text};
 use postrider_core::{
@@ -35,7 +35,27 @@ fn message(key: &str, text: String) -> Message {
 
 /// Killed while messages are published and consumed: what was confirmed arrives, in the order of its key, and publisher and
 /// feed come back by themselves.
-pub async fn what_was_confirmed_outlives_the_broker<S: Server>(mut server: S, transport: Transport) {
+pub async fn what_was_confirmed_outlives_the_broker<S: Server>(server: S, transport: Transport) {
+    confirmed_is_kept(server, transport, |server| {
+        server.kill();
+        std::thread::sleep(Duration::from_secs(1));
+        server.restart();
+    })
+    .await;
+}
+
+/// The same with connections that are cut, again and again, while the broker runs on.
+pub async fn what_was_confirmed_outlives_its_connection<S: Server>(server: S, transport: Transport) {
+    confirmed_is_kept(server, transport, |server| {
+        for pause in [300, 20, 900, 20] {
+            server.cut();
+            std::thread::sleep(Duration::from_millis(pause));
+        }
+    })
+    .await;
+}
+
+async fn confirmed_is_kept<S: Server>(mut server: S, transport: Transport, accident: impl Fn(&mut S)) {
     let (mut intake, settling) = join(&transport, &subscription("kept")).await;
     tokio::time::sleep(server.forgets_within()).await;
     let stop = Arc::new(AtomicBool::new(false));
@@ -66,10 +86,8 @@ pub async fn what_was_confirmed_outlives_the_broker<S: Server>(mut server: S, tr
         settling.settle(taken.into_iter().map(Delivery::ack).collect()).await;
         match phase {
             Phase::Before if seen.len() > 500 => {
-                block_in_place(|| server.kill());
                 away = Instant::now();
-                tokio::time::sleep(Duration::from_secs(1)).await;
-                block_in_place(|| server.restart());
+                block_in_place(|| accident(&mut server));
                 phase = Phase::Back;
             }
             Phase::Back if back.is_some() && away.elapsed() > Duration::from_secs(5) => {
@@ -101,7 +119,7 @@ pub async fn what_was_confirmed_outlives_the_broker<S: Server>(mut server: S, tr
         settling.settle(taken.into_iter().map(Delivery::ack).collect()).await;
     }
     println!(
-        "{all} confirmed, {repeats} repeats; confirms were back {outage:?} after the first error, deliveries {back:?} after the kill"
+        "{all} confirmed, {repeats} repeats; confirms were back {outage:?} after the first error, deliveries {back:?} after the accident"
     );
     assert!(!is_lost(&seen), "something that was confirmed is lost");
     settling.close(CLOSE).await.expect("a close");

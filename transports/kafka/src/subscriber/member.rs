@@ -4,7 +4,7 @@ use super::{
     Shared,
     hold::{Hold, Queue},
 };
-use crate::client::{failed, log};
+use crate::client::Cluster;
 use postrider_core::{Error, ErrorKind, Incoming, MessageId, Result, Topic, partition::Hold as _};
 use rdkafka::{
     ClientContext, Offset, TopicPartitionList,
@@ -34,8 +34,9 @@ const LATER: Duration = Duration::from_millis(50);
 const LONGEST_CLOSE: Duration = Duration::from_secs(30);
 
 /// What the group's coordinator wants.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Rebalances {
+    cluster: Cluster,
     wanted: Mutex<VecDeque<Wanted>>,
     /// The client is closing: whatever it wants is done at once.
     closing: AtomicBool,
@@ -60,7 +61,7 @@ fn unassign(consumer: &Consumer, list: &TopicPartitionList) -> KafkaResult<()> {
 
 impl ClientContext for Rebalances {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
-        log(level, facility, text);
+        self.cluster.said(level, facility, text);
     }
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(%error, "librdkafka: {reason}");
@@ -119,18 +120,26 @@ pub(super) fn start(shared: Arc<Shared>, ended: watch::Sender<bool>) -> Result<(
                 millis(Duration::from_millis(500).min(options.session_timeout / 3)),
             );
     }
-    let consumer = Consumer::from_config_and_context(&shared.cluster.with_properties(config), Rebalances::default());
-    let consumer = consumer.map_err(failed("connecting"))?;
+    let cluster = &shared.cluster;
+    let rebalances = Rebalances {
+        cluster: cluster.clone(),
+        wanted: Mutex::default(),
+        closing: AtomicBool::new(false),
+    };
+    let consumer = Consumer::from_config_and_context(&cluster.with_properties(config), rebalances);
+    let consumer = consumer.map_err(cluster.failed("connecting"))?;
     let topics: Vec<&str> = shared.subscription.topics.iter().map(Topic::as_str).collect();
     // Whoever subscribes hears if there is no broker; joining the group says nothing. And a topic that brokers do not know yet
     // would be assigned minutes later.
     let partitions = partitions_of(&consumer, &topics, options.timeout)?;
     let from = if broadcast {
-        ends_of(&consumer, partitions, options.timeout).map_err(failed("looking where topics end"))?
+        ends_of(&consumer, partitions, options.timeout).map_err(cluster.failed("looking where topics end"))?
     } else {
         FxHashMap::default()
     };
-    consumer.subscribe(&topics).map_err(failed("joining the group"))?;
+    consumer
+        .subscribe(&topics)
+        .map_err(cluster.failed("joining the group"))?;
     let name = format!("kafka {}", shared.subscription.group);
     let member = Member {
         shared,
@@ -159,7 +168,8 @@ fn partitions_of(consumer: &Consumer, topics: &[&str], limit: Duration) -> Resul
         let before = partitions.len();
         while partitions.len() == before {
             let metadata = consumer.fetch_metadata(Some(topic), limit);
-            let metadata = metadata.map_err(|why| failed("looking for a topic")(why).with("topic", topic))?;
+            let metadata = metadata
+                .map_err(|why| consumer.context().cluster.failed("looking for a topic")(why).with("topic", topic))?;
             let found = metadata.topics().iter().flat_map(|topic| topic.partitions());
             partitions.extend(found.map(|partition| ((*topic).to_owned(), partition.id())));
             if partitions.len() == before && Instant::now() >= until {

@@ -7,4 +7,6 @@ mod broker;
 mod consuming;
 mod fixture;
 mod publishing;
+#[cfg(feature = "tls")]
+mod tls;
 mod wire;
