@@ -46,6 +46,7 @@ trait Broker {
 }
 
 /// So many messages of such a size, to a topic and a group of their own.
+#[derive(Clone)]
 struct Work {
     topic: Topic,
     subscription: Subscription,
@@ -140,11 +141,10 @@ async fn publish_ours_from(broker: &impl Broker, work: &Work, tasks: usize) -> a
     let mut running = tokio::task::JoinSet::new();
     for task in 0..tasks {
         let publisher = transport.publisher()?.clone();
-        let messages: Vec<Message> = (0..work.count / tasks)
-            .map(|n| work.message(n * tasks + task))
-            .collect();
+        let work = work.clone();
         running.spawn(async move {
-            for message in messages {
+            for n in 0..work.count / tasks {
+                let message = work.message(n * tasks + task);
                 let outcomes = publisher.publish(std::slice::from_ref(&message)).await;
                 assert!(outcomes[0].is_ok(), "{outcomes:?}");
             }
