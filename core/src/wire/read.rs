@@ -58,7 +58,7 @@ impl<'a> Arrived<'a> {
 pub struct Reading<'r> {
     reader: &'r mut Reader,
     names: &'r Names,
-    id: Option<String>,
+    id: Option<Id>,
     kind: Option<Text>,
     source: Option<Text>,
     content_type: Option<Text>,
@@ -66,6 +66,24 @@ pub struct Reading<'r> {
     time: Option<Timestamp>,
     sequence: Option<u64>,
     headers: Vec<(String, String)>,
+}
+
+/// An id as it came.
+#[derive(Debug)]
+enum Id {
+    /// A UUID as we write them.
+    Ours(MessageId),
+    Other(String),
+}
+
+impl Id {
+    fn of(text: &str) -> Self {
+        let mut written = uuid::Uuid::encode_buffer();
+        match text.parse::<MessageId>() {
+            Ok(id) if text == id.as_uuid().hyphenated().encode_lower(&mut written) => Self::Ours(id),
+            _ => Self::Other(text.to_owned()),
+        }
+    }
 }
 
 impl Reader {
@@ -126,7 +144,7 @@ impl Reading<'_> {
     pub(super) fn attribute(&mut self, name: &str, value: &str) {
         match name {
             "specversion" => {}
-            "id" if self.id.is_none() && !value.is_empty() => self.id = Some(value.to_owned()),
+            "id" if self.id.is_none() && !value.is_empty() => self.id = Some(Id::of(value)),
             "type" if self.kind.is_none() && !value.is_empty() => {
                 self.kind = Some(shared(&mut self.reader.kind, value));
             }
@@ -187,16 +205,12 @@ impl Reading<'_> {
             content_type = inner.map(|text| shared(&mut self.reader.content_type, &text));
         }
         let source = self.source;
-        let given_id = self.id.as_deref().or(arrived.id);
         let from = source.as_deref().unwrap_or_default();
-        let id = match (given_id, arrived.place) {
-            (Some(text), _) => {
-                let id = id_of(from, text);
-                let mut ours = uuid::Uuid::encode_buffer();
-                if text != id.as_uuid().hyphenated().encode_lower(&mut ours) {
-                    self.headers.push((ORIGINAL_ID.to_owned(), clean(text).into_owned()));
-                }
-                id
+        let id = match (self.id.or_else(|| arrived.id.map(Id::of)), arrived.place) {
+            (Some(Id::Ours(id)), _) => id,
+            (Some(Id::Other(text)), _) => {
+                self.headers.push((ORIGINAL_ID.to_owned(), clean(&text).into_owned()));
+                id_of(from, &text)
             }
             (None, Some(place)) => MessageId::foreign("", &place),
             (None, None) => MessageId::new(),

@@ -4,7 +4,6 @@ use async_trait::async_trait;
 use postrider_core::{
     Deliveries, DeliveryTag, Disposition, Error, ErrorKind, Incoming, Received, Result, Settler,
     partition::{Copies, Hold as _, not_outstanding},
-    wire::Reader,
 };
 use rdkafka::Message as _;
 use std::{
@@ -20,7 +19,7 @@ pub(super) struct KafkaDeliveries {
     seen: Option<u64>,
     /// Which comes first, so that none is left behind.
     first: usize,
-    reader: Reader,
+    records: wire::Records,
 }
 
 impl KafkaDeliveries {
@@ -30,7 +29,7 @@ impl KafkaDeliveries {
             holds: Vec::new(),
             seen: None,
             first: 0,
-            reader: Reader::default(),
+            records: wire::Records::default(),
         }
     }
 
@@ -62,7 +61,7 @@ impl KafkaDeliveries {
                 match hold.queue.poll(Duration::ZERO) {
                     None => break,
                     Some(Ok(record)) => {
-                        let message = wire::read(&mut self.reader, &record, &hold.topic);
+                        let message = wire::read(&mut self.records, &record, &hold.topic);
                         let at = record.offset();
                         if hold.goes_back(at) {
                             tracing::warn!(topic = %hold.topic, partition = hold.partition, offset = at, "the partition's messages begin again: it was truncated, or made anew");
