@@ -58,6 +58,12 @@ impl<E: Event> Decoded<E> {
     }
 }
 
+/// The attempts so far, those before this delivery too, and the errors of those since.
+struct Tried {
+    attempts: u32,
+    errors: Vec<AttemptError>,
+}
+
 /// The chain of one event type.
 pub(super) struct Chain<E: Event> {
     /// Around every event of the bus or subscription: the outermost.
@@ -127,7 +133,7 @@ impl<E: Event> Chain<E> {
         }
         ctx.roll_back().await;
         match event.typed().filter(|_| !ctx.ran.is_empty()) {
-            Some(event) => Err(self.steps.take_back(ctx, event, error).await),
+            Some(event) => Err(Box::pin(self.steps.take_back(ctx, event, error)).await),
             None => Err(error),
         }
     }
@@ -160,71 +166,88 @@ impl<E: Event> Chain<E> {
     }
 
     async fn handle_event(&self, ctx: &mut Context, by: &HandledBy<'_>) -> Handled {
-        let HandledBy { retry, tools, .. } = *by;
+        // What seldom happens is apart, and boxed: the future of a handling is kept small.
         let event = match self.decode(ctx.message()) {
             Ok(event) => event,
-            Err(error) => {
-                let errors = vec![AttemptError::new(tools.clock.now(), by.attempts, error.to_chain())];
-                let verdict = self.verdict(ctx, None, &error, Verdict::DeadLetter).await;
-                return by.carry_out_undecoded(verdict, errors);
-            }
+            Err(error) => return Box::pin(self.undecoded(ctx, by, error)).await,
         };
-        let (mut attempts, mut errors) = (by.attempts, Vec::new());
+        let mut tried = Tried {
+            attempts: by.attempts,
+            errors: Vec::new(),
+        };
         loop {
-            let Some(pass) = by.gate.pass(&*tools.clock, by.stop).await else {
+            let Some(pass) = by.gate.pass(&*by.tools.clock, by.stop).await else {
                 return Handled::Released;
             };
-            ctx.begin_attempt(attempts + 1);
+            ctx.begin_attempt(tried.attempts + 1);
             let Err(error) = self.attempt(&event, ctx).await else {
                 pass.answered();
                 return Handled::Done;
             };
             match error.kind() {
-                HandlerErrorKind::HeldBack => {
-                    pass.answered();
-                    return Handled::HeldBack;
-                }
-                HandlerErrorKind::TakenOver => {
-                    pass.answered();
-                    return Handled::Released;
-                }
                 HandlerErrorKind::Unavailable => {
-                    pass.unavailable(&*tools.clock, error.to_chain());
+                    pass.unavailable(&*by.tools.clock, error.to_chain());
                     continue;
                 }
                 _ => pass.answered(),
             }
-            attempts += 1;
-            let (message, group) = (ctx.message().id(), ctx.group());
-            tracing::debug!(%message, %group, attempts, error = error.to_chain(), "the attempt failed");
-            errors.push(AttemptError::new(tools.clock.now(), attempts, error.to_chain()));
-            self.tell(ctx, &error, attempts).await;
-            let is_over = error.kind() == HandlerErrorKind::Permanent || attempts >= retry.max_attempts;
-            if is_over && self.steps.is_durable && !durable::is_settled(&self.steps, ctx).await {
-                // Cut off in the middle: it comes once more, to be taken back, before it may be a dead letter.
-                return Handled::Parked {
-                    after: None,
-                    attempts,
-                    errors,
-                };
-            }
-            let verdict = if is_over {
-                let otherwise = match error.kind() {
-                    HandlerErrorKind::Permanent => Verdict::DeadLetter,
-                    _ => by.on_exhausted,
-                };
-                Some(self.verdict(ctx, Some(&event), &error, otherwise).await)
-            } else {
-                None
-            };
-            let wait = match by.after_failure(&error, attempts, &mut errors, verdict) {
-                After::Here(wait) => wait,
+            match Box::pin(self.failed(ctx, by, &event, &error, &mut tried)).await {
+                After::Here(wait) => {
+                    let slept = Box::pin(by.stop.run_until_cancelled(by.tools.clock.sleep(wait)));
+                    if slept.await.is_none() {
+                        return Handled::Released;
+                    }
+                }
                 After::Ends(handled) => return handled,
-            };
-            if by.stop.run_until_cancelled(tools.clock.sleep(wait)).await.is_none() {
-                return Handled::Released;
             }
         }
+    }
+
+    async fn undecoded(&self, ctx: &mut Context, by: &HandledBy<'_>, error: HandlerError) -> Handled {
+        let errors = vec![AttemptError::new(by.tools.clock.now(), by.attempts, error.to_chain())];
+        let verdict = self.verdict(ctx, None, &error, Verdict::DeadLetter).await;
+        by.carry_out_undecoded(verdict, errors)
+    }
+
+    /// What comes after an attempt that failed.
+    async fn failed(
+        &self,
+        ctx: &mut Context,
+        by: &HandledBy<'_>,
+        event: &Decoded<E>,
+        error: &HandlerError,
+        tried: &mut Tried,
+    ) -> After {
+        match error.kind() {
+            HandlerErrorKind::HeldBack => return After::Ends(Handled::HeldBack),
+            HandlerErrorKind::TakenOver => return After::Ends(Handled::Released),
+            _ => {}
+        }
+        tried.attempts += 1;
+        let attempts = tried.attempts;
+        let (message, group) = (ctx.message().id(), ctx.group());
+        tracing::debug!(%message, %group, attempts, error = error.to_chain(), "the attempt failed");
+        let now = by.tools.clock.now();
+        tried.errors.push(AttemptError::new(now, attempts, error.to_chain()));
+        self.tell(ctx, error, attempts).await;
+        let is_permanent = error.kind() == HandlerErrorKind::Permanent;
+        let mut verdict = None;
+        if is_permanent || attempts >= by.retry.max_attempts {
+            if self.steps.is_durable && !durable::is_settled(&self.steps, ctx).await {
+                // Cut off in the middle: it comes once more, to be taken back, before it may be a dead letter.
+                return After::Ends(Handled::Parked {
+                    after: None,
+                    attempts,
+                    errors: std::mem::take(&mut tried.errors),
+                });
+            }
+            let otherwise = match is_permanent {
+                true => Verdict::DeadLetter,
+                false => by.on_exhausted,
+            };
+            verdict = Some(self.verdict(ctx, Some(event), error, otherwise).await);
+        }
+        by.after_failure(error, attempts, &mut tried.errors, verdict)
     }
 
     /// Several deliveries in one transaction. `None` if that failed, and they are to be handled one by one.

@@ -163,6 +163,11 @@ impl Gate {
                 is_probe: false,
             });
         }
+        // Boxed: whoever does not wait need not have room for it.
+        Box::pin(self.wait(clock, stop)).await
+    }
+
+    async fn wait(&self, clock: &dyn Clock, stop: &CancellationToken) -> Option<Pass<'_>> {
         loop {
             let mut changed = std::pin::pin!(self.changed.notified());
             changed.as_mut().enable();

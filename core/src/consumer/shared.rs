@@ -168,30 +168,37 @@ impl Shared {
     /// Does what has become of a message, and says what the broker is to be told: nothing is acknowledged before it is
     /// stored.
     async fn finish(&self, delivery: Delivery, key: Option<u64>, handled: Handled) -> Finished {
-        let settled = |settlement| Finished {
-            settlement,
-            key,
-            is_parked: false,
-        };
-        let placement = match handled {
+        let settlement = match handled {
             Handled::Done => {
                 self.counters.handled(1);
-                return settled(delivery.ack());
+                delivery.ack()
             }
-            Handled::Released => return settled(delivery.release()),
-            Handled::Retried { after } => return settled(delivery.retry(after)),
-            Handled::Dead { attempts, errors } => return self.bury(delivery, key, attempts, errors).await,
-            Handled::HeldBack => behind(),
+            Handled::Released => delivery.release(),
+            Handled::Retried { after } => delivery.retry(after),
+            // Seldom, and large: apart.
+            Handled::Dead { attempts, errors } => return Box::pin(self.bury(delivery, key, attempts, errors)).await,
+            Handled::HeldBack => return Box::pin(self.park(delivery, key, behind())).await,
             Handled::Parked {
                 after,
                 attempts,
                 errors,
-            } => Placement::Parked {
-                after: after.unwrap_or_else(|| self.retry.backoff.after(attempts, &mut fastrand::Rng::new())),
-                attempts,
-                errors,
-            },
+            } => {
+                let placement = Placement::Parked {
+                    after: after.unwrap_or_else(|| self.retry.backoff.after(attempts, &mut fastrand::Rng::new())),
+                    attempts,
+                    errors,
+                };
+                return Box::pin(self.park(delivery, key, placement)).await;
+            }
         };
+        Finished {
+            settlement,
+            key,
+            is_parked: false,
+        }
+    }
+
+    async fn park(&self, delivery: Delivery, key: Option<u64>, placement: Placement) -> Finished {
         let record = record(delivery.message(), placement);
         // Without an inbox there is nobody who would ever look there again.
         let is_parked = self.parks && self.store(std::slice::from_ref(&record)).await;

@@ -87,7 +87,7 @@ impl<E: Sync + 'static> Steps<E> {
     /// The steps in order; if one fails, what ran is compensated, now or after the rollback of the transaction.
     pub(super) async fn run(&self, ctx: &mut Context, event: &E) -> HandlerResult {
         if self.is_durable {
-            return durable::run(self, ctx, event).await;
+            return Box::pin(durable::run(self, ctx, event)).await;
         }
         ctx.ran.clear();
         for (at, step) in self.steps.iter().enumerate() {
@@ -115,7 +115,7 @@ impl<E: Sync + 'static> Steps<E> {
             // In a transaction it is for whoever rolls back to call for the compensations.
             return Err(match ctx.has_transaction() {
                 true => error,
-                false => self.take_back(ctx, event, error).await,
+                false => Box::pin(self.take_back(ctx, event, error)).await,
             });
         }
         Ok(())
