@@ -1,5 +1,6 @@
 //! Messages and what AMQP makes of them.
 
+use crate::topology::ALL;
 use lapin::{
     BasicProperties,
     message::Delivery,
@@ -18,6 +19,10 @@ pub(crate) const NAMES: Names = postrider_core::wire_names!("cloudEvents_", also
 const TOPIC: &str = "postrider-topic";
 const DELIVERIES: &str = "postrider-deliveries";
 
+/// Names of headers that the broker takes for routing keys, and closes the channel over if they hold a text; and what such
+/// headers of a message are called instead.
+const TAKEN: [(&str, &str); 2] = [("CC", "postrider-CC"), ("BCC", "postrider-BCC")];
+
 /// What the broker adds.
 const OF_BROKER: [&str; 3] = ["x-death", "x-delivery-count", "x-opt-"];
 const OF_BROKER_TOO: [&str; 2] = ["x-first-death-", "x-last-death-"];
@@ -34,12 +39,22 @@ pub(crate) struct Copied {
 /// The properties and the body of a message, or of a copy of one.
 pub(crate) fn write(message: &Message, format: Format, copied: Option<&Copied>) -> (BasicProperties, bytes::Bytes) {
     let mut headers = FieldTable::default();
-    let body = NAMES.write(message, format, |name, value| add(&mut headers, name, value));
+    let body = NAMES.write(message, format, |name, value| {
+        let taken = TAKEN.iter().find(|(taken, _)| *taken == name);
+        add(&mut headers, taken.map_or(name, |(_, instead)| instead), value);
+    });
     let mut id = message.id().to_string();
-    if let Some(copied) = copied {
-        add(&mut headers, TOPIC, message.topic().as_str());
-        add(&mut headers, DELIVERIES, &copied.deliveries.to_string());
-        id.clone_from(&copied.id);
+    match copied {
+        Some(copied) => {
+            add(&mut headers, TOPIC, message.topic().as_str());
+            add(&mut headers, DELIVERIES, &copied.deliveries.to_string());
+            id.clone_from(&copied.id);
+        }
+        // A routing key beside the message's own, which the broker takes off: nobody gets to see it.
+        None => {
+            let also = vec![AMQPValue::LongString(ALL.into())];
+            headers.insert("BCC".into(), AMQPValue::FieldArray(FieldArray::from(also)));
+        }
     }
     if body.content_type.len() > MAX_SHORT_STRING_LENGTH {
         add(&mut headers, "cloudEvents_datacontenttype", &body.content_type);
@@ -90,6 +105,10 @@ pub(crate) fn read(reader: &mut Reader, delivery: Delivery, topic_named: impl Fn
     let (mut topic, mut deliveries) = (None, 0_u32);
     for (name, value) in properties.headers().iter().flat_map(|headers| headers.inner()) {
         let name = name.as_str();
+        let name = TAKEN
+            .iter()
+            .find(|(_, instead)| *instead == name)
+            .map_or(name, |(taken, _)| taken);
         match name {
             TOPIC => topic = Some(text(value)),
             DELIVERIES => deliveries = deliveries.saturating_add(number(value)),

@@ -88,7 +88,7 @@ fn a_plain_client_reads_what_the_golden_files_say() {
             .queue_bind(
                 name.clone(),
                 fixture.name.as_str().into(),
-                "#".into(),
+                "@all".into(),
                 QueueBindOptions::default(),
                 FieldTable::default(),
             )
@@ -219,5 +219,26 @@ fn messages_of_a_plain_client_are_taken() {
                 channel.queue_delete(queue.into(), Default::default()).await.unwrap();
             }
         }
+    });
+}
+
+/// The broker takes these for routing keys, and closes the channel where they hold a text.
+#[test]
+fn headers_with_names_of_the_brokers_own_are_carried() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let (mut intake, _settling) = join(&transport, &fixture.ordered()).await;
+        let message = fixture
+            .message(Some("k"), "x")
+            .with_header("CC", "somebody")
+            .with_header("BCC", "somebody else");
+        publish(&transport, std::slice::from_ref(&message)).await;
+        let got = take(&mut intake, 1, Duration::from_secs(10)).await;
+        let got = got[0].message();
+        assert_eq!(
+            (got.header("CC"), got.header("BCC"), got.headers().len()),
+            (Some("somebody"), Some("somebody else"), 2)
+        );
     });
 }
