@@ -17,9 +17,9 @@
 //!
 //! A plain client publishes to the exchange with the routing key `<topic>`; its messages arrive at an unordered group, and at
 //! the first partition of an ordered one. What it needs to write of the rest is in [`wire`](postrider_core::wire): attributes
-//! are headers `cloudEvents_type` and so on, the content type is AMQP's own. A queue of its
-//! own it binds with the 64 keys of a topic, or with `@all`, under which there is everything; or, for topics that match a
-//! pattern, to `<exchange>.like` with `<pattern>.@.*`, once that is there and bound to the exchange with `@all`.
+//! are headers `cloudEvents_type` and so on, the content type is AMQP's own. A queue of its own it binds with the 64 keys of a
+//! topic, or with `@all`, under which there is everything; or, for topics that match a pattern, to `<exchange>.like` with
+//! `<pattern>.@.*`, once that is there and bound to the exchange with `@all`.
 //!
 //! A group keeps its queues and bindings when its members go, which is what makes messages wait for it. Of a topic that it no
 //! longer wants, or when it changes between ordered and unordered, unbind or delete the old ones by hand.

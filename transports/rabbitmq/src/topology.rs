@@ -126,7 +126,7 @@ impl<'a> Declaring<'a> {
 
     /// The exchange that everything is published to. One that a group names is somebody else's, and only looked for.
     ///
-    /// A direct exchange, since matching patterns costs a broker as much again as storing a message does.
+    /// A direct exchange, since matching patterns costs a broker a third of what it can publish.
     pub(crate) async fn exchange(&self) -> Result<()> {
         let is_ours = self.options.declares && self.asked.bind.is_none();
         self.declare_exchange(&self.options.exchange, ExchangeKind::Direct, !is_ours)
