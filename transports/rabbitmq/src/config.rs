@@ -7,7 +7,7 @@ use std::{fmt, path::PathBuf, time::Duration};
 pub struct RabbitMqOptions {
     /// The address: `amqp://user:password@host:5672/vhost`, or `amqps://` for TLS.
     pub url: String,
-    /// The durable direct exchange that everything is published to; `postrider` by default.
+    /// The durable topic exchange that everything is published to; `postrider` by default.
     pub exchange: String,
     /// How many queues an ordered group has, each with one consumer at a time; 8 by default, 1 to 64. Fixed once a group
     /// has been declared: another number is refused.

@@ -1,10 +1,8 @@
 //! Postrider's transport over RabbitMQ 3.10 and later, through [lapin](https://docs.rs/lapin).
 //!
 //! # How messages lie there
-//! Everything goes to one durable direct exchange, under the routing key `<topic>.@.<slot>`: the slot, 0 to 63, is that of the
-//! message's key. Subscriptions to patterns of topics are bound to a topic exchange behind it, `<exchange>.like`, which is there
-//! once there is one; matching patterns costs a broker a third of what it can publish. A group has queues of its own, all
-//! of them quorum queues:
+//! Everything goes to one durable topic exchange, under the routing key `<topic>.@.<slot>`: the slot, 0 to 63, is that of the
+//! message's key. A group has queues of its own, all of them quorum queues:
 //!
 //! | queue | of | what for |
 //! |---|---|---|
@@ -17,9 +15,7 @@
 //!
 //! A plain client publishes to the exchange with the routing key `<topic>`; its messages arrive at an unordered group, and at
 //! the first partition of an ordered one. What it needs to write of the rest is in [`wire`](postrider_core::wire): attributes
-//! are headers `cloudEvents_type` and so on, the content type is AMQP's own. A queue of its own it binds with the 64 keys of a
-//! topic, or with `@all`, under which there is everything; or, for topics that match a pattern, to `<exchange>.like` with
-//! `<pattern>.@.*`, once that is there and bound to the exchange with `@all`.
+//! are headers `cloudEvents_type` and so on, the content type is AMQP's own.
 //!
 //! A group keeps its queues and bindings when its members go, which is what makes messages wait for it. Of a topic that it no
 //! longer wants, or when it changes between ordered and unordered, unbind or delete the old ones by hand.

@@ -6,7 +6,7 @@ use crate::{
 };
 use lapin::{
     Channel, Connection, ExchangeKind,
-    options::{ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
+    options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
 use postrider_core::{
@@ -21,8 +21,6 @@ use std::{
 
 /// What stands between topic and slot in a routing key: no topic has it.
 const SLOT: &str = ".@.";
-/// A second routing key of everything that is published: under it the topic exchange of patterns gets it, where there is one.
-pub(crate) const ALL: &str = "@all";
 
 pub(crate) fn routing_key(message: &Message) -> String {
     let slot = partition::slot_of(message.key(), message.id());
@@ -49,11 +47,6 @@ pub(crate) fn members_queue(group: &GroupName) -> String {
 /// Its consumers are members that have less than their part.
 pub(crate) fn hungry_queue(group: &GroupName) -> String {
     format!("{group}:hungry")
-}
-
-/// The topic exchange that queues of patterns are bound to.
-fn like_exchange(exchange: &str) -> String {
-    format!("{exchange}.like")
 }
 
 /// The queue of one member of a broadcast.
@@ -124,42 +117,19 @@ impl<'a> Declaring<'a> {
             .map_err(failed("closing a channel"))
     }
 
-    /// The exchange that everything is published to. One that a group names is somebody else's, and only looked for.
-    ///
-    /// A direct exchange, since matching patterns costs a broker a third of what it can publish.
     pub(crate) async fn exchange(&self) -> Result<()> {
-        let is_ours = self.options.declares && self.asked.bind.is_none();
-        self.declare_exchange(&self.options.exchange, ExchangeKind::Direct, !is_ours)
-            .await
-    }
-
-    /// The exchange of patterns, which gets all that is published.
-    async fn like(&self) -> Result<String> {
-        let (exchange, like) = (&self.options.exchange, like_exchange(&self.options.exchange));
-        self.declare_exchange(&like, ExchangeKind::Topic, !self.options.declares)
-            .await?;
-        let bound = self.channel.exchange_bind(
-            like.as_str().into(),
-            exchange.as_str().into(),
-            ALL.into(),
-            ExchangeBindOptions::default(),
-            FieldTable::default(),
-        );
-        bound
-            .await
-            .map_err(|why| refused(why, "binding of exchange", exchange))?;
-        Ok(like)
-    }
-
-    async fn declare_exchange(&self, name: &str, kind: ExchangeKind, passive: bool) -> Result<()> {
+        let name = &self.options.exchange;
         let options = ExchangeDeclareOptions {
             durable: true,
-            passive,
+            passive: !self.options.declares,
             ..Default::default()
         };
-        let declared = self
-            .channel
-            .exchange_declare(name.into(), kind, options, FieldTable::default());
+        let declared = self.channel.exchange_declare(
+            name.as_str().into(),
+            ExchangeKind::Topic,
+            options,
+            FieldTable::default(),
+        );
         declared.await.map_err(|why| refused(why, "exchange", name))
     }
 
@@ -178,8 +148,9 @@ impl<'a> Declaring<'a> {
     }
 
     /// Without an answer, which comes with the next declaration.
-    async fn bind(&self, queue: &str, exchange: &str, routing_key: &str) -> Result<()> {
+    async fn bind(&self, queue: &str, routing_key: &str) -> Result<()> {
         let options = QueueBindOptions { nowait: true };
+        let exchange = self.options.exchange.as_str();
         let bound = self.channel.queue_bind(
             queue.into(),
             exchange.into(),
@@ -190,39 +161,15 @@ impl<'a> Declaring<'a> {
         bound.await.map_err(|why| refused(why, "binding of queue", queue))
     }
 
-    /// Has the queue get the messages of these slots; `plain` ones too, which have none.
-    async fn bind_slots(
-        &self,
-        queue: &str,
-        subscription: &Subscription,
-        slots: impl Iterator<Item = usize> + Clone,
-        plain: bool,
-    ) -> Result<()> {
-        let exchange = &self.options.exchange;
+    async fn bind_all(&self, queue: &str, subscription: &Subscription) -> Result<()> {
         for topic in &subscription.topics {
-            for slot in slots.clone() {
-                self.bind(queue, exchange, &format!("{topic}{SLOT}{slot}")).await?;
-            }
-            if plain {
-                self.bind(queue, exchange, topic.as_str()).await?;
-            }
+            self.bind(queue, &format!("{topic}{SLOT}*")).await?;
+            self.bind(queue, topic.as_str()).await?;
         }
-        if subscription.patterns.is_empty() {
-            return Ok(());
-        }
-        let like = self.like().await?;
         for pattern in &subscription.patterns {
-            let words = words(pattern)?;
-            for slot in slots.clone() {
-                self.bind(queue, &like, &format!("{words}{SLOT}{slot}")).await?;
-            }
+            self.bind(queue, &format!("{}{SLOT}*", words(pattern)?)).await?;
         }
         Ok(())
-    }
-
-    async fn bind_all(&self, queue: &str, subscription: &Subscription) -> Result<()> {
-        let all = 0..usize::from(partition::SLOTS);
-        self.bind_slots(queue, subscription, all, true).await
     }
 
     /// The queue of one member of a broadcast. Declared even where nothing else is: its name is the member's own.
@@ -296,8 +243,20 @@ impl<'a> Declaring<'a> {
             if !self.options.declares {
                 continue;
             }
-            let slots = slots(partition, partitions);
-            self.bind_slots(&name, subscription, slots, partition == 0).await?;
+            for topic in &subscription.topics {
+                for slot in slots(partition, partitions) {
+                    self.bind(&name, &format!("{topic}{SLOT}{slot}")).await?;
+                }
+                if partition == 0 {
+                    self.bind(&name, topic.as_str()).await?;
+                }
+            }
+            for pattern in &subscription.patterns {
+                let words = words(pattern)?;
+                for slot in slots(partition, partitions) {
+                    self.bind(&name, &format!("{words}{SLOT}{slot}")).await?;
+                }
+            }
         }
         self.exchange().await
     }
@@ -386,7 +345,7 @@ impl CopyQueues {
 }
 
 /// The slots of a partition: each slot has one, and neighbours share it.
-fn slots(partition: usize, partitions: usize) -> impl Iterator<Item = usize> + Clone {
+fn slots(partition: usize, partitions: usize) -> impl Iterator<Item = usize> {
     (0..usize::from(partition::SLOTS))
         .filter(move |slot| slot * partitions / usize::from(partition::SLOTS) == partition)
 }

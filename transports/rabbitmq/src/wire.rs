@@ -1,6 +1,5 @@
 //! Messages and what AMQP makes of them.
 
-use crate::topology::ALL;
 use lapin::{
     BasicProperties,
     message::Delivery,
@@ -44,17 +43,10 @@ pub(crate) fn write(message: &Message, format: Format, copied: Option<&Copied>) 
         add(&mut headers, taken.map_or(name, |(_, instead)| instead), value);
     });
     let mut id = message.id().to_string();
-    match copied {
-        Some(copied) => {
-            add(&mut headers, TOPIC, message.topic().as_str());
-            add(&mut headers, DELIVERIES, &copied.deliveries.to_string());
-            id.clone_from(&copied.id);
-        }
-        // A routing key beside the message's own, which the broker takes off: nobody gets to see it.
-        None => {
-            let also = vec![AMQPValue::LongString(ALL.into())];
-            headers.insert("BCC".into(), AMQPValue::FieldArray(FieldArray::from(also)));
-        }
+    if let Some(copied) = copied {
+        add(&mut headers, TOPIC, message.topic().as_str());
+        add(&mut headers, DELIVERIES, &copied.deliveries.to_string());
+        id.clone_from(&copied.id);
     }
     if body.content_type.len() > MAX_SHORT_STRING_LENGTH {
         add(&mut headers, "cloudEvents_datacontenttype", &body.content_type);

@@ -265,7 +265,7 @@ fn a_confirm_that_comes_at_once_is_told() {
         let bound = channel.queue_bind(
             name.into(),
             name.into(),
-            "@all".into(),
+            "#".into(),
             Default::default(),
             Default::default(),
         );

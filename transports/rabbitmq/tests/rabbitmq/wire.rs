@@ -88,7 +88,7 @@ fn a_plain_client_reads_what_the_golden_files_say() {
             .queue_bind(
                 name.clone(),
                 fixture.name.as_str().into(),
-                "@all".into(),
+                "#".into(),
                 QueueBindOptions::default(),
                 FieldTable::default(),
             )
