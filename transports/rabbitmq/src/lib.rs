@@ -28,11 +28,12 @@
 //!
 //! An ordered group shares its partitions fairly: a member that joins gets its part within about a second, those of a member
 //! that died are taken when the broker notices: at once for a killed process, within two heartbeats for a paused one. The
-//! broker's single active consumer fences: a member that has lost a partition gets nothing more of it.
+//! broker's single active consumer fences: a member that has lost a partition gets nothing more of it. Of each partition
+//! up to 256 messages lie ready at the member that has it, whatever it may have in flight.
 //!
 //! # The choices behind it
-//! The recipe for order and the traps it avoids are those found by trying: handing over with `basic.cancel`, or with a nack,
-//! puts messages behind those that follow them.
+//! The recipe for order and the traps it avoids are those found by trying: handing over with `basic.cancel`, with a nack, or
+//! to a consumer with a smaller prefetch puts messages behind those that follow them.
 
 mod config;
 mod connection;

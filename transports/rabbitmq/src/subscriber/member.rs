@@ -442,13 +442,13 @@ fn coin() -> bool {
 }
 
 /// Whether a queue can be consumed, tried on a connection of its own: where it cannot, the broker ends the connection. What
-/// it hands out meanwhile goes back to its place.
+/// it hands out meanwhile goes back to its place, for it is as much as any member takes.
 async fn is_sound(shared: &Shared, queue: &str) -> bool {
     let trying = async {
         let connection = Arc::new(shared.broker.connect("trying a queue").await?);
         let tried = async {
             let channel = connection.create_channel().await?;
-            channel.basic_qos(1, BasicQosOptions::default()).await?;
+            channel.basic_qos(shared.prefetch(), BasicQosOptions::default()).await?;
             let options = BasicConsumeOptions::default();
             let consumer = channel.basic_consume(queue.into(), "".into(), options, FieldTable::default());
             let consumer = consumer.await?;

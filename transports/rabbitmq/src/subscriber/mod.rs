@@ -72,6 +72,9 @@ impl Subscriber for RabbitMqSubscriber {
     }
 }
 
+/// See [`Shared::prefetch`]. Members of another number must not meet those of this one.
+const PREFETCH_IN_ORDER: u16 = 256;
+
 /// What the two sides of a feed and its task share.
 #[derive(Debug)]
 struct Shared {
@@ -127,8 +130,13 @@ impl Shared {
         self.subscription.ordered && !self.subscription.broadcast
     }
 
-    /// How many messages a queue may have handed to this member: enough that the broker need not be waited for.
+    /// How many messages a queue may have handed to this member: enough that the broker need not be waited for. Of an ordered
+    /// group all members have the same, whatever they may have in flight: a quorum queue puts what a consumer leaves behind
+    /// what others have left, so one that had room for less than the one before it would leave that behind the rest.
     fn prefetch(&self) -> u16 {
+        if self.subscription.ordered {
+            return PREFETCH_IN_ORDER;
+        }
         let wanted = self.subscription.max_in_flight.saturating_mul(2).clamp(16, 2000);
         u16::try_from(wanted).unwrap_or(2000)
     }

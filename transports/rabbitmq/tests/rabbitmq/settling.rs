@@ -150,7 +150,7 @@ fn a_member_that_takes_nothing_holds_little() {
     });
 }
 
-/// A plain member of the group of a fixture: the queue of the key `k`, twenty messages of it, and nobody else.
+/// Plain members of the group of a fixture: the queue of the key `k`, twenty messages of it, and nobody else.
 async fn plain_members(fixture: &Fixture) -> [(lapin::Connection, lapin::Channel, lapin::Consumer); 2] {
     let transport = fixture.transport();
     // It declares the queues, and has no member.
@@ -158,17 +158,25 @@ async fn plain_members(fixture: &Fixture) -> [(lapin::Connection, lapin::Channel
     settling.close(SOON).await.unwrap();
     drop(intake);
     publish(&transport, &numbers(fixture, 20)).await;
+    [
+        plain_member(fixture, "first", 10).await,
+        plain_member(fixture, "second", 10).await,
+    ]
+}
+
+async fn plain_member(
+    fixture: &Fixture,
+    tag: &str,
+    prefetch: u16,
+) -> (lapin::Connection, lapin::Channel, lapin::Consumer) {
     let partition = slot_of(Some("k"), fixture.message(None, "").id()) / 8;
     let queue = format!("{}:{partition}", fixture.name);
-    let consume = async |tag: &str| {
-        let (connection, channel) = fixture.plain().await;
-        channel.basic_qos(10, BasicQosOptions::default()).await.unwrap();
-        let options = BasicConsumeOptions::default();
-        let consumer = channel.basic_consume(queue.as_str().into(), tag.into(), options, Default::default());
-        let consumer = consumer.await.unwrap();
-        (connection, channel, consumer)
-    };
-    [consume("first").await, consume("second").await]
+    let (connection, channel) = fixture.plain().await;
+    channel.basic_qos(prefetch, BasicQosOptions::default()).await.unwrap();
+    let options = BasicConsumeOptions::default();
+    let consumer = channel.basic_consume(queue.as_str().into(), tag.into(), options, Default::default());
+    let consumer = consumer.await.unwrap();
+    (connection, channel, consumer)
 }
 
 async fn next(consumer: &mut lapin::Consumer) -> (u64, usize) {
@@ -190,6 +198,59 @@ fn handing_over_by_cancel_is_what_breaks_order() {
         let cancelled = first_channel.basic_cancel("first".into(), Default::default());
         cancelled.await.unwrap();
         assert_eq!(next(&mut second).await.1, 10);
+    });
+}
+
+/// Nor this: a quorum queue puts what a consumer leaves behind what others have left, so one that had room for less than the
+/// one before it leaves that behind the rest.
+#[test]
+fn a_smaller_prefetch_is_what_breaks_order() {
+    run(async {
+        let fixture = Fixture::new();
+        let [(first, _, mut one), (second, _, _two)] = plain_members(&fixture).await;
+        for n in 0..10 {
+            assert_eq!(next(&mut one).await.1, n);
+        }
+        second.close(200, "OK".into()).await.unwrap();
+        first.close(200, "OK".into()).await.unwrap();
+        let (small, _, mut small_one) = plain_member(&fixture, "small", 1).await;
+        assert_eq!(next(&mut small_one).await.1, 0);
+        small.close(200, "OK".into()).await.unwrap();
+        let (_last, _, mut last) = plain_member(&fixture, "last", 20).await;
+        let mut seen = Vec::new();
+        for _ in 0..20 {
+            seen.push(next(&mut last).await.1);
+        }
+        let expected: Vec<usize> = (1..10).chain([0]).chain(10..20).collect();
+        assert_eq!(seen, expected);
+    });
+}
+
+/// Whatever the members of a group may have in flight.
+#[test]
+fn members_of_different_sizes_keep_the_order() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let mut first = join(&transport, &fixture.ordered().with_max_in_flight(300)).await;
+        publish(&transport, &numbers(&fixture, 1000)).await;
+        assert_eq!(take(&mut first.0, 100, SOON).await.len(), 100);
+        drop(first);
+        for size in [1, 100, 3] {
+            let (mut intake, settling) = join(&transport, &fixture.ordered().with_max_in_flight(size)).await;
+            assert_eq!(text(&take(&mut intake, 1, SOON).await[0]), "0");
+            settling.close(SOON).await.unwrap();
+        }
+        let (mut intake, settling) = join(&transport, &fixture.ordered().with_max_in_flight(300)).await;
+        let mut seen = Vec::new();
+        while seen.len() < 1000 {
+            let taken = take(&mut intake, 100, SOON).await;
+            assert!(!taken.is_empty(), "{} came", seen.len());
+            seen.extend(taken.iter().map(text));
+            settling.settle(taken.into_iter().map(Delivery::ack).collect()).await;
+        }
+        let expected: Vec<String> = (0..1000).map(|n| n.to_string()).collect();
+        assert_eq!(seen, expected);
     });
 }
 
