@@ -191,7 +191,7 @@ impl Transport {
             && !self.capabilities.wildcards
         {
             return Err(self
-                .lacks("topics by a pattern: name each of them")
+                .lacks("topics by a pattern: name each of them, or see whether an option of the transport allows it")
                 .with("pattern", pattern)
                 .with("group", &subscription.group));
         }

@@ -7,8 +7,12 @@ use std::{fmt, path::PathBuf, time::Duration};
 pub struct RabbitMqOptions {
     /// The address: `amqp://user:password@host:5672/vhost`, or `amqps://` for TLS.
     pub url: String,
-    /// The durable topic exchange that everything is published to; `postrider` by default.
+    /// The durable exchange that everything is published to; `postrider` by default.
     pub exchange: String,
+    /// Whether groups may subscribe to patterns of topics; no by default. It makes the exchange a topic exchange in place of a
+    /// direct one, so that whoever uses it has to say the same; matching costs RabbitMQ 3.10 about a third of what it can
+    /// publish.
+    pub wildcards: bool,
     /// How many queues an ordered group has, each with one consumer at a time; 8 by default, 1 to 64. Fixed once a group
     /// has been declared: another number is refused.
     pub partitions: usize,
@@ -40,6 +44,7 @@ impl Default for RabbitMqOptions {
         Self {
             url: "amqp://guest:guest@localhost:5672/%2f".to_owned(),
             exchange: "postrider".to_owned(),
+            wildcards: false,
             partitions: 8,
             declares: true,
             window: 1000,
@@ -67,6 +72,12 @@ impl RabbitMqOptions {
     #[must_use]
     pub fn with_exchange(mut self, name: impl Into<String>) -> Self {
         self.exchange = name.into();
+        self
+    }
+    /// Lets groups subscribe to patterns of topics.
+    #[must_use]
+    pub fn with_wildcards(mut self) -> Self {
+        self.wildcards = true;
         self
     }
     /// Sets how many queues an ordered group has.
@@ -173,6 +184,7 @@ impl fmt::Debug for RabbitMqOptions {
         f.debug_struct("RabbitMqOptions")
             .field("url", &without_password(&self.url))
             .field("exchange", &self.exchange)
+            .field("wildcards", &self.wildcards)
             .field("partitions", &self.partitions)
             .field("declares", &self.declares)
             .field("window", &self.window)

@@ -1,7 +1,7 @@
 //! Postrider's transport over RabbitMQ 3.10 and later, through [lapin](https://docs.rs/lapin).
 //!
 //! # How messages lie there
-//! Everything goes to one durable topic exchange, under the routing key `<topic>.@.<slot>`: the slot, 0 to 63, is that of the
+//! Everything goes to one durable direct exchange, under the routing key `<topic>.@.<slot>`: the slot, 0 to 63, is that of the
 //! message's key. A group has queues of its own, all of them quorum queues:
 //!
 //! | queue | of | what for |
@@ -14,8 +14,11 @@
 //! | `<group>:members`, `<group>:hungry`, `<group>:<n>:lease` | an ordered group | who is there, who has too little, and who has which partition; never any messages |
 //!
 //! A plain client publishes to the exchange with the routing key `<topic>`; its messages arrive at an unordered group, and at
-//! the first partition of an ordered one. What it needs to write of the rest is in [`wire`](postrider_core::wire): attributes
-//! are headers `cloudEvents_type` and so on, the content type is AMQP's own.
+//! the first partition of an ordered one. One that consumes binds its queue with `<topic>.@.0` to `<topic>.@.63`. What it
+//! needs to write of the rest is in [`wire`](postrider_core::wire): attributes are headers `cloudEvents_type` and so on, the
+//! content type is AMQP's own.
+//!
+//! Groups that subscribe to patterns of topics need a topic exchange: [`RabbitMqOptions::with_wildcards`].
 //!
 //! A group keeps its queues and bindings when its members go, which is what makes messages wait for it. Of a topic that it no
 //! longer wants, or when it changes between ordered and unordered, unbind or delete the old ones by hand.
@@ -65,19 +68,22 @@ pub fn transport(url: impl Into<String>) -> Result<Transport> {
 /// [`ErrorKind::Config`](postrider_core::ErrorKind::Config) for an address or an option that makes no sense.
 pub fn transport_with(options: RabbitMqOptions) -> Result<Transport> {
     options.check()?;
+    let wildcards = options.wildcards;
     let broker = connection::Broker::new(options)?;
     let publisher = RabbitMqPublisher::new(broker.clone());
-    let capabilities = Capabilities::default()
+    let mut capabilities = Capabilities::default()
         .with_order(Order::Partitioned)
         .with_delayed_retry()
         .with_dead_letter()
         .with_delivery_count()
         .with_individual_acks()
         .with_broadcast()
-        .with_wildcards()
         .with_queue_options(&["queue_expiry", "message_expiry", "dead_letter_to", "bind", "declare"])
         // What RabbitMQ 4 takes unless it is told otherwise.
         .with_max_message_bytes(16 * 1024 * 1024);
+    if wildcards {
+        capabilities = capabilities.with_wildcards();
+    }
     let subscriber = RabbitMqSubscriber::new(broker, publisher.clone());
     Ok(Transport::new(NAME, capabilities)
         .with_publisher(publisher)

@@ -15,12 +15,14 @@ use postrider_core::{
 };
 use rustc_hash::FxHashMap;
 use std::{
+    ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 /// What stands between topic and slot in a routing key: no topic has it.
 const SLOT: &str = ".@.";
+const SLOTS: usize = partition::SLOTS as usize;
 
 pub(crate) fn routing_key(message: &Message) -> String {
     let slot = partition::slot_of(message.key(), message.id());
@@ -117,20 +119,24 @@ impl<'a> Declaring<'a> {
             .map_err(failed("closing a channel"))
     }
 
+    /// The exchange that everything is published to. One that a group names is somebody else's, and only looked for.
     pub(crate) async fn exchange(&self) -> Result<()> {
         let name = &self.options.exchange;
+        let kind = match self.options.wildcards {
+            true => ExchangeKind::Topic,
+            false => ExchangeKind::Direct,
+        };
         let options = ExchangeDeclareOptions {
             durable: true,
-            passive: !self.options.declares,
+            passive: !self.options.declares || self.asked.bind.is_some(),
             ..Default::default()
         };
-        let declared = self.channel.exchange_declare(
-            name.as_str().into(),
-            ExchangeKind::Topic,
-            options,
-            FieldTable::default(),
-        );
-        declared.await.map_err(|why| refused(why, "exchange", name))
+        let declared = self
+            .channel
+            .exchange_declare(name.as_str().into(), kind, options, FieldTable::default());
+        declared
+            .await
+            .map_err(|why| refused(why, "exchange", name).with("wildcards", self.options.wildcards))
     }
 
     async fn queue(&self, name: &str, arguments: FieldTable) -> Result<()> {
@@ -161,13 +167,25 @@ impl<'a> Declaring<'a> {
         bound.await.map_err(|why| refused(why, "binding of queue", queue))
     }
 
-    async fn bind_all(&self, queue: &str, subscription: &Subscription) -> Result<()> {
-        for topic in &subscription.topics {
-            self.bind(queue, &format!("{topic}{SLOT}*")).await?;
-            self.bind(queue, topic.as_str()).await?;
+    /// Has the queue get the messages of these slots, and the plain ones, which have none, with the first slot.
+    async fn bind_slots(&self, queue: &str, subscription: &Subscription, slots: Range<usize>) -> Result<()> {
+        // A word a slot, or one for all of them where the exchange knows patterns.
+        let words: Vec<String> = match self.options.wildcards && slots.len() == SLOTS {
+            true => vec!["*".to_owned()],
+            false => slots.clone().map(|slot| slot.to_string()).collect(),
+        };
+        let topics = subscription.topics.iter().map(|topic| Ok(topic.to_string()));
+        let patterns = subscription.patterns.iter().map(words_of);
+        for topic in topics.chain(patterns) {
+            let topic = topic?;
+            for word in &words {
+                self.bind(queue, &format!("{topic}{SLOT}{word}")).await?;
+            }
         }
-        for pattern in &subscription.patterns {
-            self.bind(queue, &format!("{}{SLOT}*", words(pattern)?)).await?;
+        if slots.start == 0 {
+            for topic in &subscription.topics {
+                self.bind(queue, topic.as_str()).await?;
+            }
         }
         Ok(())
     }
@@ -176,7 +194,7 @@ impl<'a> Declaring<'a> {
     pub(crate) async fn broadcast(&self, queue: &str, subscription: &Subscription) -> Result<()> {
         let arguments = quorum(&[("x-expires", AMQPValue::LongLongInt(ABANDONED_AFTER))]);
         self.declare(queue, arguments, false).await?;
-        self.bind_all(queue, subscription).await?;
+        self.bind_slots(queue, subscription, 0..SLOTS).await?;
         self.exchange().await
     }
 
@@ -205,7 +223,7 @@ impl<'a> Declaring<'a> {
             self.expired().await?;
             self.queue(group.as_str(), quorum(&self.arguments())).await?;
             if self.options.declares {
-                self.bind_all(group.as_str(), subscription).await?;
+                self.bind_slots(group.as_str(), subscription, 0..SLOTS).await?;
             }
             return self.exchange().await;
         }
@@ -240,22 +258,9 @@ impl<'a> Declaring<'a> {
             let mut arguments = self.arguments();
             arguments.push(("x-single-active-consumer", AMQPValue::Boolean(true)));
             self.queue(&name, quorum(&arguments)).await?;
-            if !self.options.declares {
-                continue;
-            }
-            for topic in &subscription.topics {
-                for slot in slots(partition, partitions) {
-                    self.bind(&name, &format!("{topic}{SLOT}{slot}")).await?;
-                }
-                if partition == 0 {
-                    self.bind(&name, topic.as_str()).await?;
-                }
-            }
-            for pattern in &subscription.patterns {
-                let words = words(pattern)?;
-                for slot in slots(partition, partitions) {
-                    self.bind(&name, &format!("{words}{SLOT}{slot}")).await?;
-                }
+            if self.options.declares {
+                self.bind_slots(&name, subscription, slots(partition, partitions))
+                    .await?;
             }
         }
         self.exchange().await
@@ -345,14 +350,13 @@ impl CopyQueues {
 }
 
 /// The slots of a partition: each slot has one, and neighbours share it.
-fn slots(partition: usize, partitions: usize) -> impl Iterator<Item = usize> {
-    (0..usize::from(partition::SLOTS))
-        .filter(move |slot| slot * partitions / usize::from(partition::SLOTS) == partition)
+fn slots(partition: usize, partitions: usize) -> Range<usize> {
+    (partition * SLOTS).div_ceil(partitions)..((partition + 1) * SLOTS).div_ceil(partitions)
 }
 
 /// A pattern as a topic exchange has it, in words: only what has a slot behind it is bound by one, so that nothing comes
 /// to two partitions.
-fn words(pattern: &TopicPattern) -> Result<String> {
+fn words_of(pattern: &TopicPattern) -> Result<String> {
     match pattern.as_str().trim_end_matches('*') {
         "" => Ok("*.#".to_owned()),
         // One word at least, for `orders.*` is not `orders`.
@@ -421,13 +425,17 @@ mod tests {
             let mut all: Vec<usize> = (0..partitions).flat_map(|p| slots(p, partitions)).collect();
             all.sort_unstable();
             assert_eq!(all, (0..64).collect::<Vec<_>>());
-            assert!((0..partitions).all(|p| slots(p, partitions).count() > 0));
+            let of = |slot: usize| slot * partitions / SLOTS;
+            assert!(
+                (0..partitions)
+                    .all(|p| !slots(p, partitions).is_empty() && slots(p, partitions).all(|slot| of(slot) == p))
+            );
         }
     }
 
     #[test]
     fn patterns_are_of_whole_words() {
-        let words = |pattern: &str| words(&TopicPattern::parse(pattern).unwrap());
+        let words = |pattern: &str| words_of(&TopicPattern::parse(pattern).unwrap());
         assert_eq!(words("orders.*").unwrap(), "orders.*.#");
         assert_eq!(words("*").unwrap(), "*.#");
         assert!(words("ord*").unwrap_err().to_string().contains("pattern: ord*"));

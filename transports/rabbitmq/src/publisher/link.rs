@@ -42,7 +42,7 @@ async fn ask(connection: &Connection, exchange: &str, limit: Duration) -> postri
             passive: true,
             ..Default::default()
         };
-        let asked = channel.exchange_declare(exchange.into(), ExchangeKind::Topic, passive, FieldTable::default());
+        let asked = channel.exchange_declare(exchange.into(), ExchangeKind::Direct, passive, FieldTable::default());
         asked.await.map_err(failed("looking for the exchange"))?;
         channel
             .close(200, "OK".into())

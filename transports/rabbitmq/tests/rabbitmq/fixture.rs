@@ -1,7 +1,7 @@
 //! Names of a test's own on the broker that the tests share, and a plain client beside ours.
 
 use lapin::{Channel, Connection, ConnectionProperties};
-use postrider_core::{GroupName, Message, Subscription, Topic, Transport};
+use postrider_core::{GroupName, Message, Subscription, Topic, Transport, partition::SLOTS};
 use postrider_rabbitmq::{RabbitMqOptions, transport_with};
 use postrider_testkit::server::RabbitMq;
 use std::time::Duration;
@@ -52,6 +52,22 @@ impl Fixture {
         match key {
             Some(key) => message.with_key(key),
             None => message,
+        }
+    }
+
+    /// Has a plain client's queue get all there is of `topic`.
+    pub(crate) async fn bind(&self, channel: &Channel, queue: &str, topic: &Topic) {
+        let slots = (0..SLOTS).map(|slot| format!("{topic}.@.{slot}"));
+        for key in slots.chain([topic.to_string()]) {
+            let exchange = self.name.as_str().into();
+            let bound = channel.queue_bind(
+                queue.into(),
+                exchange,
+                key.into(),
+                Default::default(),
+                Default::default(),
+            );
+            bound.await.unwrap();
         }
     }
 

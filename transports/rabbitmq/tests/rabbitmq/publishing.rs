@@ -262,14 +262,7 @@ fn a_confirm_that_comes_at_once_is_told() {
             .queue_declare(name.into(), queue, Default::default())
             .await
             .unwrap();
-        let bound = channel.queue_bind(
-            name.into(),
-            name.into(),
-            "#".into(),
-            Default::default(),
-            Default::default(),
-        );
-        bound.await.unwrap();
+        fixture.bind(&channel, name, &fixture.topic("t")).await;
         for n in 0..4_000 {
             let batch = [fixture.message(None, &n.to_string())];
             let published = tokio::time::timeout(Duration::from_secs(2), publisher.publish(&batch));

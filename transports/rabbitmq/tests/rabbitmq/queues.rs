@@ -3,8 +3,12 @@
 use crate::fixture::{Fixture, join, publish, take, text};
 use lapin::options::{BasicGetOptions, BasicPublishOptions, ExchangeDeclareOptions, QueueDeclareOptions};
 use lapin::{BasicProperties, ExchangeKind, types::FieldTable};
-use postrider_core::{ErrorKind, subscriber::QueueOptions};
-use postrider_testkit::run;
+use postrider_core::{ErrorKind, Subscription, relay::TopicPattern, subscriber::QueueOptions};
+use postrider_rabbitmq::transport_with;
+use postrider_testkit::{
+    run,
+    transport::{NamedTransport, a_pattern_takes_every_topic_that_matches, order_per_key},
+};
 use std::time::Duration;
 
 fn asks(change: impl FnOnce(&mut QueueOptions)) -> QueueOptions {
@@ -121,5 +125,29 @@ fn a_group_takes_from_the_exchange_it_names_and_declares_nothing_if_told_so() {
         settling
             .settle(got.into_iter().map(postrider_core::Delivery::ack).collect())
             .await;
+    });
+}
+
+/// Only an exchange that knows patterns has them, and an exchange is one or the other.
+#[test]
+fn patterns_are_an_option_of_the_exchange() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = transport_with(fixture.options().with_wildcards()).unwrap();
+        let named = NamedTransport::new(fixture.name.clone(), transport.clone(), Duration::from_secs(1));
+        a_pattern_takes_every_topic_that_matches(&named).await;
+        order_per_key(&named).await;
+        let other = fixture.transport();
+        let pattern = Subscription::new(fixture.group(), Vec::new()).with_pattern(TopicPattern::parse("t.*").unwrap());
+        let refused = other.subscriber(&pattern).unwrap_err();
+        assert!(refused.to_string().contains("option of the transport"), "{refused}");
+        let outcome = other
+            .publisher()
+            .unwrap()
+            .publish(&[fixture.message(None, "x")])
+            .await
+            .remove(0);
+        let refused = format!("{:?}", outcome.unwrap_err());
+        assert!(refused.contains("wildcards: false"), "{refused}");
     });
 }

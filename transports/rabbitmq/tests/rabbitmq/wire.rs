@@ -2,7 +2,7 @@ use crate::fixture::{Fixture, join, publish, take};
 use futures_util::StreamExt as _;
 use lapin::{
     BasicProperties,
-    options::{BasicConsumeOptions, BasicPublishOptions, QueueBindOptions, QueueDeclareOptions},
+    options::{BasicConsumeOptions, BasicPublishOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
 use postrider_core::{Message, MessageId, clock::Timestamp, wire::Format};
@@ -84,16 +84,7 @@ fn a_plain_client_reads_what_the_golden_files_say() {
             .await
             .unwrap();
         let name = queue.name().clone();
-        channel
-            .queue_bind(
-                name.clone(),
-                fixture.name.as_str().into(),
-                "#".into(),
-                QueueBindOptions::default(),
-                FieldTable::default(),
-            )
-            .await
-            .unwrap();
+        fixture.bind(&channel, name.as_str(), message(&fixture).topic()).await;
         let mut consumer = channel
             .basic_consume(name, "".into(), BasicConsumeOptions::default(), FieldTable::default())
             .await
