@@ -32,12 +32,16 @@ const SOON: Duration = Duration::from_millis(5);
 const LATER: Duration = Duration::from_millis(50);
 /// How long leaving a group may take.
 const LONGEST_CLOSE: Duration = Duration::from_secs(30);
+/// How long joining it may still take, of a member that is to leave.
+const LONGEST_JOIN: Duration = Duration::from_secs(5);
 
 /// What the group's coordinator wants.
 #[derive(Debug)]
 pub(super) struct Rebalances {
     cluster: Cluster,
     wanted: Mutex<VecDeque<Wanted>>,
+    /// The group knows this member, and what it has of it.
+    has_joined: AtomicBool,
     /// The client is closing: whatever it wants is done at once.
     closing: AtomicBool,
 }
@@ -70,6 +74,7 @@ impl ClientContext for Rebalances {
 
 impl ConsumerContext for Rebalances {
     fn rebalance(&self, consumer: &BaseConsumer<Self>, what: RDKafkaRespErr, list: &mut TopicPartitionList) {
+        self.has_joined.store(true, Ordering::Release);
         if self.closing.load(Ordering::Acquire) {
             let _ = unassign(consumer, list);
             return;
@@ -124,6 +129,7 @@ pub(super) fn start(shared: Arc<Shared>, ended: watch::Sender<bool>) -> Result<(
     let rebalances = Rebalances {
         cluster: cluster.clone(),
         wanted: Mutex::default(),
+        has_joined: AtomicBool::new(false),
         closing: AtomicBool::new(false),
     };
     let consumer = Consumer::from_config_and_context(&cluster.with_properties(config), rebalances);
@@ -397,9 +403,22 @@ impl Member {
         }
     }
 
+    /// Whoever has asked to join has a place kept for it, and nobody else gets in meanwhile, until its session ends. The client
+    /// cannot give that place back before it has been told of it.
+    fn finish_joining(&self) {
+        let context = self.consumer.context();
+        let until = Instant::now() + LONGEST_JOIN;
+        while !context.has_joined.load(Ordering::Acquire) && Instant::now() < until {
+            if let Some(Err(_)) = self.consumer.poll(SOON) {
+                return;
+            }
+        }
+    }
+
     /// Ends in order: what was settled without a gap is committed, everything else comes again.
     fn leave(self) {
         self.consumer.context().closing.store(true, Ordering::Release);
+        self.finish_joining();
         self.shared.holds.take().iter().for_each(|hold| hold.lose());
         self.commit();
         // What the coordinator still waits for is done now.

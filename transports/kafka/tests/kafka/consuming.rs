@@ -1,7 +1,10 @@
 use crate::fixture::{Fixture, join, publish, take, text};
 use postrider_core::{Delivery, Message, Taken};
-use postrider_kafka::transport_with;
-use postrider_testkit::run;
+use postrider_kafka::{KafkaOptions, transport_with};
+use postrider_testkit::{
+    run, run_within,
+    server::{Kafka, fresh_name},
+};
 use rdkafka::{
     ClientConfig, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
@@ -311,5 +314,45 @@ fn dropping_a_feed_stops_nobody() {
         let ours = time(Box::new(move || drop((intake, settling, transport))));
         println!("dropping the client takes {clients:?}, the feed and the transport {ours:?}");
         assert!(ours < clients / 2, "{ours:?}, and the client {clients:?}");
+    });
+}
+
+/// The coordinator keeps a place for whoever has asked to join, and lets nobody else in while it does, until the session of
+/// one that has gone ends. So a member that is closed while it joins, here by a broker that is slow to answer, finishes that
+/// first.
+#[test]
+#[cfg_attr(feature = "mock", ignore = "there is no Apache Kafka here to be slow")]
+fn a_member_that_is_closed_while_it_joins_keeps_nobody_waiting() {
+    run_within(Duration::from_secs(240), async {
+        let mut server = Kafka::start();
+        let mut longest = Duration::ZERO;
+        for after in [0, 2, 4, 6, 8, 10, 12, 15, 20, 25, 30, 40] {
+            let name = fresh_name();
+            let brokers = server.brokers().to_owned();
+            let fixture = Fixture { name, brokers };
+            let options = KafkaOptions::new(&fixture.brokers).with_partitions(4);
+            let transport = transport_with(options.with_session_timeout(Duration::from_secs(10))).unwrap();
+            publish(&transport, &[fixture.message(None, "waits")]).await;
+            let (intake, settling) = join(&transport, &fixture.subscription()).await;
+            tokio::time::sleep(Duration::from_millis(after)).await;
+            server.pause();
+            let closing = tokio::spawn(async move { settling.close(Duration::from_secs(10)).await });
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            server.resume();
+            closing.await.unwrap().unwrap();
+            drop(intake);
+            let (mut intake, _settling) = join(&transport, &fixture.subscription()).await;
+            let began = Instant::now();
+            assert_eq!(take(&mut intake, 1, Duration::from_secs(30)).await.len(), 1);
+            println!(
+                "closed after {after} ms: the next one has what waits after {:?}",
+                began.elapsed()
+            );
+            longest = longest.max(began.elapsed());
+        }
+        assert!(
+            longest < Duration::from_secs(8),
+            "the session of the one before is waited for: {longest:?}"
+        );
     });
 }
