@@ -1,31 +1,44 @@
 //! Receipts, notes, and who waits.
 
-use crate::{PostgresLog, error::doing, log::unexpected, row::lane_of};
+use crate::{PostgresLog, error::doing, log::unexpected};
 use async_trait::async_trait;
 use postrider_core::{
     GroupName, Mailbox, MessageId, Result,
     log::{Admission, Arrival, InboxLog, Lent, Note},
 };
-use sqlx::{Connection as _, PgConnection, Row as _, SqlStr};
+use sqlx::{Connection as _, PgConnection, Row as _, types::Uuid};
+use std::collections::HashSet;
+
+/// Arrivals as the statements take them.
+struct Asked<'a> {
+    ids: Vec<Uuid>,
+    topics: Vec<&'a str>,
+    keys: Vec<Option<&'a str>>,
+}
+
+impl<'a> Asked<'a> {
+    fn of(arrivals: &'a [Arrival]) -> Self {
+        Self {
+            ids: arrivals.iter().map(|a| *a.id().as_uuid()).collect(),
+            topics: arrivals.iter().map(|a| a.topic().as_str()).collect(),
+            keys: arrivals.iter().map(Arrival::key).collect(),
+        }
+    }
+}
 
 impl PostgresLog {
-    /// Asks of every arrival, with `admit` or `look`.
-    async fn ask(
+    /// Asks of every arrival, and writes the receipts of the new ones.
+    async fn write_receipts(
         &self,
         connection: &mut PgConnection,
-        statement: &SqlStr,
         mailbox: i16,
         arrivals: &[Arrival],
     ) -> Result<Vec<Admission>> {
-        let ids: Vec<_> = arrivals.iter().map(|a| *a.id().as_uuid()).collect();
-        let lanes: Vec<i16> = arrivals.iter().map(|a| lane_of(a.key(), a.id())).collect();
-        let topics: Vec<&str> = arrivals.iter().map(|a| a.topic().as_str()).collect();
-        let keys: Vec<Option<&str>> = arrivals.iter().map(|a| a.key()).collect();
         let own: Vec<bool> = arrivals.iter().map(|a| a.was_parked).collect();
-        let ask = sqlx::query_scalar::<_, i32>(statement.clone())
+        let Asked { ids, topics, keys } = Asked::of(arrivals);
+        let ask = sqlx::query_scalar::<_, i32>(self.sql().admit.clone())
             .bind(mailbox)
             .bind(ids)
-            .bind(lanes)
             .bind(topics)
             .bind(keys)
             .bind(own);
@@ -40,6 +53,44 @@ impl PostgresLog {
             _ => Admission::HeldBack,
         };
         Ok(answers.into_iter().map(admission).collect())
+    }
+
+    /// Asks what is known of arrivals, which is little.
+    async fn known(&self, connection: &mut PgConnection, mailbox: i16, arrivals: &[Arrival]) -> Result<Vec<Admission>> {
+        let Asked { ids, topics, keys } = Asked::of(arrivals);
+        let ask = sqlx::query(self.sql().look.clone())
+            .bind(mailbox)
+            .bind(ids)
+            .bind(topics)
+            .bind(keys);
+        let rows = ask.fetch_all(connection).await.map_err(doing("asking the inbox"))?;
+        let (mut handled, mut parked, mut busy) = (HashSet::new(), HashSet::new(), HashSet::new());
+        for row in &rows {
+            match row.get::<i32, _>(0) {
+                1 => drop(handled.insert(row.get::<Uuid, _>(1))),
+                2 => drop(parked.insert(row.get::<Uuid, _>(1))),
+                _ => drop(busy.insert((row.get::<&str, _>(2), row.get::<&str, _>(3)))),
+            }
+        }
+        let admission = |arrival: &Arrival| {
+            let id = arrival.id();
+            let id = id.as_uuid();
+            if handled.contains(id) {
+                Admission::Duplicate
+            } else if arrival.was_parked {
+                Admission::New
+            } else if parked.contains(id) {
+                Admission::Parked
+            } else if arrival
+                .key()
+                .is_some_and(|key| busy.contains(&(arrival.topic().as_str(), key)))
+            {
+                Admission::HeldBack
+            } else {
+                Admission::New
+            }
+        };
+        Ok(arrivals.iter().map(admission).collect())
     }
 
     async fn read_note(&self, connection: &mut PgConnection, mailbox: i16, id: MessageId) -> Result<Option<Note>> {
@@ -89,7 +140,7 @@ impl InboxLog for PostgresLog {
             return Ok(Vec::new());
         }
         let mailbox = self.mailbox_in(connection, &inbox(group)).await?;
-        self.ask(connection, &self.sql().admit, mailbox, arrivals).await
+        self.write_receipts(connection, mailbox, arrivals).await
     }
 
     async fn look(&self, group: &GroupName, arrivals: &[Arrival]) -> Result<Vec<Admission>> {
@@ -97,7 +148,7 @@ impl InboxLog for PostgresLog {
             return Ok(vec![Admission::New; arrivals.len()]);
         };
         let mut connection = self.pool().acquire().await.map_err(doing("asking the inbox"))?;
-        self.ask(&mut connection, &self.sql().look, mailbox, arrivals).await
+        self.known(&mut connection, mailbox, arrivals).await
     }
 
     async fn note(&self, tx: Option<Lent<'_>>, group: &GroupName, id: MessageId) -> Result<Option<Note>> {

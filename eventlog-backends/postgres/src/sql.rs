@@ -407,9 +407,10 @@ statements! {
         ORDER BY r.id LIMIT $4) u WHERE p.ctid = u.at AND p.state = 2";
 
     // The inbox.
-    /// ?2 message ids, ?3 lanes, ?4 topics, ?5 keys, ?6 whether it is what is parked itself. Gives for each, in order: 0 new, 1 duplicate, 2 parked, 3 held back.
-    admit: "SELECT * FROM {admit}($1, $2, $3, $4, $5, $6, true)";
-    look: "SELECT * FROM {admit}($1, $2, $3, $4, $5, $6, false)";
+    /// ?2 message ids, ?3 topics, ?4 keys, ?5 whether it is what is parked itself. Gives for each, in order: 0 new, 1 duplicate, 2 parked, 3 held back.
+    admit: "SELECT * FROM {admit}($1, $2, $3, $4, $5)";
+    /// ?2 message ids, ?3 topics, ?4 keys. Gives what is known of them: 1 a duplicate and its id, 2 parked and its id, 3 a topic and key that hold back.
+    look: "SELECT * FROM {look}($1, $2, $3, $4)";
     note: "SELECT version, body FROM {note} WHERE mailbox = $1 AND message_id = $2";
     add_note: "INSERT INTO {note} (mailbox, message_id, version, body, written_at) VALUES ($1, $2, 1, $3, {clock}()) ON CONFLICT DO NOTHING";
     set_note: "UPDATE {note} SET version = version + 1, body = $3, written_at = {clock}() WHERE mailbox = $1 AND message_id = $2 AND version = $4";

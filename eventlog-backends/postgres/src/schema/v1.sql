@@ -175,25 +175,16 @@ CREATE TABLE {receipt} (
 );
 CREATE INDEX {receipt_seen!} ON {receipt} (mailbox, seen_at);
 
--- What is to be done with messages that have arrived, and the receipts of the new ones, if they are to be written: for each, in
--- order, 0 new, 1 handled before, 2 waiting or dead itself, 3 held back by another of its key. A function, so that it is
--- planned once a connection, and not by the statistics or the settings of whoever calls: what it asks for is found by indexes.
-CREATE FUNCTION {admit}(box smallint, ids uuid[], lanes smallint[], topics text[], keys text[], own boolean[], writes boolean)
+-- What is to be done with messages that have arrived, and the receipts of the new ones: for each, in order, 0 new, 1 handled
+-- before, 2 waiting or dead itself, 3 held back by another of its key. A function, so that it is planned once a connection, and
+-- not by the statistics or the settings of whoever calls: what it asks for is found by indexes.
+CREATE FUNCTION {admit}(box smallint, ids uuid[], topics text[], keys text[], own boolean[])
 RETURNS SETOF integer LANGUAGE plpgsql SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = 'off' SET enable_bitmapscan = 'off'
 SET enable_hashjoin = 'off' SET enable_mergejoin = 'off' SET jit = 'off' AS $postrider$
 #variable_conflict use_column
 BEGIN
-    IF NOT writes THEN
-        RETURN QUERY SELECT CASE WHEN s.yes THEN 1 WHEN p.yes AND NOT u.own THEN 2 WHEN h.yes AND NOT u.own THEN 3 ELSE 0 END
-            FROM unnest(ids, lanes, topics, keys, own) WITH ORDINALITY u (id, lane, topic, key, own, n)
-            LEFT JOIN LATERAL (SELECT true AS yes FROM {receipt} r WHERE r.mailbox = box AND r.message_id = u.id LIMIT 1) s ON true
-            LEFT JOIN LATERAL (SELECT true AS yes FROM {parked} p WHERE p.message_id = u.id AND p.mailbox + 0 = box LIMIT 1) p ON true
-            LEFT JOIN LATERAL (SELECT true AS yes FROM {parked} h WHERE h.key_hash = {key_hash}(box, u.topic, u.key) AND h.key_hash IS NOT NULL
-                AND h.topic = u.topic AND h.key = u.key AND h.state <> 3 LIMIT 1) h ON true ORDER BY u.n;
-        RETURN;
-    END IF;
     RETURN QUERY WITH asked AS MATERIALIZED (SELECT u.id, u.n, s.yes IS NOT NULL AS seen, NOT u.own AND p.yes IS NOT NULL AS waits, NOT u.own AND h.yes IS NOT NULL AS held
-            FROM unnest(ids, lanes, topics, keys, own) WITH ORDINALITY u (id, lane, topic, key, own, n)
+            FROM unnest(ids, topics, keys, own) WITH ORDINALITY u (id, topic, key, own, n)
             LEFT JOIN LATERAL (SELECT true AS yes FROM {receipt} r WHERE r.mailbox = box AND r.message_id = u.id LIMIT 1) s ON true
             LEFT JOIN LATERAL (SELECT true AS yes FROM {parked} p WHERE p.message_id = u.id AND p.mailbox + 0 = box LIMIT 1) p ON true
             LEFT JOIN LATERAL (SELECT true AS yes FROM {parked} h WHERE h.key_hash = {key_hash}(box, u.topic, u.key) AND h.key_hash IS NOT NULL
@@ -203,6 +194,19 @@ BEGIN
         SELECT CASE WHEN a.seen THEN 1 WHEN a.waits THEN 2 WHEN a.held THEN 3 WHEN f.message_id IS NULL THEN 1
             WHEN a.n > min(a.n) OVER (PARTITION BY a.id) THEN 1 ELSE 0 END
         FROM asked a LEFT JOIN fresh f ON f.message_id = a.id ORDER BY a.n;
+END $postrider$;
+
+-- The same without writing, and only what is known of them: 1 and 2 with the message, 3 with topic and key.
+CREATE FUNCTION {look}(box smallint, ids uuid[], topics text[], keys text[])
+RETURNS TABLE (what integer, id uuid, topic text, key text) LANGUAGE plpgsql SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = 'off'
+SET enable_bitmapscan = 'off' SET enable_mergejoin = 'off' SET jit = 'off' AS $postrider$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY SELECT 1, r.message_id, NULL::text, NULL::text FROM {receipt} r WHERE r.mailbox = box AND r.message_id = ANY (ids)
+        UNION ALL SELECT 2, p.message_id, NULL, NULL FROM {parked} p WHERE p.message_id = ANY (ids) AND p.mailbox + 0 = box
+        UNION ALL SELECT 3, NULL, u.topic, u.key FROM (SELECT DISTINCT u.topic, u.key FROM unnest(topics, keys) u (topic, key) WHERE u.key IS NOT NULL) u
+            CROSS JOIN LATERAL (SELECT FROM {parked} h WHERE h.key_hash = {key_hash}(box, u.topic, u.key) AND h.key_hash IS NOT NULL
+                AND h.topic = u.topic AND h.key = u.key AND h.state <> 3 LIMIT 1) h;
 END $postrider$;
 
 -- How far the chain of a message has come, and what has been taken back: small texts, compared and set.

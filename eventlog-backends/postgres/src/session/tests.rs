@@ -218,24 +218,22 @@ fn an_admission_does_not_read_what_was_handled_before() {
             if analyzed == "when full" {
                 bench.sql("ANALYZE {receipt}; ANALYZE {parked}").await;
             }
-            for statement in [&bench.log.sql().look, &bench.log.sql().admit] {
+            let sql = bench.log.sql();
+            for (name, statement) in [("look", &sql.look), ("admit", &sql.admit)] {
                 let mut plain = bench.log.pool().acquire().await.unwrap().detach();
                 let ids: Vec<uuid::Uuid> = (0..20).map(|_| *postrider_core::MessageId::new().as_uuid()).collect();
                 let mut buffers = 0;
                 // The first call plans, and reads the catalogue for it.
                 for _ in 0..2 {
                     buffers = Bench::buffers_on(&mut plain, statement, |q| {
-                        q.bind(1_i16)
-                            .bind(ids.clone())
-                            .bind(vec![3_i16; 20])
-                            .bind(vec!["t"; 20])
-                            .bind(vec![Some("k"); 20])
-                            .bind(vec![false; 20])
+                        let q = q.bind(1_i16).bind(ids.clone());
+                        let q = q.bind(vec!["t"; 20]).bind(vec![Some("k"); 20]);
+                        if name == "admit" { q.bind(vec![false; 20]) } else { q }
                     })
                     .await;
                     sqlx::raw_sql("ROLLBACK").execute(&mut plain).await.unwrap();
                 }
-                println!("analyzed {analyzed}: {buffers} buffers for 20 messages");
+                println!("analyzed {analyzed}, {name}: {buffers} buffers for 20 messages");
                 assert!(buffers < 20 * 40, "analyzed {analyzed}: {buffers} buffers");
             }
         }
