@@ -70,10 +70,10 @@ impl Shared {
     fn by<'a>(&'a self, delivery: &Delivery) -> HandledBy<'a> {
         // Where only the broker can let a message wait there is nobody to count attempts but the broker.
         let waits_with_broker = !self.parks && self.delays && !self.ordered;
-        let before = if waits_with_broker {
-            delivery.delivery_count().saturating_sub(1)
-        } else {
-            0
+        let before = match delivery.delivery_count() {
+            // The first time it was tried in place, and once each time since.
+            deliveries @ 2.. if waits_with_broker => self.retry.in_place.max(1).saturating_add(deliveries - 2),
+            _ => 0,
         };
         HandledBy {
             retry: &self.retry,

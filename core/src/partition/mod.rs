@@ -1,8 +1,10 @@
 //! What brokers have in common that keep the order of keys by partitions, for authors of transports and logs.
 
 mod hold;
+mod share;
 
 pub use hold::{Copies, Hold, Holds, not_outstanding};
+pub use share::{Leases, balance, fair_share};
 
 use crate::MessageId;
 use md5::{Digest as _, Md5};
@@ -20,15 +22,6 @@ pub fn slot_of(key: Option<&str>, id: MessageId) -> u8 {
         None => Md5::digest(id.as_uuid().as_bytes()),
     };
     digest[0] % SLOTS
-}
-
-/// The least and the most partitions that a member holds where all of so many members hold as many as the others, or one more.
-///
-/// Where the two differ and a member can get less than the least, one that has the most gives one up.
-#[must_use]
-pub fn fair_share(partitions: usize, members: usize) -> (usize, usize) {
-    let members = members.max(1);
-    (partitions / members, partitions.div_ceil(members))
 }
 
 /// What was handed out of a partition, in order, each with a value, and how much of it is settled without a gap.

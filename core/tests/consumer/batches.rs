@@ -5,10 +5,15 @@ use crate::{
     world::{World, options, secs},
 };
 use postrider_core::{
-    AnyEvent, Context, HandlerError, Message, Middleware, Retry, Topic, Transactional, Verdict, consumer::Batch,
+    AnyEvent, Context, HandlerError, Message, Middleware, Retry, Topic, Transactional, Verdict,
+    consumer::{Batch, Flow},
     relay::Backoff,
 };
-use std::{num::NonZeroUsize, time::Duration};
+use std::{
+    num::NonZeroUsize,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 fn of(max: usize) -> Batch {
     Batch::of(NonZeroUsize::new(max).unwrap()).waiting(Duration::from_millis(100))
@@ -128,6 +133,59 @@ async fn one_of_a_key_is_in_a_batch_and_a_handler_that_miscounts_or_panics_has_f
     for says in ["panicked: not the first", "gave 0 outcomes for", "does not decode"] {
         assert!(texts.iter().any(|t| t.contains(says)), "{says}: {texts:?}");
     }
+}
+
+/// One event of a batch finds that a service is away: those that were handled are, and the others cost no attempt.
+#[tokio::test]
+async fn a_service_that_is_away_pauses_batches_too() {
+    let world = World::start(options()).await;
+    static DIARY: std::sync::LazyLock<Diary> = std::sync::LazyLock::new(Diary::default);
+    static IS_AWAY: AtomicBool = AtomicBool::new(true);
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .max_in_flight(8)
+        .batch_handler(of(4), async |orders, ctx| {
+            let mut outcomes = Vec::new();
+            for (place, order) in orders.iter().enumerate() {
+                DIARY.note(format!("{} attempt {}", order.id, ctx.of(place).attempt()));
+                outcomes.push(if order.id % 2 == 0 && IS_AWAY.load(Ordering::SeqCst) {
+                    Err(HandlerError::unavailable("the bank is closed"))
+                } else {
+                    Ok(())
+                });
+            }
+            outcomes
+        })
+        .start()
+        .await
+        .unwrap();
+    for id in 0..40 {
+        world.bus.publish(&placed(id, &format!("c{id}"))).await.unwrap();
+    }
+    for _ in 0..60 {
+        world.pass(secs(10)).await;
+    }
+    assert_eq!(running.flow(), Flow::Waiting("the bank is closed".to_owned()));
+    let asked = DIARY.lines().len();
+    assert!(asked < 16 + 4 * 60, "probes, further and further apart: {asked}");
+    assert!(
+        running.report().delivered < 40,
+        "nothing is taken that cannot be handled"
+    );
+    IS_AWAY.store(false, Ordering::SeqCst);
+    for _ in 0..10 {
+        world.pass(secs(60)).await;
+    }
+    world.until(|_| running.report().handled == 40).await;
+    assert!(
+        DIARY.lines().iter().all(|line| line.ends_with("attempt 1")),
+        "{:?}",
+        DIARY.lines()
+    );
+    assert_eq!((running.flow(), running.report().parked), (Flow::Running, 0));
+    let odd = DIARY.lines().into_iter().filter(|line| line.starts_with("1 ")).count();
+    assert_eq!(odd, 1, "what was handled is not handled again");
 }
 
 /// Notes each failure, and has an opinion of what cannot be decoded and of what is exhausted.

@@ -6,7 +6,7 @@ use crate::{
 };
 use postrider_core::{
     Bus, Context, ErrorKind, GroupName, Handler, HandlerError, HandlerResult, Message, Retry, Topic,
-    memory::MemoryTransport,
+    clock::ManualClock, memory::MemoryTransport, relay::Backoff,
 };
 use std::sync::{
     Arc, Mutex,
@@ -398,6 +398,50 @@ async fn without_a_log_dead_letters_are_the_transports_and_publishing_says_what_
     while running.report().dead_lettered == 0 {
         tokio::task::yield_now().await;
     }
+    bus.shutdown(secs(5)).await.unwrap();
+    assert_eq!(transport.dead_letters(&GroupName::new("g")).len(), 1);
+}
+
+/// Where there is no log the broker lets a message wait, and its count of deliveries is that of the attempts.
+#[tokio::test]
+async fn without_a_log_the_broker_counts_the_attempts() {
+    let clock = ManualClock::shared();
+    let transport = MemoryTransport::on_clock(clock.clone());
+    let bus = Bus::builder()
+        .transport(transport.clone())
+        .clock(clock.clone())
+        .build()
+        .unwrap();
+    bus.start().await.unwrap();
+    let diary = Diary::default();
+    let running = bus
+        .subscribe::<OrderPlaced>("g")
+        .unordered()
+        .retry(
+            Retry::default()
+                .with_max_attempts(5)
+                .with_in_place(2)
+                .with_backoff(Backoff::Fixed(secs(10))),
+        )
+        .state(diary.clone())
+        .handler(async |diary, _, ctx| {
+            diary.note(ctx.attempt().to_string());
+            Err("not yet")?
+        })
+        .start()
+        .await
+        .unwrap();
+    bus.publish_direct(&placed(1, "x")).await.unwrap();
+    let mut turns = 0;
+    while running.report().dead_lettered == 0 {
+        clock.advance(secs(1));
+        for _ in 0..20 {
+            tokio::task::yield_now().await;
+        }
+        turns += 1;
+        assert!(turns < 1000, "{:?}", diary.lines());
+    }
+    assert_eq!(diary.lines(), ["1", "2", "3", "4", "5"]);
     bus.shutdown(secs(5)).await.unwrap();
     assert_eq!(transport.dead_letters(&GroupName::new("g")).len(), 1);
 }

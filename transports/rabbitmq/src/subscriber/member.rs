@@ -1,28 +1,26 @@
 //! A member of a group: its connection, and which queues it has.
 //!
-//! Of an ordered group each partition has a lease, an exclusive queue, which the broker frees when its connection ends. How
-//! many members there are says the number of consumers of the members' queue. A partition is handed over by finishing what
-//! is out of it, asking the broker something behind the last acknowledgement, closing its channel, and only then deleting
-//! the lease.
+//! A partition is handed over by finishing what is out of it, asking the broker something behind the last acknowledgement,
+//! closing its channel, and only then giving its lease back.
 
-use super::{Change, Shared, hold::Hold};
+use super::{Change, Shared, hold::Hold, leases::Leases};
 use crate::{
-    connection::{close_soon, failed, is_reply, within},
-    topology::{Declaring, hungry_queue, lease_queue, members_queue, partition_queue},
+    connection::{close_soon, failed, within},
+    topology::{Declaring, partition_queue},
 };
+use async_trait::async_trait;
 use futures_util::{Stream, StreamExt as _};
 use lapin::{
-    Channel, Connection, Consumer, Event,
-    options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions, QueueDeleteOptions},
+    Connection, Event,
+    options::{BasicConsumeOptions, BasicQosOptions, QueueDeleteOptions},
     types::FieldTable,
 };
 use postrider_core::{
-    Assignment, Error, MessageId, Result,
-    partition::{Hold as _, fair_share},
+    Error, MessageId, Result,
+    partition::{self, Hold as _, fair_share},
 };
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::{
-    hash::BuildHasher as _,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -42,20 +40,9 @@ pub(super) struct Member {
     connection: Arc<Connection>,
     /// In a lock that is never taken, for it may be sent but not shared.
     events: Mutex<Pin<Box<dyn Stream<Item = Event> + Send>>>,
-    /// Of an ordered group: what it asks on, and its mark among the members.
-    sharing: Option<Sharing>,
+    /// Of a group whose members share its partitions.
+    leases: Option<Leases>,
     balanced_at: Instant,
-}
-
-struct Sharing {
-    control: Channel,
-    /// Its channel is its own: a refusal closes it.
-    leasing: Option<Channel>,
-    _mark: Consumer,
-    /// Its mark among those that have less than their part.
-    hungry: Option<Consumer>,
-    /// Where the search for free partitions begins, so that members do not all try the same first.
-    first: usize,
 }
 
 /// Has members of one feed one after another, until the feed is closed.
@@ -132,7 +119,7 @@ impl Member {
         let mut member = Self {
             connection,
             events,
-            sharing: None,
+            leases: None,
             balanced_at: Instant::now(),
         };
         let joining = async {
@@ -144,53 +131,21 @@ impl Member {
             }
             declaring.end().await?;
             if shared.is_shared() {
-                let control = member
-                    .connection
-                    .create_channel()
-                    .await
-                    .map_err(failed("opening a channel"))?;
-                let options = BasicConsumeOptions::default();
-                let mark = control
-                    .basic_consume(members_queue(group).into(), "".into(), options, FieldTable::default())
-                    .await;
-                member.sharing = Some(Sharing {
-                    control,
-                    leasing: None,
-                    _mark: mark.map_err(failed("joining the members of the group"))?,
-                    hungry: None,
-                    first: usize::try_from(Assignment::fresh().0).unwrap_or(0) + std::process::id() as usize,
-                });
+                member.leases = Some(Leases::join(&member.connection, group).await?);
                 member.balance(shared).await
             } else {
-                member
-                    .open(shared, shared.queue.clone(), None, FxHashSet::default())
-                    .await
+                open(
+                    &member.connection,
+                    shared,
+                    shared.queue.clone(),
+                    None,
+                    FxHashSet::default(),
+                )
+                .await
             }
         };
         shared.broker.in_time("joining the group", joining).await?;
         Ok(member)
-    }
-
-    async fn open(
-        &self,
-        shared: &Shared,
-        queue: String,
-        partition: Option<usize>,
-        settled_before: FxHashSet<MessageId>,
-    ) -> Result<()> {
-        let opening = async {
-            let opened = Hold::open(&self.connection, shared, queue, partition, settled_before).await;
-            opened.map_err(failed("consuming a queue"))
-        };
-        let opened = within(shared.broker.options().timeout / 2, "consuming a queue", opening).await;
-        if let (Some(partition), Err(_)) = (partition, &opened) {
-            shared.broken().insert(partition, Instant::now());
-        }
-        let (hold, consumer) = opened?;
-        let hold = Arc::new(hold);
-        shared.holds.add(hold.clone());
-        shared.tell(Change::Opened(hold, consumer));
-        Ok(())
     }
 
     /// Works until the connection is lost, which is `false`, or the feed ends.
@@ -207,7 +162,7 @@ impl Member {
                 let _ = hold.acknowledge().await;
             }
             let looks = holds.iter().any(|hold| hold.is_leaving() || !hold.is_connected());
-            let balances = self.sharing.is_some() && self.balanced_at.elapsed() >= interval;
+            let balances = self.leases.is_some() && self.balanced_at.elapsed() >= interval;
             let looked = shared.broker.in_time("sharing the partitions", async {
                 if looks {
                     self.mend(shared).await?;
@@ -227,7 +182,7 @@ impl Member {
             let drips = shared.holds.all().iter().any(|hold| hold.has_much());
             let next = if drips {
                 ACKNOWLEDGE_AFTER
-            } else if self.sharing.is_some() {
+            } else if self.leases.is_some() {
                 interval.saturating_sub(self.balanced_at.elapsed())
             } else {
                 LOOK_EVERY
@@ -266,145 +221,41 @@ impl Member {
             } else {
                 continue;
             }
-            match hold.partition {
-                Some(partition) if !keeps => self.free(shared, partition).await?,
-                partition => self.open(shared, hold.queue.clone(), partition, settled).await?,
+            match (hold.partition, &self.leases) {
+                (Some(partition), Some(leases)) if !keeps => leases.free(partition).await?,
+                (partition, _) => open(&self.connection, shared, hold.queue.clone(), partition, settled).await?,
             }
         }
         Ok(())
     }
 
-    /// How many partitions are this member's part: the least and the most.
-    async fn share(&self, shared: &Shared) -> Result<(usize, usize)> {
-        let members = self.consumers(&members_queue(&shared.subscription.group)).await?;
-        Ok(fair_share(
-            shared.broker.options().partitions,
-            usize::try_from(members).unwrap_or(1),
-        ))
-    }
-
-    /// How many consumers a queue has. Whoever has a partition consumes its queue, so asking for a lease can be spared
-    /// those that are taken: each refusal would close a channel, and the client has a number for each only once.
-    async fn consumers(&self, queue: &str) -> Result<u32> {
-        let Some(sharing) = &self.sharing else { return Ok(0) };
-        let passive = QueueDeclareOptions {
-            passive: true,
-            ..Default::default()
-        };
-        let found = sharing
-            .control
-            .queue_declare(queue.into(), passive, FieldTable::default());
-        Ok(found.await.map_err(failed("counting consumers"))?.consumer_count())
-    }
-
     /// Whether all partitions that it has are its part.
     async fn keeps(&self, shared: &Shared) -> Result<bool> {
-        let (_, most) = self.share(shared).await?;
+        let Some(leases) = &self.leases else { return Ok(true) };
+        let (_, most) = fair_share(shared.broker.options().partitions, leases.members().await?);
         Ok(shared.holds.all().len() <= most)
     }
 
     /// Gives up what is more than its part, and takes what is free of it.
     async fn balance(&mut self, shared: &Shared) -> Result<()> {
-        if self.sharing.is_none() {
-            return Ok(());
-        }
-        let group = &shared.subscription.group;
-        let (least, most) = self.share(shared).await?;
+        let Some(leases) = &mut self.leases else { return Ok(()) };
         let mut staying = shared.holds.all();
         let held: Vec<usize> = staying.iter().filter_map(|hold| hold.partition).collect();
         staying.retain(|hold| !hold.is_leaving());
-        let mut keeps = most;
-        if least < most && staying.len() == most && self.consumers(&hungry_queue(group)).await? > 0 && coin() {
-            keeps = least;
-        }
-        for hold in staying.iter().skip(keeps) {
+        let (partitions, first) = (shared.broker.options().partitions, leases.first);
+        let mut taking = Taking {
+            connection: &self.connection,
+            leases,
+            shared,
+        };
+        let too_many = partition::balance(&mut taking, partitions, first, &held, staying.len()).await?;
+        for hold in staying.iter().take(too_many) {
             if hold.give_up() {
                 shared.tell(Change::Revoked(hold.assignment()));
                 shared.stir.notify_one();
             }
         }
-        let partitions = shared.broker.options().partitions;
-        let mut room = keeps.saturating_sub(held.len());
-        let first = self.sharing.as_ref().map_or(0, |sharing| sharing.first);
-        for partition in (0..partitions).map(|n| (first + n) % partitions) {
-            if room == 0 {
-                break;
-            }
-            let queue = partition_queue(group, partition);
-            let broken = shared.broken().get(&partition).map(Instant::elapsed);
-            if held.contains(&partition) || broken.is_some_and(|since| since < TRIED_AGAIN_AFTER) {
-                continue;
-            }
-            if self.consumers(&queue).await? > 0 || !self.lease(shared, partition).await? {
-                continue;
-            }
-            if broken.is_some() && !is_sound(shared, &queue).await {
-                shared.broken().insert(partition, Instant::now());
-                self.free(shared, partition).await?;
-                continue;
-            }
-            shared.broken().remove(&partition);
-            room -= 1;
-            self.open(shared, queue, Some(partition), FxHashSet::default()).await?;
-        }
-        self.say_hungry(shared, keeps.saturating_sub(room) < least).await
-    }
-
-    /// Says to the others whether it has less than its part.
-    async fn say_hungry(&mut self, shared: &Shared, is_hungry: bool) -> Result<()> {
-        let Some(sharing) = &mut self.sharing else {
-            return Ok(());
-        };
-        let name = hungry_queue(&shared.subscription.group);
-        match sharing.hungry.take() {
-            None if is_hungry => {
-                let options = BasicConsumeOptions::default();
-                let mark = sharing
-                    .control
-                    .basic_consume(name.into(), "".into(), options, FieldTable::default());
-                sharing.hungry = Some(mark.await.map_err(failed("asking for a partition"))?);
-            }
-            Some(mark) if !is_hungry => {
-                let ended = sharing.control.basic_cancel(mark.tag(), BasicCancelOptions::default());
-                ended.await.map_err(failed("asking for no partition"))?;
-            }
-            unchanged => sharing.hungry = unchanged,
-        }
         Ok(())
-    }
-
-    /// Takes a partition, unless somebody else has it.
-    async fn lease(&mut self, shared: &Shared, partition: usize) -> Result<bool> {
-        let connection = &self.connection;
-        let Some(sharing) = &mut self.sharing else {
-            return Ok(false);
-        };
-        let channel = match sharing.leasing.take() {
-            Some(channel) => channel,
-            None => connection.create_channel().await.map_err(failed("opening a channel"))?,
-        };
-        let options = QueueDeclareOptions {
-            exclusive: true,
-            ..Default::default()
-        };
-        let name = lease_queue(&shared.subscription.group, partition);
-        match channel.queue_declare(name.into(), options, FieldTable::default()).await {
-            Ok(_) => {
-                sharing.leasing = Some(channel);
-                Ok(true)
-            }
-            // The refusal has closed the channel.
-            Err(why) if is_reply(&why, 405) => Ok(false),
-            Err(why) => Err(failed("taking a partition")(why)),
-        }
-    }
-
-    async fn free(&self, shared: &Shared, partition: usize) -> Result<()> {
-        let Some(sharing) = &self.sharing else { return Ok(()) };
-        let name = lease_queue(&shared.subscription.group, partition);
-        delete(&sharing.control, &name)
-            .await
-            .map_err(failed("handing over a partition"))
     }
 
     /// Ends in order: what was acknowledged has arrived, everything else goes back to its place.
@@ -420,9 +271,8 @@ impl Member {
                     .create_channel()
                     .await
                     .map_err(failed("opening a channel"))?;
-                delete(&channel, &shared.queue)
-                    .await
-                    .map_err(failed("deleting a queue"))?;
+                let deleted = channel.queue_delete(shared.queue.as_str().into(), QueueDeleteOptions::default());
+                deleted.await.map_err(failed("deleting a queue"))?;
             }
             self.connection
                 .close(200, "OK".into())
@@ -436,9 +286,66 @@ impl Member {
     }
 }
 
-/// So that not everyone who may gives one up.
-fn coin() -> bool {
-    std::hash::RandomState::new().hash_one(()).is_multiple_of(2)
+/// Begins to consume a queue. One that cannot be consumed is passed over for a while.
+async fn open(
+    connection: &Connection,
+    shared: &Shared,
+    queue: String,
+    partition: Option<usize>,
+    settled_before: FxHashSet<MessageId>,
+) -> Result<()> {
+    let opening = async {
+        let opened = Hold::open(connection, shared, queue, partition, settled_before).await;
+        opened.map_err(failed("consuming a queue"))
+    };
+    let opened = within(shared.broker.options().timeout / 2, "consuming a queue", opening).await;
+    if let (Some(partition), Err(_)) = (partition, &opened) {
+        shared.broken().insert(partition, Instant::now());
+    }
+    let (hold, consumer) = opened?;
+    let hold = Arc::new(hold);
+    shared.holds.add(hold.clone());
+    shared.tell(Change::Opened(hold, consumer));
+    Ok(())
+}
+
+/// What it takes to take a partition.
+struct Taking<'a> {
+    connection: &'a Connection,
+    leases: &'a mut Leases,
+    shared: &'a Shared,
+}
+
+#[async_trait]
+impl partition::Leases for Taking<'_> {
+    async fn members(&mut self) -> Result<usize> {
+        self.leases.members().await
+    }
+
+    async fn is_any_short(&mut self) -> Result<bool> {
+        self.leases.is_any_short().await
+    }
+
+    async fn say_short(&mut self, is_short: bool) -> Result<()> {
+        self.leases.say_short(is_short).await
+    }
+
+    async fn take(&mut self, partition: usize) -> Result<bool> {
+        let shared = self.shared;
+        let broken = shared.broken().get(&partition).map(Instant::elapsed);
+        if broken.is_some_and(|since| since < TRIED_AGAIN_AFTER) || !self.leases.take(partition).await? {
+            return Ok(false);
+        }
+        let queue = partition_queue(&shared.subscription.group, partition);
+        if broken.is_some() && !is_sound(shared, &queue).await {
+            shared.broken().insert(partition, Instant::now());
+            self.leases.free(partition).await?;
+            return Ok(false);
+        }
+        shared.broken().remove(&partition);
+        open(self.connection, shared, queue, Some(partition), FxHashSet::default()).await?;
+        Ok(true)
+    }
 }
 
 /// Whether a queue can be consumed, tried on a connection of its own: where it cannot, the broker ends the connection. What
@@ -469,9 +376,4 @@ async fn is_sound(shared: &Shared, queue: &str) -> bool {
         );
     }
     tried.is_ok()
-}
-
-async fn delete(channel: &Channel, queue: &str) -> lapin::Result<()> {
-    let deleted = channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await;
-    deleted.map(drop)
 }

@@ -2,6 +2,7 @@
 
 mod feed;
 mod hold;
+mod leases;
 mod member;
 
 use crate::{
