@@ -32,7 +32,8 @@ const SOON: Duration = Duration::from_millis(5);
 const LATER: Duration = Duration::from_millis(50);
 /// How long leaving a group may take.
 const LONGEST_CLOSE: Duration = Duration::from_secs(30);
-/// How long joining it may still take, of a member that is to leave.
+/// How long joining it takes at most, for one that leaves before it hears of partitions; with the new protocol it does not hear
+/// that it gets none.
 const LONGEST_JOIN: Duration = Duration::from_secs(5);
 
 /// What the group's coordinator wants.
@@ -153,6 +154,7 @@ pub(super) fn start(shared: Arc<Shared>, ended: watch::Sender<bool>) -> Result<(
         queues: FxHashMap::default(),
         from,
         revoking: None,
+        since: Instant::now(),
     };
     let thread = std::thread::Builder::new().name(name).spawn(move || {
         member.serve();
@@ -211,6 +213,8 @@ struct Member {
     from: FxHashMap<Place, i64>,
     /// What the coordinator waits for.
     revoking: Option<Revoking>,
+    /// When it began to join.
+    since: Instant,
 }
 
 /// Partitions that go to others, once what is out of them is settled, or until then.
@@ -403,11 +407,11 @@ impl Member {
         }
     }
 
-    /// Whoever has asked to join has a place kept for it, and nobody else gets in meanwhile, until its session ends. The client
-    /// cannot give that place back before it has been told of it.
+    /// Whoever has asked to join has a place kept for it until its session ends, and partitions with it, or nobody else gets in.
+    /// The client cannot give that place back before it has been told of it.
     fn finish_joining(&self) {
         let context = self.consumer.context();
-        let until = Instant::now() + LONGEST_JOIN;
+        let until = self.since + LONGEST_JOIN;
         while !context.has_joined.load(Ordering::Acquire) && Instant::now() < until {
             if let Some(Err(_)) = self.consumer.poll(SOON) {
                 return;

@@ -326,12 +326,16 @@ fn a_member_that_is_closed_while_it_joins_keeps_nobody_waiting() {
     run_within(Duration::from_secs(240), async {
         let mut server = Kafka::start();
         let mut longest = Duration::ZERO;
-        for after in [0, 2, 4, 6, 8, 10, 12, 15, 20, 25, 30, 40] {
+        let protocols = [false, true].into_iter();
+        let cases = protocols.flat_map(|new| [0, 2, 4, 6, 8, 10, 15, 20, 30].map(|after| (after, new)));
+        for (after, new_protocol) in cases {
             let name = fresh_name();
             let brokers = server.brokers().to_owned();
             let fixture = Fixture { name, brokers };
-            let options = KafkaOptions::new(&fixture.brokers).with_partitions(4);
-            let transport = transport_with(options.with_session_timeout(Duration::from_secs(10))).unwrap();
+            let mut options = KafkaOptions::new(&fixture.brokers).with_partitions(4);
+            options = options.with_session_timeout(Duration::from_secs(10));
+            options.new_group_protocol = new_protocol;
+            let transport = transport_with(options).unwrap();
             publish(&transport, &[fixture.message(None, "waits")]).await;
             let (intake, settling) = join(&transport, &fixture.subscription()).await;
             tokio::time::sleep(Duration::from_millis(after)).await;
@@ -345,14 +349,38 @@ fn a_member_that_is_closed_while_it_joins_keeps_nobody_waiting() {
             let began = Instant::now();
             assert_eq!(take(&mut intake, 1, Duration::from_secs(30)).await.len(), 1);
             println!(
-                "closed after {after} ms: the next one has what waits after {:?}",
+                "closed after {after} ms (new protocol: {new_protocol}): the next one has what waits after {:?}",
                 began.elapsed()
             );
             longest = longest.max(began.elapsed());
         }
         assert!(
-            longest < Duration::from_secs(8),
+            longest < Duration::from_secs(5),
             "the session of the one before is waited for: {longest:?}"
         );
+    });
+}
+
+/// There may be more members than partitions: those that get none have joined all the same.
+#[test]
+#[cfg_attr(feature = "mock", ignore = "it takes a real group of real members")]
+fn a_member_without_partitions_leaves_at_once() {
+    run(async {
+        for new_protocol in [false, true] {
+            let fixture = Fixture::new();
+            let mut options = fixture.options().with_partitions(1);
+            options.new_group_protocol = new_protocol;
+            let transport = transport_with(options).unwrap();
+            publish(&transport, &[fixture.message(None, "x")]).await;
+            let (mut first, _settling) = join(&transport, &fixture.subscription()).await;
+            assert_eq!(take(&mut first, 1, SOON).await.len(), 1);
+            let (second, settling) = join(&transport, &fixture.subscription()).await;
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            let began = Instant::now();
+            settling.close(SOON).await.unwrap();
+            println!("left after {:?}", began.elapsed());
+            assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+            drop(second);
+        }
     });
 }
