@@ -1,9 +1,11 @@
 //! What brokers have in common that keep the order of keys by partitions, for authors of transports and logs.
 
 mod hold;
+mod membership;
 mod share;
 
-pub use hold::{Copies, Hold, Holds, not_outstanding};
+pub use hold::{Copies, Hold, not_outstanding};
+pub use membership::{Membership, Source, Working};
 pub use share::{Leases, balance, fair_share};
 
 use crate::MessageId;

@@ -36,9 +36,11 @@ struct Own {
     _keeper: Keeper,
 }
 
+/// A roll-over of the whole log, of 512 MB as it comes, stops a slow disk for ten seconds and more.
 const CONFIG: &str = "\
 vm_memory_high_watermark.absolute = 2GB
 disk_free_limit.absolute = 50MB
+raft.wal_max_size_bytes = 64000000
 loopback_users = none
 listeners.ssl.default = 127.0.0.1:{tls}
 ssl_options.cacertfile = {dir}/ca.pem

@@ -113,18 +113,6 @@ impl Hold {
         !is_settled
     }
 
-    /// Hands out nothing more. `false` if it did not before.
-    pub(super) fn leave(&self) -> bool {
-        !std::mem::replace(&mut self.state().is_leaving, true)
-    }
-
-    /// What is settled from now on is in vain.
-    pub(super) fn lose(&self) {
-        let mut state = self.state();
-        state.is_leaving = true;
-        state.is_gone = true;
-    }
-
     pub(super) fn is_leaving(&self) -> bool {
         self.state().is_leaving
     }
@@ -176,6 +164,16 @@ impl Hold {
 impl partition::Hold for Hold {
     fn assignment(&self) -> Assignment {
         self.assignment
+    }
+
+    fn leave(&self) -> bool {
+        !std::mem::replace(&mut self.state().is_leaving, true)
+    }
+
+    fn lose(&self) {
+        let mut state = self.state();
+        state.is_leaving = true;
+        state.is_gone = true;
     }
 
     async fn settle(&self, batch: &[(u64, Disposition)]) -> (Vec<Result<()>>, bool) {

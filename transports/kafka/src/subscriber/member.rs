@@ -5,7 +5,10 @@ use super::{
     hold::{Hold, Queue},
 };
 use crate::client::Cluster;
-use postrider_core::{Error, ErrorKind, Incoming, MessageId, Result, Topic, partition::Hold as _};
+use postrider_core::{
+    Error, ErrorKind, MessageId, Result, Topic,
+    partition::{Hold as _, Working},
+};
 use rdkafka::{
     ClientContext, Offset, TopicPartitionList,
     config::{FromClientConfigAndContext as _, RDKafkaLogLevel},
@@ -22,7 +25,6 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use tokio::sync::watch;
 
 pub(super) type Consumer = BaseConsumer<Rebalances>;
 
@@ -90,7 +92,7 @@ impl ConsumerContext for Rebalances {
 }
 
 /// Joins the group, and starts the thread that serves it.
-pub(super) fn start(shared: Arc<Shared>, ended: watch::Sender<bool>) -> Result<()> {
+pub(super) fn start(shared: Arc<Shared>, working: Working<Hold>) -> Result<()> {
     let options = shared.cluster.options();
     let millis = |duration: Duration| duration.as_millis().to_string();
     let mut config = shared.cluster.config();
@@ -158,7 +160,7 @@ pub(super) fn start(shared: Arc<Shared>, ended: watch::Sender<bool>) -> Result<(
     };
     let thread = std::thread::Builder::new().name(name).spawn(move || {
         member.serve();
-        let _ = ended.send(true);
+        drop(working);
     });
     thread
         .map(drop)
@@ -227,10 +229,11 @@ impl Member {
     fn serve(mut self) {
         let mut told: Option<KafkaError> = None;
         loop {
-            if self.shared.is_closing() {
+            if self.shared.membership.is_closing() {
                 break;
             }
-            let is_busy = self.revoking.is_some() || self.shared.holds.all().iter().any(|hold| hold.is_leaving());
+            let is_busy =
+                self.revoking.is_some() || self.shared.membership.holds().iter().any(|hold| hold.is_leaving());
             match self.consumer.poll(if is_busy { SOON } else { LATER }) {
                 None => {}
                 Some(Err(KafkaError::MessageConsumptionFatal(why))) => {
@@ -275,8 +278,7 @@ impl Member {
             ErrorKind::Config,
             "Kafka refuses this member of the group for good: the group's protocol, its rights or its size",
         );
-        self.shared.tell(Err(error.because(why)));
-        self.shared.has_failed.store(true, Ordering::Release);
+        self.shared.membership.tell(Err(error.because(why)));
     }
 
     fn list(&self, partitions: &[Place]) -> TopicPartitionList {
@@ -308,7 +310,7 @@ impl Member {
         if let Err(error) = assigned {
             tracing::warn!(%error, "partitions cannot be taken");
         }
-        holds.into_iter().for_each(|hold| self.shared.add(hold));
+        holds.into_iter().for_each(|hold| self.shared.membership.add(hold));
     }
 
     fn queue(&mut self, topic: &str, partition: i32) -> Option<Arc<Queue>> {
@@ -317,7 +319,7 @@ impl Member {
             return Some(queue.clone());
         }
         let mut queue = self.consumer.split_partition_queue(topic, partition)?;
-        let news = self.shared.news.clone();
+        let news = self.shared.membership.news();
         queue.set_nonempty_callback(move || news.notify_one());
         Some(self.queues.entry(place).or_insert(Arc::new(queue)).clone())
     }
@@ -329,11 +331,9 @@ impl Member {
     fn revoke(&mut self, partitions: Vec<Place>) {
         let is_lost = self.consumer.assignment_lost();
         for hold in holds_of(&self.shared, &partitions) {
-            if is_lost {
-                hold.lose();
-                self.shared.tell(Ok(Incoming::Lost(hold.assignment())));
-            } else if hold.leave() {
-                self.shared.tell(Ok(Incoming::Revoked(hold.assignment())));
+            match is_lost {
+                true => self.shared.membership.lose(&hold),
+                false => self.shared.membership.revoke(&hold),
             }
         }
         let wait = if is_lost {
@@ -360,7 +360,7 @@ impl Member {
                 tracing::warn!(topic = %hold.topic, partition = hold.partition, "a partition goes to another member with messages unsettled: they come again there");
             }
             hold.lose();
-            self.shared.holds.remove(hold.assignment());
+            self.shared.membership.remove(hold.assignment());
             if let Some(next) = hold.next_offset().filter(|_| !self.from.is_empty()) {
                 self.from.insert((hold.topic.to_string(), hold.partition), next);
             }
@@ -385,7 +385,7 @@ impl Member {
     /// Goes back to what was released, once nothing is out of its partition.
     fn begin_again(&self) {
         let revoked = self.revoking.as_ref().map_or(&[][..], |revoking| &revoking.partitions);
-        let mut idle = self.shared.holds.all();
+        let mut idle = self.shared.membership.holds();
         idle.retain(|hold| hold.is_leaving() && hold.is_idle() && !is_of(hold, revoked));
         for hold in idle {
             let Some((from, settled)) = hold.begins_again() else {
@@ -401,8 +401,9 @@ impl Member {
             if let Err(error) = sought {
                 tracing::warn!(%error, topic = %hold.topic, partition = hold.partition, "a partition cannot begin again: it is tried by its next member");
             }
-            self.shared.holds.remove(hold.assignment());
+            self.shared.membership.remove(hold.assignment());
             self.shared
+                .membership
                 .add(self.hold(hold.topic.clone(), hold.partition, hold.queue.clone(), settled));
         }
     }
@@ -423,7 +424,7 @@ impl Member {
     fn leave(self) {
         self.consumer.context().closing.store(true, Ordering::Release);
         self.finish_joining();
-        self.shared.holds.take().iter().for_each(|hold| hold.lose());
+        self.shared.membership.take().iter().for_each(|hold| hold.lose());
         self.commit();
         // What the coordinator still waits for is done now.
         let undone = std::mem::take(&mut *self.consumer.context().wanted());
@@ -448,7 +449,7 @@ impl Member {
 }
 
 fn holds_of(shared: &Shared, partitions: &[Place]) -> Vec<Arc<Hold>> {
-    let mut holds = shared.holds.all();
+    let mut holds = shared.membership.holds();
     holds.retain(|hold| is_of(hold, partitions));
     holds
 }

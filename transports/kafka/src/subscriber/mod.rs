@@ -13,18 +13,10 @@ use crate::{
     publisher::KafkaPublisher,
 };
 use async_trait::async_trait;
-use feed::{KafkaDeliveries, KafkaSettler};
+use feed::KafkaSource;
 use hold::Hold;
-use postrider_core::{Error, ErrorKind, Feed, Incoming, Result, Subscriber, Subscription, partition::Holds};
-use std::{
-    collections::VecDeque,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
-use tokio::sync::{Notify, watch};
+use postrider_core::{Feed, Result, Subscriber, Subscription, partition::Membership};
+use std::sync::Arc;
 
 #[derive(Debug)]
 pub(crate) struct KafkaSubscriber {
@@ -44,21 +36,18 @@ impl Subscriber for KafkaSubscriber {
     async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
         let topics = subscription.topics.iter().map(postrider_core::Topic::as_str);
         self.publisher.topology().ensure(topics).await?;
-        let (ended, is_ended) = watch::channel(false);
+        let (membership, working) = Membership::begin();
         let shared = Arc::new(Shared {
             subscription: subscription.clone(),
             cluster: self.cluster.clone(),
             publisher: self.publisher.clone(),
-            holds: Holds::default(),
-            told: Mutex::default(),
-            news: Arc::default(),
-            closing: AtomicBool::new(false),
-            has_failed: AtomicBool::new(false),
-            is_ended,
+            membership,
         });
-        let handle = Arc::new(Handle(shared.clone()));
-        off_thread(move || member::start(shared, ended)).await??;
-        Ok(Feed::new(KafkaDeliveries::new(handle.clone()), KafkaSettler(handle)))
+        let feed = shared
+            .membership
+            .feed(KafkaSource::new(shared.membership.clone()), shared.clone());
+        off_thread(move || member::start(shared, working)).await??;
+        Ok(feed)
     }
 }
 
@@ -68,56 +57,5 @@ struct Shared {
     subscription: Subscription,
     cluster: Cluster,
     publisher: KafkaPublisher,
-    holds: Holds<Hold>,
-    /// What the thread tells of.
-    told: Mutex<VecDeque<Result<Incoming>>>,
-    /// There are messages, or something was told.
-    news: Arc<Notify>,
-    closing: AtomicBool,
-    /// The client has failed for good.
-    has_failed: AtomicBool,
-    is_ended: watch::Receiver<bool>,
-}
-
-/// What the two sides of a feed have. When both are gone, the thread leaves the group by itself.
-#[derive(Debug)]
-struct Handle(Arc<Shared>);
-
-impl Drop for Handle {
-    fn drop(&mut self) {
-        self.0.closing.store(true, Ordering::Release);
-    }
-}
-
-impl Shared {
-    fn add(&self, hold: Arc<Hold>) {
-        self.holds.add(hold);
-        self.news.notify_one();
-    }
-
-    fn tell(&self, what: Result<Incoming>) {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner).push_back(what);
-        self.news.notify_one();
-    }
-
-    fn next_told(&self) -> Option<Result<Incoming>> {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
-    }
-
-    fn is_closing(&self) -> bool {
-        self.closing.load(Ordering::Acquire)
-    }
-
-    async fn close(&self, deadline: Duration) -> Result<()> {
-        self.closing.store(true, Ordering::Release);
-        self.news.notify_one();
-        let mut is_ended = self.is_ended.clone();
-        match tokio::time::timeout(deadline, is_ended.wait_for(|ended| *ended)).await {
-            Ok(_) => Ok(()),
-            Err(_) => Err(Error::new(
-                ErrorKind::Unavailable,
-                "Kafka did not answer in time: what was acknowledged last may come again",
-            )),
-        }
-    }
+    membership: Arc<Membership<Hold>>,
 }

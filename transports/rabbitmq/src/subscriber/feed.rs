@@ -1,23 +1,24 @@
-use super::{Change, Handle, Shared, hold::Hold};
+//! The two sides of a feed, as core's [`Membership`](postrider_core::partition::Membership) has them.
+
+use super::{Shared, hold::Hold};
 use crate::{
     topology::{Copy, Topics, rounded},
     wire,
 };
 use async_trait::async_trait;
-use futures_util::{FutureExt as _, Stream, StreamExt as _, stream::SelectAll};
+use futures_util::{Stream, StreamExt as _, stream::SelectAll};
 use lapin::{Consumer, message::Delivery};
 use postrider_core::{
-    Deliveries, DeliveryTag, Disposition, Error, ErrorKind, Incoming, PublishErrorKind, Received, Result, Settler,
-    partition::{Copies, Hold as _, not_outstanding},
+    Assignment, DeliveryTag, Disposition, Error, ErrorKind, PublishErrorKind, Received, Result,
+    partition::{Copies, Hold as _, Membership, Source, not_outstanding},
     wire::Reader,
 };
+use rustc_hash::FxHashSet;
 use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
 };
-use tokio::sync::mpsc;
 
 /// What comes out of a queue, for as long as its hold hands anything out.
 #[derive(Debug)]
@@ -46,36 +47,42 @@ impl Stream for Coming {
 }
 
 #[derive(Debug)]
-pub(super) struct RabbitMqDeliveries {
-    handle: Arc<Handle>,
-    changes: mpsc::UnboundedReceiver<Change>,
+pub(super) struct RabbitMqSource {
+    membership: Arc<Membership<Hold>>,
     coming: SelectAll<Coming>,
+    /// The holds that are among them, or were, as of a count of changes.
+    known: FxHashSet<Assignment>,
+    seen: Option<u64>,
     reader: Reader,
     topics: Topics,
 }
 
-impl RabbitMqDeliveries {
-    pub(super) fn new(handle: Arc<Handle>, changes: mpsc::UnboundedReceiver<Change>) -> Self {
+impl RabbitMqSource {
+    pub(super) fn new(shared: &Shared) -> Self {
         Self {
-            topics: Topics::new(&handle.0.subscription.topics),
-            handle,
-            changes,
+            topics: Topics::new(&shared.subscription.topics),
+            membership: shared.membership.clone(),
             coming: SelectAll::new(),
+            known: FxHashSet::default(),
+            seen: None,
             reader: Reader::default(),
         }
     }
 
-    fn change(&mut self, change: Change) -> Option<Result<Incoming>> {
-        match change {
-            Change::Opened(hold, consumer) => {
-                self.coming.push(Coming { hold, consumer });
-                None
-            }
-            Change::Closed => None,
-            Change::Revoked(assignment) => Some(Ok(Incoming::Revoked(assignment))),
-            Change::Lost(assignment) => Some(Ok(Incoming::Lost(assignment))),
-            Change::Failed(error) => Some(Err(error)),
+    /// Has what comes out of each hold come here.
+    fn look(&mut self) {
+        let changes = self.membership.changes();
+        if self.seen.replace(changes) == Some(changes) {
+            return;
         }
+        let holds = self.membership.holds();
+        for hold in holds.iter().filter(|hold| !self.known.contains(&hold.assignment())) {
+            self.coming.push(Coming {
+                consumer: hold.consumer().clone(),
+                hold: hold.clone(),
+            });
+        }
+        self.known = holds.iter().map(|hold| hold.assignment()).collect();
     }
 
     fn take(&mut self, batch: &mut Vec<Received>, (hold, delivery): (Arc<Hold>, Delivery)) {
@@ -95,53 +102,21 @@ impl RabbitMqDeliveries {
     }
 }
 
-#[async_trait]
-impl Deliveries for RabbitMqDeliveries {
-    async fn next(&mut self, max: usize) -> Result<Incoming> {
-        loop {
-            if self.handle.0.is_closing() {
-                return Err(Error::new(ErrorKind::Closed, "the subscription has been closed"));
-            }
-            if let Ok(change) = self.changes.try_recv() {
-                match self.change(change) {
-                    Some(told) => return told,
-                    None => continue,
-                }
-            }
-            let mut batch = Vec::new();
-            while batch.len() < max
-                && let Some(Some(coming)) = self.coming.next().now_or_never()
-            {
-                self.take(&mut batch, coming);
-            }
-            if !batch.is_empty() {
-                return Ok(Incoming::Batch(batch));
-            }
-            // Whatever wakes this is taken in the same poll, or left where it is.
-            tokio::select! {
-                change = self.changes.recv() => {
-                    if let Some(told) = change.and_then(|change| self.change(change)) {
-                        return told;
-                    }
-                }
-                Some(coming) = self.coming.next(), if !self.coming.is_empty() => {
-                    self.take(&mut batch, coming);
-                    while batch.len() < max
-                        && let Some(Some(coming)) = self.coming.next().now_or_never()
-                    {
-                        self.take(&mut batch, coming);
-                    }
-                    if !batch.is_empty() {
-                        return Ok(Incoming::Batch(batch));
-                    }
-                }
-            }
+impl Source for RabbitMqSource {
+    fn poll_take(&mut self, cx: &mut Context<'_>, max: usize) -> Poll<Vec<Received>> {
+        self.look();
+        let mut batch = Vec::new();
+        while batch.len() < max
+            && let Poll::Ready(Some(coming)) = self.coming.poll_next_unpin(cx)
+        {
+            self.take(&mut batch, coming);
+        }
+        match batch.is_empty() {
+            true => Poll::Pending,
+            false => Poll::Ready(batch),
         }
     }
 }
-
-#[derive(Debug)]
-pub(super) struct RabbitMqSettler(pub(super) Arc<Handle>);
 
 #[async_trait]
 impl Copies<Hold> for Shared {
@@ -175,22 +150,5 @@ impl Copies<Hold> for Shared {
             };
             Error::new(kind, "the copy of the message was not stored").because(why)
         })
-    }
-}
-
-#[async_trait]
-impl Settler for RabbitMqSettler {
-    async fn settle(&self, batch: &[(DeliveryTag, Disposition)]) -> Vec<Result<()>> {
-        let shared = &self.0.0;
-        let (outcomes, ended) = shared.holds.settle(batch, &**shared).await;
-        ended
-            .into_iter()
-            .for_each(|assignment| shared.tell(Change::Revoked(assignment)));
-        shared.stir.notify_one();
-        outcomes
-    }
-
-    async fn close(&self, deadline: Duration) -> Result<()> {
-        self.0.0.close(deadline).await
     }
 }

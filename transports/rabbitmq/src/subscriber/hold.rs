@@ -8,7 +8,7 @@ use lapin::{
 };
 use postrider_core::{
     Assignment, Disposition, Error, Message, MessageId, Result,
-    partition::{self, Prefix, not_outstanding},
+    partition::{self, Hold as _, Prefix, not_outstanding},
 };
 use rustc_hash::FxHashSet;
 use std::{
@@ -29,7 +29,7 @@ pub(super) struct Hold {
     channel: Channel,
     /// Kept until the channel is closed: dropped before, it would cancel the consumer, and the next one would begin behind
     /// what is not settled.
-    _consumer: Consumer,
+    consumer: Consumer,
     state: Mutex<State>,
 }
 
@@ -77,26 +77,29 @@ impl Hold {
         queue: String,
         partition: Option<usize>,
         settled_before: FxHashSet<MessageId>,
-    ) -> lapin::Result<(Self, Consumer)> {
+    ) -> lapin::Result<Self> {
         let channel = connection.create_channel().await?;
         channel.basic_qos(shared.prefetch(), BasicQosOptions::default()).await?;
         let name = queue.as_str().into();
         let consumer = channel
             .basic_consume(name, "".into(), BasicConsumeOptions::default(), FieldTable::default())
             .await?;
-        let hold = Self {
+        Ok(Self {
             assignment: Assignment::fresh(),
             queue,
             partition,
             ordered: shared.subscription.ordered,
             channel,
-            _consumer: consumer.clone(),
+            consumer,
             state: Mutex::new(State {
                 settled_before,
                 ..State::default()
             }),
-        };
-        Ok((hold, consumer))
+        })
+    }
+
+    pub(super) fn consumer(&self) -> &Consumer {
+        &self.consumer
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -125,26 +128,13 @@ impl Hold {
         !is_settled
     }
 
-    /// Hands out nothing more. `false` if it did not before.
-    pub(super) fn leave(&self) -> bool {
-        !std::mem::replace(&mut self.state().is_leaving, true)
-    }
-
-    /// The same, so that somebody else gets it.
-    pub(super) fn give_up(&self) -> bool {
+    /// Somebody else is to have it, once it has ended.
+    pub(super) fn give_up(&self) {
         self.state().is_given_up = true;
-        self.leave()
     }
 
     pub(super) fn is_given_up(&self) -> bool {
         self.state().is_given_up
-    }
-
-    /// What is settled from now on is in vain.
-    pub(super) fn lose(&self) {
-        let mut state = self.state();
-        state.is_leaving = true;
-        state.is_gone = true;
     }
 
     pub(super) fn is_leaving(&self) -> bool {
@@ -249,6 +239,16 @@ impl Hold {
 impl partition::Hold for Hold {
     fn assignment(&self) -> Assignment {
         self.assignment
+    }
+
+    fn leave(&self) -> bool {
+        !std::mem::replace(&mut self.state().is_leaving, true)
+    }
+
+    fn lose(&self) {
+        let mut state = self.state();
+        state.is_leaving = true;
+        state.is_gone = true;
     }
 
     /// Those of `Ack` are acknowledged soon, those of `Release` go back: of an ordered group nothing can be given back but

@@ -3,7 +3,7 @@
 //! A partition is handed over by finishing what is out of it, asking the broker something behind the last acknowledgement,
 //! closing its channel, and only then giving its lease back.
 
-use super::{Change, Shared, hold::Hold, leases::Leases};
+use super::{Shared, hold::Hold, leases::Leases};
 use crate::{
     connection::{close_soon, failed, within},
     topology::{Declaring, partition_queue},
@@ -49,15 +49,15 @@ pub(super) struct Member {
 pub(super) async fn run(shared: &Shared, first: Member) {
     let mut member = Some(first);
     let mut pause = SHORTEST_PAUSE;
-    while !shared.is_closing() || member.is_some() {
+    while !shared.membership.is_closing() || member.is_some() {
         if let Some(mut member) = member.take() {
             pause = SHORTEST_PAUSE;
             if member.serve(shared).await {
                 return;
             }
             tracing::warn!(group = %shared.subscription.group, "the connection to RabbitMQ is lost: it is tried again");
-            shared.lose_all();
-            if shared.is_closing() {
+            shared.membership.lose_all();
+            if shared.membership.is_closing() {
                 return;
             }
         }
@@ -68,13 +68,13 @@ pub(super) async fn run(shared: &Shared, first: Member) {
             }
             Err(error) => {
                 // What it had got by then.
-                shared.lose_all();
-                shared.tell(Change::Failed(error));
+                shared.membership.lose_all();
+                shared.membership.tell(Err(error));
             }
         }
         tokio::select! {
             () = tokio::time::sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
-            () = shared.stir.notified() => {}
+            () = shared.membership.work() => {}
         }
     }
 }
@@ -82,13 +82,6 @@ pub(super) async fn run(shared: &Shared, first: Member) {
 impl Shared {
     fn broken(&self) -> MutexGuard<'_, FxHashMap<usize, Instant>> {
         self.broken.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lose_all(&self) {
-        for hold in self.holds.take() {
-            hold.lose();
-            self.tell(Change::Lost(hold.assignment()));
-        }
     }
 }
 
@@ -108,7 +101,7 @@ impl Member {
             if joined.is_ok() || shared.broken().len() == broken {
                 return joined;
             }
-            shared.lose_all();
+            shared.membership.lose_all();
         }
     }
 
@@ -152,11 +145,11 @@ impl Member {
     async fn serve(&mut self, shared: &Shared) -> bool {
         let interval = shared.broker.options().balance_interval;
         loop {
-            if shared.is_closing() {
+            if shared.membership.is_closing() {
                 self.leave(shared).await;
                 return true;
             }
-            let holds = shared.holds.all();
+            let holds = shared.membership.holds();
             for hold in holds.iter().filter(|hold| hold.has_acked()) {
                 // Where it fails, the connection is lost, or the channel, which is mended.
                 let _ = hold.acknowledge().await;
@@ -179,7 +172,7 @@ impl Member {
                 }
                 return false;
             }
-            let drips = shared.holds.all().iter().any(|hold| hold.has_much());
+            let drips = shared.membership.holds().iter().any(|hold| hold.has_much());
             let next = if drips {
                 ACKNOWLEDGE_AFTER
             } else if self.leases.is_some() {
@@ -196,7 +189,7 @@ impl Member {
                     Some(_) => {}
                 },
                 // What is settled meanwhile is acknowledged with it.
-                () = shared.stir.notified() => tokio::time::sleep(ACKNOWLEDGE_AFTER).await,
+                () = shared.membership.work() => tokio::time::sleep(ACKNOWLEDGE_AFTER).await,
                 () = tokio::time::sleep(next) => {}
             }
         }
@@ -204,20 +197,19 @@ impl Member {
 
     /// Hands over, or begins anew, what has nothing out any more.
     async fn mend(&mut self, shared: &Shared) -> Result<()> {
-        let mut leaving = shared.holds.all();
+        let mut leaving = shared.membership.holds();
         leaving.retain(|hold| hold.is_leaving() || !hold.is_connected());
         for hold in leaving {
             let mut settled = FxHashSet::default();
             let mut keeps = true;
             if !hold.is_connected() {
                 // The queue was deleted, or the broker has ended the channel.
-                hold.lose();
-                shared.holds.remove(hold.assignment());
-                shared.tell(Change::Lost(hold.assignment()));
+                shared.membership.remove(hold.assignment());
+                shared.membership.lose(&hold);
             } else if hold.is_idle() {
                 keeps = !hold.is_given_up() && (hold.partition.is_none() || self.keeps(shared).await?);
                 settled = hold.end().await.map_err(failed("handing over a queue"))?;
-                shared.holds.remove(hold.assignment());
+                shared.membership.remove(hold.assignment());
             } else {
                 continue;
             }
@@ -233,13 +225,13 @@ impl Member {
     async fn keeps(&self, shared: &Shared) -> Result<bool> {
         let Some(leases) = &self.leases else { return Ok(true) };
         let (_, most) = fair_share(shared.broker.options().partitions, leases.members().await?);
-        Ok(shared.holds.all().len() <= most)
+        Ok(shared.membership.holds().len() <= most)
     }
 
     /// Gives up what is more than its part, and takes what is free of it.
     async fn balance(&mut self, shared: &Shared) -> Result<()> {
         let Some(leases) = &mut self.leases else { return Ok(()) };
-        let mut staying = shared.holds.all();
+        let mut staying = shared.membership.holds();
         let held: Vec<usize> = staying.iter().filter_map(|hold| hold.partition).collect();
         staying.retain(|hold| !hold.is_leaving());
         let (partitions, first) = (shared.broker.options().partitions, leases.first);
@@ -250,17 +242,15 @@ impl Member {
         };
         let too_many = partition::balance(&mut taking, partitions, first, &held, staying.len()).await?;
         for hold in staying.iter().take(too_many) {
-            if hold.give_up() {
-                shared.tell(Change::Revoked(hold.assignment()));
-                shared.stir.notify_one();
-            }
+            hold.give_up();
+            shared.membership.revoke(hold);
         }
         Ok(())
     }
 
     /// Ends in order: what was acknowledged has arrived, everything else goes back to its place.
     async fn leave(&mut self, shared: &Shared) {
-        let holds = shared.holds.take();
+        let holds = shared.membership.take();
         let leaving = async {
             for hold in &holds {
                 hold.end().await.map_err(failed("handing over a queue"))?;
@@ -302,10 +292,7 @@ async fn open(
     if let (Some(partition), Err(_)) = (partition, &opened) {
         shared.broken().insert(partition, Instant::now());
     }
-    let (hold, consumer) = opened?;
-    let hold = Arc::new(hold);
-    shared.holds.add(hold.clone());
-    shared.tell(Change::Opened(hold, consumer));
+    shared.membership.add(Arc::new(opened?));
     Ok(())
 }
 

@@ -11,19 +11,15 @@ use crate::{
     topology::{CopyQueues, broadcast_queue},
 };
 use async_trait::async_trait;
-use feed::{RabbitMqDeliveries, RabbitMqSettler};
+use feed::RabbitMqSource;
 use hold::Hold;
 use member::Member;
-use postrider_core::{Assignment, Error, ErrorKind, Feed, Result, Subscriber, Subscription, partition::Holds};
+use postrider_core::{Feed, Result, Subscriber, Subscription, partition::Membership};
 use rustc_hash::FxHashMap;
 use std::{
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::{Duration, Instant},
+    sync::{Arc, Mutex},
+    time::Instant,
 };
-use tokio::sync::{Notify, mpsc, watch};
 
 #[derive(Debug)]
 pub(crate) struct RabbitMqSubscriber {
@@ -41,8 +37,7 @@ impl RabbitMqSubscriber {
 #[async_trait]
 impl Subscriber for RabbitMqSubscriber {
     async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
-        let (sender, changes) = mpsc::unbounded_channel();
-        let (ended, is_ended) = watch::channel(false);
+        let (membership, working) = Membership::begin();
         let shared = Arc::new(Shared {
             queue: match subscription.broadcast {
                 true => broadcast_queue(&subscription.group),
@@ -52,24 +47,17 @@ impl Subscriber for RabbitMqSubscriber {
             broker: self.broker.for_queue(&subscription.queue)?,
             publisher: self.publisher.clone(),
             copies: CopyQueues::default(),
-            holds: Holds::default(),
+            membership,
             broken: Mutex::default(),
-            changes: sender,
-            stir: Notify::new(),
-            closing: AtomicBool::new(false),
-            is_ended,
         });
         // The first time in the caller's own time, so that whoever subscribes hears what is wrong.
         let member = Member::first(&shared).await?;
-        let handle = Arc::new(Handle(shared.clone()));
+        let feed = shared.membership.feed(RabbitMqSource::new(&shared), shared.clone());
         tokio::spawn(async move {
             member::run(&shared, member).await;
-            let _ = ended.send(true);
+            drop(working);
         });
-        Ok(Feed::new(
-            RabbitMqDeliveries::new(handle.clone(), changes),
-            RabbitMqSettler(handle),
-        ))
+        Ok(feed)
     }
 }
 
@@ -85,47 +73,12 @@ struct Shared {
     broker: Broker,
     publisher: RabbitMqPublisher,
     copies: CopyQueues,
-    holds: Holds<Hold>,
+    membership: Arc<Membership<Hold>>,
     /// Partitions that could not be consumed, and when.
     broken: Mutex<FxHashMap<usize, Instant>>,
-    changes: mpsc::UnboundedSender<Change>,
-    /// Something has changed that the task is to look at.
-    stir: Notify,
-    closing: AtomicBool,
-    is_ended: watch::Receiver<bool>,
-}
-
-/// What the two sides of a feed have. When both are gone, the task leaves the group by itself.
-#[derive(Debug)]
-struct Handle(Arc<Shared>);
-
-impl Drop for Handle {
-    fn drop(&mut self) {
-        self.0.begin_to_close();
-    }
-}
-
-/// What the task tells of.
-#[derive(Debug)]
-enum Change {
-    Opened(Arc<Hold>, lapin::Consumer),
-    /// It goes to somebody else, or begins anew, once what is out of it has been settled.
-    Revoked(Assignment),
-    Lost(Assignment),
-    /// The connection cannot be had; it is tried on.
-    Failed(Error),
-    Closed,
 }
 
 impl Shared {
-    fn tell(&self, change: Change) {
-        let _ = self.changes.send(change);
-    }
-
-    fn is_closing(&self) -> bool {
-        self.closing.load(Ordering::Acquire)
-    }
-
     /// Whether members share partitions.
     fn is_shared(&self) -> bool {
         self.subscription.ordered && !self.subscription.broadcast
@@ -140,25 +93,5 @@ impl Shared {
         }
         let wanted = self.subscription.max_in_flight.saturating_mul(2).clamp(16, 2000);
         u16::try_from(wanted).unwrap_or(2000)
-    }
-
-    fn begin_to_close(&self) {
-        if !self.closing.swap(true, Ordering::AcqRel) {
-            self.tell(Change::Closed);
-        }
-        self.stir.notify_one();
-    }
-
-    async fn close(&self, deadline: Duration) -> Result<()> {
-        self.begin_to_close();
-        let mut is_ended = self.is_ended.clone();
-        let ended = tokio::time::timeout(deadline, is_ended.wait_for(|ended| *ended)).await;
-        match ended {
-            Ok(_) => Ok(()),
-            Err(_) => Err(Error::new(
-                ErrorKind::Unavailable,
-                "RabbitMQ did not answer in time: what was acknowledged last may come again",
-            )),
-        }
     }
 }
