@@ -380,6 +380,34 @@ async fn a_key_is_sent_one_by_one_unless_its_topic_is_pipelined() {
 }
 
 #[tokio::test]
+async fn a_few_wait_for_more_while_many_are_with_the_broker_and_not_for_long() {
+    let world = World::start(options()).await;
+    let calls = world.count_publish_calls();
+    let calls = || calls.load(Ordering::SeqCst);
+    let many = |from: u32| (from..from + 10).map(|n| event("t", None, &n.to_string()));
+    world.transport.faults().set_latency(secs(5));
+    world.bus.publish_all(many(0)).await.unwrap();
+    world.until(|_| calls() == 1).await;
+    for n in 10..13 {
+        world.bus.publish(event("t", None, &n.to_string())).await.unwrap();
+        world.settle().await;
+    }
+    world.pass(Duration::from_millis(15)).await;
+    assert_eq!(calls(), 1, "three wait while ten are under way");
+    world.pass(Duration::from_millis(15)).await;
+    assert_eq!(calls(), 2, "and go together");
+    world.bus.publish_all(many(13)).await.unwrap();
+    world.settle().await;
+    assert_eq!(calls(), 2);
+    world.bus.publish_all(many(23)).await.unwrap();
+    world.settle().await;
+    assert_eq!(calls(), 3, "as many as are under way do not wait");
+    world.pass(secs(20)).await;
+    world.until(|w| w.published("t").len() == 33).await;
+    assert_eq!(calls(), 3);
+}
+
+#[tokio::test]
 async fn the_history_is_cleaned_up_and_dead_letters_stay() {
     let world = World::start(
         options()

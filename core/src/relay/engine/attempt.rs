@@ -17,10 +17,13 @@ use std::{cmp::Reverse, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 /// How often a connection may die with one message alone in flight before the message is blamed.
 const DEATHS_BLAMED: u8 = 2;
 
+/// How long messages that are ready wait for more to go with them, at most, while others are with the client.
+const GATHERS_FOR: Duration = Duration::from_millis(20);
+
 impl Engine {
     /// Hands ready messages to the client, as far as the link and the lease allow.
     pub(super) fn send_ready(&mut self, now: Moment) {
-        while !self.ready.is_empty() && self.publish_calls < self.options.publish_calls {
+        while self.may_call() && !self.gathers(now) {
             let room = self
                 .link
                 .window()
@@ -60,6 +63,31 @@ impl Engine {
                 Event::Published { places, outcomes }
             });
         }
+    }
+
+    fn may_call(&self) -> bool {
+        !self.ready.is_empty() && self.publish_calls < self.options.publish_calls
+    }
+
+    /// Whether less is ready than is with the client, and more may be soon: a broker takes one call of many messages far
+    /// sooner than many of few, and where each waits for the one before it in its key, calls would fall to pieces.
+    fn gathers(&mut self, now: Moment) -> bool {
+        let enough = self
+            .in_flight
+            .min(self.options.batch_size)
+            .min(self.attempts.per_call());
+        let is_gathering =
+            self.ready.len() < enough && now < self.gathering_since.get_or_insert(now).saturating_add(GATHERS_FOR);
+        if !is_gathering {
+            self.gathering_since = None;
+        }
+        is_gathering
+    }
+
+    /// When what is ready has waited long enough for more.
+    pub(super) fn gathered_at(&self) -> Option<Moment> {
+        let since = self.gathering_since.filter(|_| self.may_call())?;
+        Some(since.saturating_add(GATHERS_FOR))
     }
 
     /// What became of messages.

@@ -70,6 +70,8 @@ pub(crate) struct Engine {
     /// Messages with the client.
     in_flight: usize,
     publish_calls: usize,
+    /// Since when what is ready waits for more to go with it.
+    gathering_since: Option<Moment>,
     is_claiming: bool,
     is_settling: bool,
     being_settled: usize,
@@ -135,6 +137,7 @@ impl Engine {
             jobs: FuturesUnordered::new(),
             in_flight: 0,
             publish_calls: 0,
+            gathering_since: None,
             is_claiming: false,
             is_settling: false,
             being_settled: 0,
@@ -230,7 +233,7 @@ impl Engine {
         let may_poll = may_ask && !self.is_claiming && !self.wants_claim;
         let poll = Some(self.poll_at()).filter(|_| may_poll);
         let lease = self.lease.remaining().map(|left| now + left).filter(|_| self.has_lease);
-        let timers = [link, local, log_retry, probe, poll, lease];
+        let timers = [link, local, log_retry, probe, poll, lease, self.gathered_at()];
         let next = timers.into_iter().flatten().min();
         let soonest = now + SHORTEST_POLL;
         next.map_or(soonest.saturating_add(self.options.poll_interval), |at| at.max(soonest))

@@ -6,7 +6,7 @@
 //! message's. So a confirm is believed only after everything that was resolved together with it has been looked at, and
 //! what was returned is found by its message id.
 
-use super::{Job, Outcome, Work, unavailable};
+use super::{Job, Work, unavailable};
 use crate::{
     connection::{Broker, close_soon, failed, within},
     topology::{Declaring, routing_key},
@@ -18,10 +18,13 @@ use lapin::{
     options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions},
     types::FieldTable,
 };
-use postrider_core::{PublishError, wire::Format};
-use rustc_hash::{FxHashMap, FxHashSet};
+use postrider_core::{
+    PublishError,
+    publisher::{Calls, Place},
+    wire::Format,
+};
+use rustc_hash::FxHashMap;
 use std::{
-    collections::VecDeque,
     pin::Pin,
     sync::{
         Arc,
@@ -30,7 +33,7 @@ use std::{
     task::{Context, Poll, Wake, Waker},
     time::{Duration, Instant},
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
 /// So many windows full of messages may be unconfirmed for too long before the connection is given up.
 const MOST_LATE: usize = 4;
@@ -52,8 +55,6 @@ async fn ask(connection: &Connection, exchange: &str, limit: Duration) -> postri
     .await
 }
 
-/// Which message of which call.
-type Place = (u64, usize);
 /// What it was sent as: its id and routing key.
 type Sent = (String, String);
 type Resolved = ((Place, Sent), lapin::Result<Confirmation>);
@@ -69,16 +70,6 @@ impl Wake for Again {
     }
 }
 
-/// A call that is not answered yet.
-struct Call {
-    work: Work,
-    reply: oneshot::Sender<Vec<Outcome>>,
-    outcomes: Vec<Option<Outcome>>,
-    left: usize,
-    /// How many have been handed over.
-    sent: usize,
-}
-
 pub(super) struct Link {
     connection: Arc<Connection>,
     /// The most time that anything may take.
@@ -90,15 +81,8 @@ pub(super) struct Link {
     window: usize,
     /// Why the broker takes nothing just now.
     blocked: Option<String>,
-    calls: FxHashMap<u64, Call>,
-    last_call: u64,
-    /// Calls that are not wholly handed over, in order.
-    waiting: VecDeque<u64>,
+    calls: Calls<Work>,
     in_flight: FuturesUnordered<Confirming>,
-    /// In the order they were handed over, those that are answered among them.
-    unanswered: VecDeque<(Instant, Place)>,
-    /// Answered before they were confirmed, which they may still be.
-    late: FxHashSet<Place>,
     /// The longest that a confirm may take.
     patience: Duration,
     /// Resolved, and not yet believed.
@@ -132,12 +116,8 @@ impl Link {
             format: options.format,
             window: options.window,
             blocked: None,
-            calls: FxHashMap::default(),
-            last_call: 0,
-            waiting: VecDeque::new(),
+            calls: Calls::default(),
             in_flight: FuturesUnordered::new(),
-            unanswered: VecDeque::new(),
-            late: FxHashSet::default(),
             patience: options.confirm_timeout,
             resolved: Vec::new(),
             returned: FxHashMap::default(),
@@ -158,35 +138,37 @@ impl Link {
                 event = self.events.next() => match event {
                     Some(Event::ConnectionBlocked(reason)) => {
                         tracing::warn!(reason, "RabbitMQ takes no messages");
-                        self.fail_all(&PublishError::connection(format!("RabbitMQ takes no messages: {reason}")));
+                        self.calls.fail_all(&PublishError::connection(format!("RabbitMQ takes no messages: {reason}")));
                         self.blocked = Some(reason);
                     }
                     Some(Event::ConnectionUnblocked) => {
                         tracing::info!("RabbitMQ takes messages again");
                         self.blocked = None;
                     }
-                    Some(Event::Error(error)) if !self.connection.status().connected() => return self.fail_all(&lost(&error)),
+                    Some(Event::Error(error)) if !self.connection.status().connected() => return self.calls.fail_all(&lost(&error)),
                     Some(_) => {}
-                    None => return self.fail_all(&PublishError::connection("the connection to RabbitMQ has ended")),
+                    None => return self.calls.fail_all(&PublishError::connection("the connection to RabbitMQ has ended")),
                 },
                 Some(resolved) = self.in_flight.next(), if !self.in_flight.is_empty() => {
                     self.resolved.push(resolved);
                     self.judge();
                 }
                 // What cannot be handed over waits in the channel, and so do those who call.
-                job = jobs.recv(), if self.waiting.is_empty() => match job {
+                job = jobs.recv(), if self.calls.is_handed_over() => match job {
                     Some(job) => self.begin(job),
                     None => return,
                 },
                 _ = looks.tick() => {
                     self.give_up();
-                    if self.late.len() > MOST_LATE * self.window {
-                        return self.fail_all(&PublishError::connection("RabbitMQ confirms too little"));
+                    if self.calls.late() > MOST_LATE * self.window {
+                        return self.calls.fail_all(&PublishError::connection("RabbitMQ confirms too little"));
                     }
                 }
             }
             if !self.channel.status().connected() {
-                return self.fail_all(&PublishError::connection("the channel to RabbitMQ has been closed"));
+                return self
+                    .calls
+                    .fail_all(&PublishError::connection("the channel to RabbitMQ has been closed"));
             }
         }
     }
@@ -206,67 +188,27 @@ impl Link {
             return;
         }
         let count = job.work.len();
-        self.last_call += 1;
-        self.waiting.push_back(self.last_call);
-        let call = Call {
-            work: job.work,
-            reply: job.reply,
-            outcomes: (0..count).map(|_| None).collect(),
-            left: count,
-            sent: 0,
-        };
-        self.calls.insert(self.last_call, call);
+        self.calls.begin(job.work, count, job.reply);
     }
 
     /// Answers what has not been confirmed for too long: it keeps nobody waiting, and no place in the window.
     fn give_up(&mut self) {
-        let now = Instant::now();
-        while let Some((since, place)) = self.unanswered.front().copied() {
-            let is_answered = self
-                .calls
-                .get(&place.0)
-                .is_none_or(|call| call.outcomes[place.1].is_some());
-            if !is_answered {
-                if now.saturating_duration_since(since) < self.patience {
-                    return;
-                }
-                self.late.insert(place);
-                let patience = self.patience;
-                self.answer(place, Err(PublishError::destination(format!(
-                    "RabbitMQ did not confirm it within {patience:?}, though it is there: a queue may have lost its majority"
-                ))));
-            }
-            self.unanswered.pop_front();
-        }
+        let patience = self.patience;
+        self.calls.give_up(Instant::now(), patience, || {
+            PublishError::destination(format!(
+                "RabbitMQ did not confirm it within {patience:?}, though it is there: a queue may have lost its majority"
+            ))
+        });
     }
 
     /// Hands over as much as the window lets.
     fn hand_over(&mut self) {
         let now = Instant::now();
-        while self.in_flight.len() < self.window + self.late.len() {
-            let Some(&number) = self.waiting.front() else { return };
-            let Some(call) = self.calls.get_mut(&number) else {
-                self.waiting.pop_front();
-                continue;
+        while self.in_flight.len() < self.window + self.calls.late() {
+            let Some((place, work)) = self.calls.hand_over(now) else {
+                return;
             };
-            // Who has gone does not want the rest to be sent.
-            if call.reply.is_closed() {
-                call.left -= call.outcomes.len() - call.sent;
-                call.outcomes.truncate(call.sent);
-                if call.left == 0 {
-                    self.calls.remove(&number);
-                }
-                self.waiting.pop_front();
-                continue;
-            }
-            if call.sent == call.outcomes.len() {
-                self.waiting.pop_front();
-                continue;
-            }
-            let place = (number, call.sent);
-            call.sent += 1;
-            self.unanswered.push_back((now, place));
-            let (exchange, key, (properties, payload)) = match &call.work {
+            let (exchange, key, (properties, payload)) = match work {
                 Work::Messages(messages) => {
                     let message = &messages[place.1];
                     (
@@ -354,7 +296,6 @@ impl Link {
     }
 
     fn confirmed(&mut self, (place, sent): (Place, Sent), result: lapin::Result<Confirmation>) {
-        self.late.remove(&place);
         // Whoever called may be gone; what was returned is told of all the same.
         let returned = match (&result, self.returned.entry(sent)) {
             (Ok(_), std::collections::hash_map::Entry::Occupied(mut known)) => {
@@ -378,34 +319,7 @@ impl Link {
             )),
             (Ok(_), None) => Ok(()),
         };
-        self.answer(place, outcome);
-    }
-
-    fn answer(&mut self, (number, at): Place, outcome: Outcome) {
-        let Some(call) = self.calls.get_mut(&number) else {
-            return;
-        };
-        if call.outcomes[at].is_none() {
-            call.outcomes[at] = Some(outcome);
-            call.left -= 1;
-        }
-        if call.left == 0
-            && let Some(call) = self.calls.remove(&number)
-        {
-            let unknown = || Err(PublishError::connection("the outcome is not known"));
-            let outcomes = call.outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(unknown));
-            let _ = call.reply.send(outcomes.collect());
-        }
-    }
-
-    /// Answers every call with what is known of it, and this error for the rest.
-    fn fail_all(&mut self, error: &PublishError) {
-        self.waiting.clear();
-        for (_, call) in self.calls.drain() {
-            let failed = || Err(error.clone());
-            let outcomes = call.outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(failed));
-            let _ = call.reply.send(outcomes.collect());
-        }
+        self.calls.confirm(place, outcome);
     }
 }
 

@@ -5,11 +5,9 @@ mod link;
 use crate::{connection::Broker, wire::Copied};
 use async_trait::async_trait;
 use link::Link;
-use postrider_core::{Error, Message, PublishError, Publisher, Reachability};
+use postrider_core::{Error, Message, PublishError, Publisher, Reachability, publisher::Outcome};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, oneshot};
-
-type Outcome = Result<(), PublishError>;
 
 /// Calls that may wait for the task.
 const CALLS: usize = 1024;

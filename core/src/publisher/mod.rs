@@ -1,5 +1,9 @@
 //! The sending side of a transport.
 
+mod calls;
+
+pub use calls::{Calls, Outcome, Place};
+
 use crate::Message;
 use async_trait::async_trait;
 use futures_util::StreamExt as _;
