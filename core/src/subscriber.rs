@@ -25,7 +25,7 @@ pub struct QueueOptions {
     pub message_expiry: Option<Duration>,
     /// `dead_letter_to`: where messages go that expire, and dead letters where there is no event log.
     pub dead_letter_to: Option<String>,
-    /// `bind`: the exchange or stream that the group takes from, in place of the transport's own.
+    /// `bind`: the exchange or stream that the group takes from, in place of the transport's own: it has to be there.
     pub bind: Option<String>,
     /// `declare`: whether the group's queue is declared, or has to be there.
     pub declare: Option<bool>,
@@ -57,7 +57,7 @@ pub struct Subscription {
     pub patterns: Vec<TopicPattern>,
     /// Whether messages of one (topic, key) are to come in order. Refused at start if the transport cannot.
     pub ordered: bool,
-    /// About how many messages may be on their way or unsettled: what a driver sizes its prefetch by.
+    /// About how many messages may be unsettled: what a driver sizes its prefetch by, unless order needs another.
     pub max_in_flight: usize,
     /// Whether each member gets every message, from when it joined until it goes, in place of a share. Nothing waits for a
     /// member that has gone. Refused at start if the transport cannot.
@@ -176,6 +176,8 @@ pub struct Received {
     /// How often it has been handed to this group, this time included; 1 where the broker does not count. A hint: it
     /// never decides what becomes of a message.
     pub delivery_count: u32,
+    /// How many attempts the [retry](Disposition::Retry) that it comes from was told of; 0 where it comes from none.
+    pub attempts: u32,
     /// What it came with.
     pub assignment: Assignment,
 }
@@ -219,6 +221,8 @@ pub enum Disposition {
     Retry {
         /// How long to wait.
         after: Duration,
+        /// How many attempts have been made, to be [handed in](Received::attempts) with it.
+        attempts: u32,
     },
     /// To the transport's own dead letters. Only where [`dead_letter`](crate::Capabilities::dead_letter) is declared.
     DeadLetter,
@@ -238,8 +242,8 @@ pub trait Settler: Debug + Send + Sync + 'static {
     ///   is not declared, so may what was acknowledged behind something unsettled when its member goes.
     /// - A tag that is not outstanding (its assignment is lost, the connection is another) is an error for that one and
     ///   acks nothing else.
-    /// - What was released or retried comes back with a higher delivery count where that is declared, and what follows
-    ///   it in its key comes behind it where order was asked for.
+    /// - What was released or retried comes back with a higher delivery count where that is declared, what was retried
+    ///   with its attempts, and what follows it in its key comes behind it where order was asked for.
     ///
     /// Held by `transport::what_is_retried_comes_back`, `transport::undeclared_is_refused`.
     async fn settle(&self, batch: &[(DeliveryTag, Disposition)]) -> Vec<Result<()>>;
@@ -341,6 +345,7 @@ type Dropped = Arc<Mutex<Vec<DeliveryTag>>>;
 pub struct Delivery {
     message: Message,
     delivery_count: u32,
+    attempts: u32,
     tag: DeliveryTag,
     assignment: Assignment,
     gone: Arc<CancellationToken>,
@@ -373,6 +378,11 @@ impl Delivery {
     pub fn delivery_count(&self) -> u32 {
         self.delivery_count
     }
+    /// How many attempts were made before it waited with the broker; 0 where it did not.
+    #[must_use]
+    pub fn attempts(&self) -> u32 {
+        self.attempts
+    }
     /// What it came with.
     #[must_use]
     pub fn assignment(&self) -> Assignment {
@@ -394,9 +404,9 @@ impl Delivery {
     pub fn ack(self) -> Settlement {
         self.settled(Disposition::Ack)
     }
-    /// Again, after a delay.
-    pub fn retry(self, after: Duration) -> Settlement {
-        self.settled(Disposition::Retry { after })
+    /// Again, after a delay: so many attempts have been made.
+    pub fn retry(self, after: Duration, attempts: u32) -> Settlement {
+        self.settled(Disposition::Retry { after, attempts })
     }
     /// To the transport's own dead letters.
     pub fn dead_letter(self) -> Settlement {
@@ -461,6 +471,7 @@ impl Intake {
             gone: gone.clone(),
             message: received.message,
             delivery_count: received.delivery_count,
+            attempts: received.attempts,
             tag: received.tag,
             assignment: received.assignment,
             dropped: Some(self.dropped.clone()),

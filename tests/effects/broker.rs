@@ -178,6 +178,7 @@ impl Subscriber for Broker {
             message,
             tag: DeliveryTag(tag),
             delivery_count: 1,
+            attempts: 0,
             assignment: Assignment::WHOLE,
         });
         let acks = Acks {

@@ -23,6 +23,7 @@ pub(super) enum Handled {
     /// To wait with the broker.
     Retried {
         after: Duration,
+        attempts: u32,
     },
     /// A dead letter, with its attempts and errors.
     Dead {
@@ -122,7 +123,7 @@ impl HandledBy<'_> {
                     attempts,
                     errors: std::mem::take(errors),
                 },
-                Err(Elsewhere::Broker(after)) => Handled::Retried { after },
+                Err(Elsewhere::Broker(after)) => Handled::Retried { after, attempts },
             },
         };
         match ends {
@@ -173,7 +174,7 @@ impl HandledBy<'_> {
                     delays: true,
                     ordered: false,
                 },
-            ) => Handled::Retried { after },
+            ) => Handled::Retried { after, attempts },
             (Verdict::Requeue | Verdict::Retry { .. }, _) => Handled::Parked {
                 after: match verdict {
                     Verdict::Retry { after } => Some(after),

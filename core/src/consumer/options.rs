@@ -54,7 +54,7 @@ pub struct SubscriptionOptions {
     pub message_expiry: Option<Duration>,
     /// Where messages go that expire, and dead letters where there is no event log.
     pub dead_letter_to: Option<String>,
-    /// The exchange or stream to take from, in place of the transport's own.
+    /// The exchange or stream to take from, in place of the transport's own: it has to be there.
     pub bind: Option<String>,
     /// Whether the group's queue is declared, or has to be there.
     pub declare: Option<bool>,

@@ -68,13 +68,6 @@ impl Shared {
     }
 
     fn by<'a>(&'a self, delivery: &Delivery) -> HandledBy<'a> {
-        // Where only the broker can let a message wait there is nobody to count attempts but the broker.
-        let waits_with_broker = !self.parks && self.delays && !self.ordered;
-        let before = match delivery.delivery_count() {
-            // The first time it was tried in place, and once each time since.
-            deliveries @ 2.. if waits_with_broker => self.retry.in_place.max(1).saturating_add(deliveries - 2),
-            _ => 0,
-        };
         HandledBy {
             retry: &self.retry,
             tools: &self.tools,
@@ -86,7 +79,7 @@ impl Shared {
                 delays: self.delays,
                 ordered: self.ordered,
             },
-            attempts: before,
+            attempts: delivery.attempts(),
         }
     }
 
@@ -174,7 +167,7 @@ impl Shared {
                 delivery.ack()
             }
             Handled::Released => delivery.release(),
-            Handled::Retried { after } => delivery.retry(after),
+            Handled::Retried { after, attempts } => delivery.retry(after, attempts),
             // Seldom, and large: apart.
             Handled::Dead { attempts, errors } => return Box::pin(self.bury(delivery, key, attempts, errors)).await,
             Handled::HeldBack => return Box::pin(self.park(delivery, key, behind())).await,

@@ -40,8 +40,15 @@ pub struct Working<H: Hold>(Arc<Membership<H>>);
 
 impl<H: Hold> Drop for Working<H> {
     fn drop(&mut self) {
-        self.0.begin_to_close();
+        if std::thread::panicking() {
+            self.0.tell(Err(Error::new(
+                ErrorKind::Unexpected,
+                "the transport's task has panicked",
+            )));
+        }
+        self.0.lose_all();
         self.0.has_ended.send_replace(true);
+        self.0.news.notify_one();
     }
 }
 
@@ -108,9 +115,20 @@ impl<H: Hold> Membership<H> {
         self.changes.load(Ordering::Acquire)
     }
 
-    /// Tells whoever takes messages.
+    fn told(&self) -> MutexGuard<'_, VecDeque<Result<Incoming>>> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells whoever takes messages. Of errors in a row, which nobody has heard of yet, the last counts.
     pub fn tell(&self, what: Result<Incoming>) {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner).push_back(what);
+        let mut told = self.told();
+        if self.is_closing() {
+            return;
+        }
+        if what.is_err() && told.back().is_some_and(Result::is_err) {
+            told.pop_back();
+        }
+        told.push_back(what);
         self.news.notify_one();
     }
 
@@ -149,7 +167,9 @@ impl<H: Hold> Membership<H> {
     }
 
     fn begin_to_close(&self) {
+        let mut told = self.told();
         self.closing.store(true, Ordering::Release);
+        told.clear();
         self.news.notify_one();
         self.work.notify_one();
     }
@@ -257,15 +277,10 @@ impl<H: Hold, S: Source> Deliveries for Taking<H, S> {
         loop {
             let mut news = std::pin::pin!(membership.news.notified());
             news.as_mut().enable();
-            let told = membership
-                .told
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .pop_front();
-            if let Some(told) = told {
+            if let Some(told) = membership.told().pop_front() {
                 return told;
             }
-            if membership.is_closing() {
+            if membership.is_closing() || *membership.has_ended.borrow() {
                 self.source = None;
             }
             let Some(source) = &mut self.source else {
@@ -367,6 +382,7 @@ mod tests {
                         message: Message::new(Topic::new("t"), "e.v1", ""),
                         tag: DeliveryTag::of(hold.assignment, *left),
                         delivery_count: 1,
+                        attempts: 0,
                         assignment: hold.assignment,
                     });
                     *left -= 1;
@@ -437,6 +453,8 @@ mod tests {
             panic!("{told:?}")
         };
         assert_eq!((revoked, lost), (queue.assignment, queue.assignment));
+
+        membership.remove(queue.assignment);
         assert!(taking.next(10).now_or_never().is_none());
 
         // The task may end by itself.
@@ -445,6 +463,28 @@ mod tests {
         assert_eq!(refused.unwrap_err().kind(), ErrorKind::Config);
         assert_eq!(taking.next(1).await.unwrap_err().kind(), ErrorKind::Closed);
         settling.close(Duration::ZERO).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_task_that_panics_and_errors_nobody_heard_of_are_told_once() {
+        let (membership, working) = Membership::begin();
+        let (mut taking, _settling) = sides(&membership);
+        membership.add(Queue::of(0));
+        for n in 0..100 {
+            membership.tell(Err(Error::new(ErrorKind::Unavailable, "away").with("try", n)));
+        }
+        let error = taking.next(1).await.unwrap_err();
+        assert!(error.to_string().contains("99"), "{error}");
+        assert!(taking.next(1).now_or_never().is_none());
+
+        let task = tokio::spawn(async move {
+            let _working = working;
+            panic!("in a test");
+        });
+        assert!(task.await.is_err());
+        assert_eq!(taking.next(1).await.unwrap_err().kind(), ErrorKind::Unexpected);
+        assert!(matches!(taking.next(1).await, Ok(Incoming::Lost(_))));
+        assert_eq!(taking.next(1).await.unwrap_err().kind(), ErrorKind::Closed);
     }
 
     #[tokio::test]
@@ -458,7 +498,10 @@ mod tests {
             .iter()
             .map(|received| received.tag)
             .collect();
-        let retry = Disposition::Retry { after: Duration::ZERO };
+        let retry = Disposition::Retry {
+            after: Duration::ZERO,
+            attempts: 1,
+        };
         let strange = DeliveryTag::of(Assignment::fresh(), 1);
         let said = [
             (tags[0], Disposition::DeadLetter),

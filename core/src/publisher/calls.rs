@@ -139,6 +139,13 @@ impl<W> Calls<W> {
     /// Answers every call, with this error where nothing is known.
     pub fn fail_all(&mut self, error: &PublishError) {
         self.waiting.clear();
+        // They may be confirmed yet, and are with the broker until then.
+        for (_, place) in std::mem::take(&mut self.unanswered) {
+            let call = self.all.get(&place.0);
+            if call.is_some_and(|call| call.outcomes[place.1].is_none()) {
+                self.late.insert(place);
+            }
+        }
         self.all.drain().for_each(|(_, call)| call.reply(error));
     }
 }
@@ -195,6 +202,9 @@ mod tests {
         calls.fail_all(&PublishError::connection("lost"));
         assert!(stays_answer.try_recv().unwrap()[0].is_err());
         assert!(calls.all.is_empty() && calls.is_handed_over());
+        assert_eq!(calls.late(), 1, "it has no place in the window until it is confirmed");
+        calls.confirm((2, 0), Ok(()));
+        assert_eq!(calls.late(), 0);
     }
 
     #[test]

@@ -18,7 +18,8 @@ pub struct RelayOptions {
     pub max_in_flight: usize,
     /// The most bytes of payload the relay holds at once; a claim may go beyond it by one message. 64 MiB.
     pub max_in_flight_bytes: usize,
-    /// The most publish calls at once. 4.
+    /// The most publish calls at once. 4. While more messages are with the broker than are ready, these wait up to 20 ms
+    /// for more to go with them.
     pub publish_calls: usize,
     /// How often to look for records nobody told of: what other processes have written. 500 ms. A log may look for all
     /// mailboxes of the process at once.

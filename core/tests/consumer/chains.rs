@@ -5,8 +5,8 @@ use crate::{
     world::{World, options, secs},
 };
 use postrider_core::{
-    Bus, Context, ErrorKind, GroupName, Handler, HandlerError, HandlerResult, Message, Retry, Topic,
-    clock::ManualClock, memory::MemoryTransport, relay::Backoff,
+    Bus, Context, ErrorKind, Event, GroupName, Handler, HandlerError, HandlerResult, Message, Retry, Subscription,
+    Taken, Topic, clock::ManualClock, memory::MemoryTransport, relay::Backoff,
 };
 use std::sync::{
     Arc, Mutex,
@@ -402,9 +402,9 @@ async fn without_a_log_dead_letters_are_the_transports_and_publishing_says_what_
     assert_eq!(transport.dead_letters(&GroupName::new("g")).len(), 1);
 }
 
-/// Where there is no log the broker lets a message wait, and its count of deliveries is that of the attempts.
-#[tokio::test]
-async fn without_a_log_the_broker_counts_the_attempts() {
+/// Without a log: the attempts that a message gets of a handler that fails with `error`, up to five of which two are in
+/// place, until it is a dead letter. It has come back untried so often before.
+async fn attempts_without_a_log(error: fn() -> HandlerError, untried: usize) -> Vec<String> {
     let clock = ManualClock::shared();
     let transport = MemoryTransport::on_clock(clock.clone());
     let bus = Bus::builder()
@@ -413,6 +413,25 @@ async fn without_a_log_the_broker_counts_the_attempts() {
         .build()
         .unwrap();
     bus.start().await.unwrap();
+    bus.publish_direct(&placed(1, "x")).await.unwrap();
+    let group = GroupName::new("g");
+    let subscription = Subscription::new(group.clone(), vec![OrderPlaced::TOPIC]).unordered();
+    let feed = bus
+        .transport()
+        .subscriber(&subscription)
+        .unwrap()
+        .subscribe(&subscription)
+        .await;
+    let (mut intake, settling) = feed.unwrap().split();
+    for _ in 0..untried {
+        let Taken::Batch(batch) = intake.next(1).await.unwrap() else {
+            panic!()
+        };
+        drop(batch);
+        assert!(settling.settle(Vec::new()).await.is_empty());
+    }
+    settling.close(secs(1)).await.unwrap();
+
     let diary = Diary::default();
     let running = bus
         .subscribe::<OrderPlaced>("g")
@@ -423,15 +442,14 @@ async fn without_a_log_the_broker_counts_the_attempts() {
                 .with_in_place(2)
                 .with_backoff(Backoff::Fixed(secs(10))),
         )
-        .state(diary.clone())
-        .handler(async |diary, _, ctx| {
+        .state((diary.clone(), error))
+        .handler(async |(diary, error), _, ctx| {
             diary.note(ctx.attempt().to_string());
-            Err("not yet")?
+            Err(error())
         })
         .start()
         .await
         .unwrap();
-    bus.publish_direct(&placed(1, "x")).await.unwrap();
     let mut turns = 0;
     while running.report().dead_lettered == 0 {
         clock.advance(secs(1));
@@ -441,9 +459,23 @@ async fn without_a_log_the_broker_counts_the_attempts() {
         turns += 1;
         assert!(turns < 1000, "{:?}", diary.lines());
     }
-    assert_eq!(diary.lines(), ["1", "2", "3", "4", "5"]);
     bus.shutdown(secs(5)).await.unwrap();
-    assert_eq!(transport.dead_letters(&GroupName::new("g")).len(), 1);
+    assert_eq!(transport.dead_letters(&group).len(), 1);
+    diary.lines()
+}
+
+#[tokio::test]
+async fn without_a_log_attempts_go_with_the_message_and_deliveries_are_none() {
+    let every = ["1", "2", "3", "4", "5"];
+    let fails = || HandlerError::transient("not yet");
+    assert_eq!(attempts_without_a_log(fails, 0).await, every);
+    assert_eq!(attempts_without_a_log(fails, 7).await, every, "nobody had tried it");
+    let later = || HandlerError::retry_after(secs(30), "not yet");
+    assert_eq!(
+        attempts_without_a_log(later, 0).await,
+        every,
+        "each of them with the broker"
+    );
 }
 
 #[tokio::test]

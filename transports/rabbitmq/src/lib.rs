@@ -32,7 +32,9 @@
 //! An ordered group shares its partitions fairly: a member that joins gets its part within about a second, those of a member
 //! that died are taken when the broker notices: at once for a killed process, within two heartbeats for a paused one. The
 //! broker's single active consumer fences: a member that has lost a partition gets nothing more of it. Of each partition
-//! up to 256 messages lie ready at the member that has it, whatever it may have in flight.
+//! up to 256 messages lie ready at the member that has it, whatever it may have in flight: that is its memory, and where
+//! handlers need more than some seconds for one message, the broker's `consumer_timeout` (30 minutes) has to be longer than
+//! they need for 256, or it ends the channel, and what was not settled comes again, in order.
 //!
 //! # The choices behind it
 //! The recipe for order and the traps it avoids are those found by trying: handing over with `basic.cancel`, with a nack, or

@@ -2,7 +2,7 @@
 
 use crate::{
     config::RabbitMqOptions,
-    connection::{Broker, close_soon, failed, is_reply},
+    connection::{Broker, close_soon, failed, is_reply, within},
 };
 use lapin::{
     Channel, Connection, ExchangeKind,
@@ -95,7 +95,8 @@ fn quorum(more: &[(&str, AMQPValue)]) -> FieldTable {
     arguments
 }
 
-/// Declares things, or looks whether they are there. On a channel of its own, which a refusal closes.
+/// Declares things, or looks whether they are there. On a channel of its own, which a refusal closes. Each may take as long
+/// as anything may: how many there are depends on the group.
 pub(crate) struct Declaring<'a> {
     channel: Channel,
     options: &'a RabbitMqOptions,
@@ -104,9 +105,9 @@ pub(crate) struct Declaring<'a> {
 
 impl<'a> Declaring<'a> {
     pub(crate) async fn on(connection: &Connection, broker: &'a Broker) -> Result<Self> {
-        let channel = connection.create_channel().await.map_err(failed("opening a channel"))?;
+        let opening = async { connection.create_channel().await.map_err(failed("opening a channel")) };
         Ok(Self {
-            channel,
+            channel: broker.in_time("opening a channel", opening).await?,
             options: broker.options(),
             asked: broker.queue(),
         })
@@ -134,9 +135,20 @@ impl<'a> Declaring<'a> {
         let declared = self
             .channel
             .exchange_declare(name.as_str().into(), kind, options, FieldTable::default());
-        declared
-            .await
-            .map_err(|why| refused(why, "exchange", name).with("wildcards", self.options.wildcards))
+        let refused = |why| {
+            match is_reply(&why, 406) {
+            true => Error::new(
+                ErrorKind::Config,
+                "the exchange is there on RabbitMQ, but declared otherwise: it is direct by default, topic `with_wildcards`. Say which it is, or \
+                 use another name; deleted and declared anew it reaches no group that has not joined again",
+            )
+            .with("exchange", name)
+            .because(why),
+            false => refused(why, "exchange", name),
+        }
+        };
+        let declared = async { declared.await.map_err(refused) };
+        within(self.options.timeout, "declaring the exchange", declared).await
     }
 
     async fn queue(&self, name: &str, arguments: FieldTable) -> Result<()> {
@@ -149,8 +161,9 @@ impl<'a> Declaring<'a> {
             passive,
             ..Default::default()
         };
-        let declared = self.channel.queue_declare(name.into(), options, arguments).await;
-        declared.map(drop).map_err(|why| refused(why, "queue", name))
+        let declared = self.channel.queue_declare(name.into(), options, arguments);
+        let declared = async { declared.await.map(drop).map_err(|why| refused(why, "queue", name)) };
+        within(self.options.timeout, "declaring a queue", declared).await
     }
 
     /// Without an answer, which comes with the next declaration.
@@ -169,23 +182,26 @@ impl<'a> Declaring<'a> {
 
     /// Has the queue get the messages of these slots, and the plain ones, which have none, with the first slot.
     async fn bind_slots(&self, queue: &str, subscription: &Subscription, slots: Range<usize>) -> Result<()> {
-        // A word a slot, or one for all of them where the exchange knows patterns.
-        let words: Vec<String> = match self.options.wildcards && slots.len() == SLOTS {
-            true => vec!["*".to_owned()],
-            false => slots.clone().map(|slot| slot.to_string()).collect(),
-        };
-        let topics = subscription.topics.iter().map(|topic| Ok(topic.to_string()));
-        let patterns = subscription.patterns.iter().map(words_of);
-        for topic in topics.chain(patterns) {
-            let topic = topic?;
-            for word in &words {
-                self.bind(queue, &format!("{topic}{SLOT}{word}")).await?;
-            }
-        }
-        if slots.start == 0 {
-            for topic in &subscription.topics {
+        for topic in &subscription.topics {
+            if slots.start == 0 {
                 self.bind(queue, topic.as_str()).await?;
             }
+            for slot in slots.clone() {
+                self.bind(queue, &format!("{topic}{SLOT}{slot}")).await?;
+            }
+            // It answers when all of it is bound.
+            self.exchange().await?;
+        }
+        for pattern in &subscription.patterns {
+            let words = words_of(pattern)?;
+            if slots.len() == SLOTS {
+                self.bind(queue, &format!("{words}{SLOT}*")).await?;
+            } else {
+                for slot in slots.clone() {
+                    self.bind(queue, &format!("{words}{SLOT}{slot}")).await?;
+                }
+            }
+            self.exchange().await?;
         }
         Ok(())
     }
@@ -194,8 +210,7 @@ impl<'a> Declaring<'a> {
     pub(crate) async fn broadcast(&self, queue: &str, subscription: &Subscription) -> Result<()> {
         let arguments = quorum(&[("x-expires", AMQPValue::LongLongInt(ABANDONED_AFTER))]);
         self.declare(queue, arguments, false).await?;
-        self.bind_slots(queue, subscription, 0..SLOTS).await?;
-        self.exchange().await
+        self.bind_slots(queue, subscription, 0..SLOTS).await
     }
 
     /// What the group's queues are told beside what they always are.
@@ -222,10 +237,10 @@ impl<'a> Declaring<'a> {
         if !subscription.ordered {
             self.expired().await?;
             self.queue(group.as_str(), quorum(&self.arguments())).await?;
-            if self.options.declares {
-                self.bind_slots(group.as_str(), subscription, 0..SLOTS).await?;
-            }
-            return self.exchange().await;
+            return match self.options.declares {
+                true => self.bind_slots(group.as_str(), subscription, 0..SLOTS).await,
+                false => Ok(()),
+            };
         }
         let partitions = self.options.partitions;
         let members = [
@@ -263,7 +278,7 @@ impl<'a> Declaring<'a> {
                     .await?;
             }
         }
-        self.exchange().await
+        Ok(())
     }
 
     /// The queue of the group's dead letters.

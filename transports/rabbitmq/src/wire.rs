@@ -14,9 +14,10 @@ use postrider_core::{
 /// As CloudEvents' binding for AMQP says, with what other bindings write.
 pub(crate) const NAMES: Names = postrider_core::wire_names!("cloudEvents_", also "cloudEvents:", "ce-", "ce_");
 
-/// Of copies of a message: where it was sent to, and how often it had been delivered.
+/// Of copies of a message: where it was sent to, how often it had been delivered, and how often it had been tried.
 const TOPIC: &str = "postrider-topic";
 const DELIVERIES: &str = "postrider-deliveries";
+const ATTEMPTS: &str = "postrider-attempts";
 
 /// Names of headers that the broker takes for routing keys, and closes the channel over if they hold a text; and what such
 /// headers of a message are called instead.
@@ -31,6 +32,8 @@ const OF_BROKER_TOO: [&str; 2] = ["x-first-death-", "x-last-death-"];
 pub(crate) struct Copied {
     /// How often the message had been delivered.
     pub(crate) deliveries: u32,
+    /// How often it had been tried, if that is to be known when it comes back.
+    pub(crate) attempts: u32,
     /// What the copy is known by: nobody shall take it for the message.
     pub(crate) id: String,
 }
@@ -46,6 +49,9 @@ pub(crate) fn write(message: &Message, format: Format, copied: Option<&Copied>) 
     if let Some(copied) = copied {
         add(&mut headers, TOPIC, message.topic().as_str());
         add(&mut headers, DELIVERIES, &copied.deliveries.to_string());
+        if copied.attempts > 0 {
+            add(&mut headers, ATTEMPTS, &copied.attempts.to_string());
+        }
         id.clone_from(&copied.id);
     }
     if body.content_type.len() > MAX_SHORT_STRING_LENGTH {
@@ -90,11 +96,15 @@ fn add(headers: &mut FieldTable, name: &str, value: &str) {
     headers.insert(short(name), value);
 }
 
-/// A message, and how often it has been delivered, this time included.
-pub(crate) fn read(reader: &mut Reader, delivery: Delivery, topic_named: impl FnOnce(&str) -> Topic) -> (Message, u32) {
+/// A message, how often it has been delivered, this time included, and how often it had been tried before it waited.
+pub(crate) fn read(
+    reader: &mut Reader,
+    delivery: Delivery,
+    topic_named: impl FnOnce(&str) -> Topic,
+) -> (Message, u32, u32) {
     let properties = &delivery.properties;
     let mut reading = reader.begin(&NAMES);
-    let (mut topic, mut deliveries) = (None, 0_u32);
+    let (mut topic, mut deliveries, mut attempts) = (None, 0_u32, 0);
     for (name, value) in properties.headers().iter().flat_map(|headers| headers.inner()) {
         let name = name.as_str();
         let name = TAKEN
@@ -104,6 +114,7 @@ pub(crate) fn read(reader: &mut Reader, delivery: Delivery, topic_named: impl Fn
         match name {
             TOPIC => topic = Some(text(value)),
             DELIVERIES => deliveries = deliveries.saturating_add(number(value)),
+            ATTEMPTS => attempts = number(value),
             "x-delivery-count" => deliveries = deliveries.saturating_add(number(value)),
             _ if OF_BROKER.contains(&name) || OF_BROKER_TOO.iter().any(|start| name.starts_with(start)) => {}
             _ => match value {
@@ -129,7 +140,7 @@ pub(crate) fn read(reader: &mut Reader, delivery: Delivery, topic_named: impl Fn
             .and_then(|seconds| Timestamp::from_timestamp(i64::try_from(seconds).ok()?, 0)),
         ..Arrived::new(&topic, delivery.data)
     };
-    (reading.finish(arrived), deliveries.saturating_add(1))
+    (reading.finish(arrived), deliveries.saturating_add(1), attempts)
 }
 
 fn number(value: &AMQPValue) -> u32 {

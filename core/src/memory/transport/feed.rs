@@ -68,6 +68,7 @@ impl Member {
             message: entry.message,
             tag: DeliveryTag(u128::from(tag)),
             delivery_count: entry.delivery_count,
+            attempts: entry.attempts,
             assignment: Assignment::WHOLE,
         });
         Ok((
@@ -127,7 +128,7 @@ impl Settler for MemorySettler {
                 let tag = u64::try_from(tag.0).unwrap_or(0);
                 let known = match disposition {
                     Disposition::Ack => state.ack(tag, member.id),
-                    Disposition::Retry { after } => state.retry(tag, member.id, now + *after),
+                    Disposition::Retry { after, attempts } => state.retry(tag, member.id, now + *after, *attempts),
                     Disposition::DeadLetter => state.dead_letter(tag, member.id),
                     Disposition::Release => state.release(tag, member.id),
                 };

@@ -52,6 +52,8 @@ pub(super) struct Entry {
     pub(super) offset: u64,
     pub(super) message: Message,
     pub(super) delivery_count: u32,
+    /// Made before it was retried.
+    pub(super) attempts: u32,
 }
 
 #[derive(Debug, Default)]
@@ -122,6 +124,7 @@ impl GroupState {
             offset,
             message,
             delivery_count: 0,
+            attempts: 0,
         };
         self.make_ready(entry);
     }
@@ -246,14 +249,15 @@ impl GroupState {
         true
     }
 
-    pub(super) fn retry(&mut self, tag: u64, member: u64, at: Moment) -> bool {
-        let Some((entry, hash)) = self.take_back(tag, member) else {
+    pub(super) fn retry(&mut self, tag: u64, member: u64, at: Moment, attempts: u32) -> bool {
+        let Some((mut entry, hash)) = self.take_back(tag, member) else {
             return false;
         };
         if let Some(key) = hash.and_then(|hash| self.keys.get_mut(&hash)) {
             key.broken = true;
             key.delayed += 1;
         }
+        entry.attempts = attempts;
         self.delayed.insert((at, entry.offset), entry);
         self.free(hash);
         true

@@ -71,7 +71,7 @@ pub async fn what_is_retried_comes_back(fixture: &dyn TransportFixture) {
     let settlements = taken
         .into_iter()
         .map(|delivery| match name(delivery.message()).as_str() {
-            "again" => delivery.retry(SHORT),
+            "again" => delivery.retry(SHORT, 3),
             _ => delivery.ack(),
         });
     member.settle(settlements.collect()).await;
@@ -82,6 +82,7 @@ pub async fn what_is_retried_comes_back(fixture: &dyn TransportFixture) {
     if fixture.transport().capabilities().delivery_count {
         assert_eq!(back[0].delivery_count(), 2);
     }
+    assert_eq!(back[0].attempts(), 3, "attempts are carried through the wait");
     member.settle(back.into_iter().map(Delivery::ack).collect()).await;
     fixture.advance(SHORT * 2).await;
     assert!(member.take(1).await.is_empty());
@@ -164,7 +165,7 @@ pub async fn undeclared_is_refused(fixture: &dyn TransportFixture) {
     for (declared, settle) in [
         (
             can.delayed_retry,
-            Box::new(|d: Delivery| d.retry(SHORT)) as Box<dyn Fn(Delivery) -> _ + Send>,
+            Box::new(|d: Delivery| d.retry(SHORT, 1)) as Box<dyn Fn(Delivery) -> _ + Send>,
         ),
         (can.dead_letter, Box::new(Delivery::dead_letter)),
     ] {

@@ -74,6 +74,7 @@ impl Source for KafkaSource {
                                 message,
                                 tag: DeliveryTag::of(hold.assignment(), at.unsigned_abs()),
                                 delivery_count: 1,
+                                attempts: 0,
                                 assignment: hold.assignment(),
                             });
                         }

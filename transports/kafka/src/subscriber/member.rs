@@ -414,7 +414,7 @@ impl Member {
         let context = self.consumer.context();
         let until = self.since + LONGEST_JOIN;
         while !context.has_joined.load(Ordering::Acquire) && Instant::now() < until {
-            if let Some(Err(_)) = self.consumer.poll(SOON) {
+            if let Some(Err(KafkaError::MessageConsumptionFatal(_))) = self.consumer.poll(SOON) {
                 return;
             }
         }

@@ -89,13 +89,14 @@ impl RabbitMqSource {
         let number = delivery.delivery_tag;
         let redelivered = delivery.redelivered;
         let topics = &mut self.topics;
-        let (message, count) = wire::read(&mut self.reader, delivery, |name| topics.find(name));
+        let (message, count, attempts) = wire::read(&mut self.reader, delivery, |name| topics.find(name));
         let count = count.max(1 + u32::from(redelivered));
         if hold.hand_out(number, &message, count, redelivered) {
             batch.push(Received {
                 message,
                 tag: DeliveryTag::of(hold.assignment(), number),
                 delivery_count: count,
+                attempts,
                 assignment: hold.assignment(),
             });
         }
@@ -122,12 +123,12 @@ impl Source for RabbitMqSource {
 impl Copies<Hold> for Shared {
     async fn store(&self, hold: &Hold, position: u64, disposition: Disposition) -> Result<()> {
         let group = &self.subscription.group;
-        let kind = match disposition {
-            Disposition::DeadLetter => "dead",
-            _ => "retry",
+        let (kind, attempts) = match disposition {
+            Disposition::Retry { attempts, .. } => ("retry", attempts),
+            _ => ("dead", 0),
         };
         let (message, copied) = hold
-            .copy(position, kind, group.as_str())
+            .copy(position, kind, group.as_str(), attempts)
             .ok_or_else(|| not_outstanding(position))?;
         let place = match disposition {
             Disposition::Retry { .. } if hold.ordered && message.key().is_some() => {
@@ -136,7 +137,7 @@ impl Copies<Hold> for Shared {
                     "a message with a key cannot wait on RabbitMQ without being overtaken: retries of an ordered group need an event log",
                 ));
             }
-            Disposition::Retry { after } => Copy::Retry(hold.queue.clone(), rounded(after)),
+            Disposition::Retry { after, .. } => Copy::Retry(hold.queue.clone(), rounded(after)),
             _ => Copy::Dead,
         };
         let queue = self.copies.queue(&self.broker, group, &place).await?;

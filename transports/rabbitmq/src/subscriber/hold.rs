@@ -151,11 +151,12 @@ impl Hold {
     }
 
     /// A copy of what is out under `tag`, for a retry or as a dead letter.
-    pub(super) fn copy(&self, tag: u64, kind: &str, group: &str) -> Option<(Message, Copied)> {
+    pub(super) fn copy(&self, tag: u64, kind: &str, group: &str, attempts: u32) -> Option<(Message, Copied)> {
         let state = self.state();
         let Out { message, deliveries } = state.out.get(tag)?;
         let copied = Copied {
             deliveries: *deliveries,
+            attempts,
             id: format!("{}:{group}:{kind}:{deliveries}", message.id()),
         };
         Some((message.clone(), copied))

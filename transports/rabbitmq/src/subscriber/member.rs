@@ -115,13 +115,13 @@ impl Member {
             leases: None,
             balanced_at: Instant::now(),
         };
+        let declaring = Declaring::on(&member.connection, &shared.broker).await?;
+        declaring.exchange().await?;
+        match shared.subscription.broadcast {
+            true => declaring.broadcast(&shared.queue, &shared.subscription).await?,
+            false => declaring.group(&shared.subscription).await?,
+        }
         let joining = async {
-            let declaring = Declaring::on(&member.connection, &shared.broker).await?;
-            declaring.exchange().await?;
-            match shared.subscription.broadcast {
-                true => declaring.broadcast(&shared.queue, &shared.subscription).await?,
-                false => declaring.group(&shared.subscription).await?,
-            }
             declaring.end().await?;
             if shared.is_shared() {
                 member.leases = Some(Leases::join(&member.connection, group).await?);

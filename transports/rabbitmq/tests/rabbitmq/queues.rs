@@ -3,13 +3,15 @@
 use crate::fixture::{Fixture, join, publish, take, text};
 use lapin::options::{BasicGetOptions, BasicPublishOptions, ExchangeDeclareOptions, QueueDeclareOptions};
 use lapin::{BasicProperties, ExchangeKind, types::FieldTable};
-use postrider_core::{ErrorKind, Subscription, relay::TopicPattern, subscriber::QueueOptions};
+use postrider_core::{
+    ErrorKind, GroupName, Message, Reachability, Subscription, relay::TopicPattern, subscriber::QueueOptions,
+};
 use postrider_rabbitmq::transport_with;
 use postrider_testkit::{
     run,
     transport::{NamedTransport, a_pattern_takes_every_topic_that_matches, order_per_key},
 };
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn asks(change: impl FnOnce(&mut QueueOptions)) -> QueueOptions {
     let mut queue = QueueOptions::default();
@@ -148,6 +150,49 @@ fn patterns_are_an_option_of_the_exchange() {
             .await
             .remove(0);
         let refused = format!("{:?}", outcome.unwrap_err());
-        assert!(refused.contains("wildcards: false"), "{refused}");
+        assert!(refused.contains("with_wildcards"), "{refused}");
+    });
+}
+
+/// The exchange of another application may be of the other kind: nobody looks, so what is bound is right on both.
+#[test]
+fn a_group_takes_from_an_exchange_of_either_kind() {
+    run(async {
+        let fixture = Fixture::new();
+        for (theirs, ours) in [(false, true), (true, false)] {
+            let name = format!("{}-{theirs}", fixture.name);
+            let with = |wildcards: bool, name: &str| {
+                let options = fixture.options().with_exchange(name);
+                transport_with(if wildcards { options.with_wildcards() } else { options }).unwrap()
+            };
+            let owner = with(theirs, &name);
+            assert!(matches!(owner.publisher().unwrap().check().await, Reachability::Up));
+            let mut subscription = Subscription::new(GroupName::parse(name.clone()).unwrap(), vec![fixture.topic("t")]);
+            subscription = subscription.unordered();
+            subscription.queue = asks(|queue| queue.bind = Some(name.clone()));
+            let transport = with(ours, &format!("{name}-ours"));
+            let (mut intake, settling) = join(&transport, &subscription).await;
+            publish(&owner, &[fixture.message(Some("k"), "x")]).await;
+            let got = take(&mut intake, 1, Duration::from_secs(10)).await;
+            assert_eq!(text(&got[0]), "x");
+            settling.close(Duration::from_secs(5)).await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_group_of_many_topics_may_take_longer_than_anything_else() {
+    run(async {
+        let fixture = Fixture::new();
+        let topics: Vec<_> = (0..40).map(|n| fixture.topic(&format!("many-{n}"))).collect();
+        let last = topics[39].clone();
+        let transport = transport_with(fixture.options().with_timeout(Duration::from_secs(2))).unwrap();
+        let subscription = Subscription::new(fixture.group(), topics).unordered();
+        let began = Instant::now();
+        let (mut intake, settling) = join(&transport, &subscription).await;
+        println!("40 topics are bound in {:?}", began.elapsed());
+        publish(&transport, &[Message::new(last, "e.v1", "last")]).await;
+        assert_eq!(text(&take(&mut intake, 1, Duration::from_secs(10)).await[0]), "last");
+        settling.close(Duration::from_secs(5)).await.unwrap();
     });
 }
