@@ -140,8 +140,8 @@ impl Context {
     pub fn group(&self) -> &GroupName {
         &self.tools.group
     }
-    /// Which attempt this is, from 1. Those before a message was parked in the inbox are counted; those before a crash, or
-    /// before it went to another member without being parked, are not.
+    /// Which attempt this is, from 1. Those before a message was parked in the inbox, or waited with the broker, are counted;
+    /// those before a crash, or before it went to another member without waiting, are not.
     #[must_use]
     pub fn attempt(&self) -> u32 {
         self.attempt

@@ -6,7 +6,7 @@ use crate::{
     wire,
 };
 use async_trait::async_trait;
-use postrider_core::{Message, PublishError, Publisher, Reachability, Topic};
+use postrider_core::{Message, PublishError, Publisher, Reachability, Topic, publisher::Outcome};
 use rdkafka::{
     ClientContext,
     config::{FromClientConfigAndContext as _, RDKafkaLogLevel},
@@ -21,7 +21,6 @@ use std::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-type Outcome = Result<(), PublishError>;
 type Producer = ThreadedProducer<Confirms>;
 
 /// A message of so many bytes is taken by itself, wherever its topic's limit makes sense.

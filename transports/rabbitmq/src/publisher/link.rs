@@ -37,6 +37,7 @@ use tokio::sync::mpsc;
 
 /// So many windows full of messages may be unconfirmed for too long before the connection is given up.
 const MOST_LATE: usize = 4;
+
 /// Asks the broker something, on a channel that a refusal may close.
 async fn ask(connection: &Connection, exchange: &str, limit: Duration) -> postrider_core::Result<()> {
     within(limit, "asking RabbitMQ", async {
