@@ -81,6 +81,8 @@ fn table(entries: &[(&str, AMQPValue)]) -> FieldTable {
 
 /// Hand-overs and crashes count as deliveries, and a message that reaches the limit is dropped: nobody shall.
 const DELIVERY_LIMIT: i64 = 1_000_000;
+const OTHER_EXCHANGE: &str = "the exchange is there on RabbitMQ, but declared otherwise: it is direct by default, topic \
+    `with_wildcards`. Say which it is, or use another name; deleted and declared anew it reaches no group that has not joined again";
 /// How long, in milliseconds, the queue of a member of a broadcast is kept for it to come back.
 const ABANDONED_AFTER: i64 = 10 * 60_000;
 
@@ -135,17 +137,11 @@ impl<'a> Declaring<'a> {
         let declared = self
             .channel
             .exchange_declare(name.as_str().into(), kind, options, FieldTable::default());
-        let refused = |why| {
-            match is_reply(&why, 406) {
-            true => Error::new(
-                ErrorKind::Config,
-                "the exchange is there on RabbitMQ, but declared otherwise: it is direct by default, topic `with_wildcards`. Say which it is, or \
-                 use another name; deleted and declared anew it reaches no group that has not joined again",
-            )
-            .with("exchange", name)
-            .because(why),
+        let refused = |why| match is_reply(&why, 406) {
+            true => Error::new(ErrorKind::Config, OTHER_EXCHANGE)
+                .with("exchange", name)
+                .because(why),
             false => refused(why, "exchange", name),
-        }
         };
         let declared = async { declared.await.map_err(refused) };
         within(self.options.timeout, "declaring the exchange", declared).await
