@@ -3,7 +3,7 @@
 use crate::{Size, engine::NoOp, peers, table::Table};
 use async_trait::async_trait;
 use postrider::{
-    Bus, Event, Message, MessageId, PublishError, Publisher, Reachability, RelayOptions, Transport,
+    Bus, Event, Message, MessageId, Outcomes, Publisher, Reachability, RelayOptions, Transport,
     event::DynEvent as _,
     postgres::{PostgresLog, PostgresOptions},
 };
@@ -403,9 +403,9 @@ struct Stopwatch(Times);
 
 #[async_trait]
 impl Publisher for Stopwatch {
-    async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
+    async fn publish(&self, batch: &[Message], outcomes: &Outcomes) {
         note(&self.0, batch.iter().map(Message::id));
-        batch.iter().map(|_| Ok(())).collect()
+        outcomes.report_rest(Ok(()));
     }
     async fn check(&self) -> Reachability {
         Reachability::Up

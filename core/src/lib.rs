@@ -41,7 +41,9 @@ pub use log::{EventLog, Mailbox};
 pub use message::{GroupName, Limits, Message, MessageId, MessageParts, RouteName, Topic};
 #[cfg(feature = "macros")]
 pub use postrider_macros::Event;
-pub use publisher::{EachOf, PublishError, PublishErrorKind, PublishOne, Publisher, Reachability, Scope};
+pub use publisher::{
+    EachOf, Outcomes, PublishError, PublishErrorKind, PublishOne, Publisher, PublisherExt, Reachability, Scope,
+};
 pub use relay::RelayOptions;
 pub use subscriber::{
     Assignment, Deliveries, Delivery, DeliveryTag, Disposition, Feed, Incoming, Intake, Received, Settlement, Settler,

@@ -5,7 +5,9 @@ use crate::{
     store::{Place, Store},
 };
 use async_trait::async_trait;
-use postrider::{Bus, Event, Message, PublishError, Publisher, Reachability, RelayOptions, Transport, relay::Backoff};
+use postrider::{
+    Bus, Event, Message, Outcomes, PublishError, Publisher, Reachability, RelayOptions, Transport, relay::Backoff,
+};
 use std::{
     fs::File,
     io::Write as _,
@@ -65,7 +67,7 @@ impl FileBroker {
 
 #[async_trait]
 impl Publisher for FileBroker {
-    async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
+    async fn publish(&self, batch: &[Message], outcomes: &Outcomes) {
         if self.pace != Pace::Fast {
             let line = format!("{}\n", std::process::id());
             self.begun.lock().unwrap().write_all(line.as_bytes()).unwrap();
@@ -75,7 +77,7 @@ impl Publisher for FileBroker {
             return std::future::pending().await;
         }
         let mut lines = String::new();
-        let outcomes = batch
+        let results: Vec<_> = batch
             .iter()
             .map(|message| {
                 if self.pace == Pace::Fast && Self::refuses(message) {
@@ -87,8 +89,8 @@ impl Publisher for FileBroker {
             })
             .collect();
         match self.file.lock().unwrap().write_all(lines.as_bytes()) {
-            Ok(()) => outcomes,
-            Err(error) => PublishError::connection(error).for_all(batch),
+            Ok(()) => outcomes.report_each(results),
+            Err(error) => outcomes.report_rest(Err(PublishError::connection(error))),
         }
     }
     async fn check(&self) -> Reachability {
@@ -123,7 +125,7 @@ pub(crate) async fn run(dir: &Path, place: &Place, what: &str) {
     if pace != Pace::Fast {
         relay = relay
             .with_batch_size(10)
-            .with_publish_calls(1)
+            .with_max_publishing(10)
             .with_publish_timeout(Duration::from_secs(60));
     }
     let bus = Bus::builder()

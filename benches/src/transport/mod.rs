@@ -5,6 +5,7 @@ mod rabbitmq;
 
 use crate::{Size, peers, table::Table};
 use anyhow::{Context as _, bail};
+use postrider::PublisherExt as _;
 use postrider::{
     Bus, Context, Delivery, Event, HandlerResult, IntoMessage, Message, RelayOptions, Subscription, Taken, Topic,
     Transport,
@@ -123,7 +124,7 @@ async fn publish_ours<B: Broker>(broker: &B, work: &Work) -> anyhow::Result<Dura
         }
         let (publisher, batch) = (publisher.clone(), batch.to_vec());
         calls.spawn(async move {
-            for outcome in publisher.publish(&batch).await {
+            for outcome in publisher.publish_all(&batch).await {
                 assert!(outcome.is_ok(), "{outcome:?}");
             }
         });
@@ -146,7 +147,7 @@ async fn publish_ours_from(broker: &impl Broker, work: &Work, tasks: usize) -> a
         running.spawn(async move {
             for n in 0..work.count / tasks {
                 let message = work.message(n * tasks + task);
-                let outcomes = publisher.publish(std::slice::from_ref(&message)).await;
+                let outcomes = publisher.publish_all(std::slice::from_ref(&message)).await;
                 assert!(outcomes[0].is_ok(), "{outcomes:?}");
             }
         });
@@ -159,7 +160,7 @@ async fn publish_ours_from(broker: &impl Broker, work: &Work, tasks: usize) -> a
 
 /// The connection is there before the clock runs.
 async fn warm(transport: &Transport, work: &Work) -> anyhow::Result<()> {
-    for outcome in transport.publisher()?.publish(&[work.message(0)]).await {
+    for outcome in transport.publisher()?.publish_all(&[work.message(0)]).await {
         outcome?;
     }
     Ok(())
@@ -198,7 +199,7 @@ async fn filled(broker: &impl Broker, work: &Work, ordered: bool) -> anyhow::Res
     let transport = broker.transport()?;
     let messages: Vec<Message> = (0..work.count).map(|n| work.message(n)).collect();
     for batch in messages.chunks(2000) {
-        for outcome in transport.publisher()?.publish(batch).await {
+        for outcome in transport.publisher()?.publish_all(batch).await {
             outcome?;
         }
     }

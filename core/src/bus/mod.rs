@@ -16,6 +16,7 @@ use crate::{
     consumer::{Empty, Layer, NoState, Subscribing, SubscriptionOptions},
     log::{DeadLetters, Filter, Lent, LogTx, NewRecord, TransactionOf},
     message::Text,
+    publisher::PublisherExt as _,
     relay::{RelayOptions, RelayReport, Reporter, Wake},
 };
 use async_trait::async_trait;
@@ -281,7 +282,7 @@ impl EventBus for Bus {
 
     async fn send_messages(&self, batch: Vec<Message>) -> Result<()> {
         let batch: Vec<Message> = batch.into_iter().map(|m| self.complete(m)).collect::<Result<_>>()?;
-        let outcomes = self.0.transport.publisher()?.publish(&batch).await;
+        let outcomes = self.0.transport.publisher()?.publish_all(&batch).await;
         match batch
             .iter()
             .zip(outcomes)

@@ -8,6 +8,7 @@ use super::{
 use crate::{
     Delivery, Mailbox, Message, Reachability,
     log::{Admission, Arrival, AttemptError, NewRecord, Placement},
+    publisher::Outcomes,
     relay::{Attempts, Refusal},
 };
 use async_trait::async_trait;
@@ -28,12 +29,15 @@ impl Attempts for FromInbox {
         1
     }
 
-    async fn attempt(&self, batch: &[Message], attempts: &[u32], _: Duration) -> Vec<Result<(), Refusal>> {
-        let mut outcomes = Vec::with_capacity(batch.len());
-        for (message, attempts) in batch.iter().zip(attempts) {
-            outcomes.push(self.0.handle_parked(message, *attempts).await);
+    fn has_destinations(&self) -> bool {
+        false
+    }
+
+    async fn attempt(&self, batch: &[Message], attempts: &[u32], _: Duration, _: &Outcomes) -> Result<(), Refusal> {
+        match (batch, attempts) {
+            ([message], [attempts]) => self.0.handle_parked(message, *attempts).await,
+            _ => Err(Refusal::HeldBack),
         }
-        outcomes
     }
 
     async fn check(&self) -> Reachability {

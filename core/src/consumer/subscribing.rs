@@ -457,7 +457,7 @@ impl About {
                 local_max_attempts: 1,
                 max_attempts: u32::MAX,
                 backoff: retry.backoff,
-                publish_calls: FROM_INBOX_AT_ONCE,
+                max_publishing: FROM_INBOX_AT_ONCE,
                 batch_size: 2 * FROM_INBOX_AT_ONCE,
                 max_in_flight: 8 * FROM_INBOX_AT_ONCE,
                 topics: Vec::new(),

@@ -1,13 +1,20 @@
 //! The sending side of a transport.
 
 mod calls;
+mod each_of;
+mod outcomes;
 
-pub use calls::{Calls, Outcome, Place};
+pub use calls::{Calls, Place};
+pub use each_of::{EachOf, PublishOne};
+pub use outcomes::{Outcomes, PublisherExt};
+pub(crate) use outcomes::{Report, Reports};
 
 use crate::Message;
 use async_trait::async_trait;
-use futures_util::StreamExt as _;
 use std::{error::Error as StdError, fmt, fmt::Debug, sync::Arc};
+
+/// The outcome of one message: `Ok` once the broker has confirmed it as stored.
+pub type Outcome = Result<(), PublishError>;
 
 /// What a refusal means for the relay. The outcome of a message, not of the call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -102,10 +109,9 @@ impl PublishError {
         self.unroutable
     }
 
-    /// The same outcome for every message of a batch: how a lost connection is reported.
-    #[must_use]
-    pub fn for_all(self, batch: &[Message]) -> Vec<Result<(), Self>> {
-        batch.iter().map(|_| Err(self.clone())).collect()
+    /// A publisher ended a call without an outcome for the message.
+    pub(crate) fn unreported() -> Self {
+        Self::connection("the publisher ended without an outcome for the message: a defect of the publisher")
     }
 }
 
@@ -146,25 +152,33 @@ pub enum Reachability {
     Unknown,
 }
 
-/// Sends messages to a broker.
+/// Sends messages to a broker. [`PublishOne`] is the simple shape for an author: one message at a time.
 #[async_trait]
 pub trait Publisher: Debug + Send + Sync + 'static {
-    /// Publishes a batch.
+    /// Publishes a batch and reports the outcome of each message as soon as it is known.
     ///
     /// # Contract
-    /// - One outcome per message, in the order of the batch. `Ok` only once the broker has *confirmed* that message as
-    ///   stored, or that nobody needs it; a message that reaches no queue is not a success.
-    /// - Resolves once every message is confirmed or refused; pipelines within the batch. Calls may overlap.
+    /// - One outcome per message, in any order. `Ok` only once the broker has *confirmed* that message as stored, or that
+    ///   nobody needs it; a message that reaches no queue is not a success. The first outcome of a message is final.
+    /// - An outcome is reported when it is known, never later because of a neighbour: the relay sends a key's next message
+    ///   as soon as the one before it is confirmed.
+    /// - Resolves once every message has its outcome. A message without one then counts as unknown.
+    /// - Pipelines within the batch. Calls overlap, and there may be as many as messages: a publisher bounds what it has
+    ///   in flight itself.
     /// - Messages of one key are sent in the order of the batch. The relay has at most one of a key in flight unless the
     ///   topic asks for `order = "pipelined"`.
     /// - A refused message does not fail its neighbours, but for a lost connection, which is the outcome of all that was
     ///   not yet confirmed.
+    /// - A destination that does not answer delays only its own topic. Within about 8 s the publisher reports
+    ///   [`Scope::Destination`] for what it did not answer; past the relay's `publish_timeout` (10 s) the call is dropped
+    ///   and its missing outcomes count as unknown.
     /// - Cancelled, or past its deadline, what was sent may still arrive: the relay repeats it under the same id. A
     ///   publisher hands nothing to the broker after the future has been dropped.
     /// - After `Unavailable` it recovers by itself.
     ///
-    /// Held by `transport::every_message_once_to_each_group`, `transport::content_is_intact`.
-    async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>>;
+    /// Held by `transport::every_message_once_to_each_group`, `transport::content_is_intact`,
+    /// `transport::each_message_has_one_outcome`.
+    async fn publish(&self, batch: &[Message], outcomes: &Outcomes);
 
     /// Asks whether the broker can be reached, without publishing anything.
     ///
@@ -177,8 +191,8 @@ macro_rules! forward {
     ($pointer:ident) => {
         #[async_trait]
         impl<P: Publisher + ?Sized> Publisher for $pointer<P> {
-            async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
-                (**self).publish(batch).await
+            async fn publish(&self, batch: &[Message], outcomes: &Outcomes) {
+                (**self).publish(batch, outcomes).await;
             }
             async fn check(&self) -> Reachability {
                 (**self).check().await
@@ -189,154 +203,4 @@ macro_rules! forward {
 forward!(Arc);
 forward!(Box);
 
-/// The simple shape for an author: one message at a time. [`EachOf`] makes a [`Publisher`] of it.
-pub trait PublishOne: Debug + Send + Sync + 'static {
-    /// Publishes one message.
-    ///
-    /// # Contract
-    /// As [`Publisher::publish`] for a batch of one. Calls overlap, for messages of different keys.
-    fn publish_one(&self, message: &Message) -> impl Future<Output = Result<(), PublishError>> + Send;
-
-    /// Asks whether the broker can be reached; [`Reachability::Unknown`] unless the author knows better.
-    ///
-    /// # Contract
-    /// As [`Publisher::check`].
-    fn check(&self) -> impl Future<Output = Reachability> + Send {
-        std::future::ready(Reachability::Unknown)
-    }
-}
-
-/// A [`Publisher`] out of a [`PublishOne`]: overlaps up to a window of messages of different keys, and holds back what
-/// follows a refused message in its key.
-#[derive(Debug, Clone)]
-pub struct EachOf<P> {
-    one: P,
-    window: usize,
-}
-
-impl<P: PublishOne> EachOf<P> {
-    /// With a window of 64 messages.
-    pub fn new(one: P) -> Self {
-        Self { one, window: 64 }
-    }
-
-    /// Sets how many messages of a batch may be on their way at once; at least 1.
-    #[must_use]
-    pub fn with_window(mut self, window: usize) -> Self {
-        self.window = window.max(1);
-        self
-    }
-
-    /// Publishes the messages at `run`, which share a key, one after the other.
-    async fn publish_run(&self, batch: &[Message], run: Vec<usize>) -> Vec<(usize, Result<(), PublishError>)> {
-        let mut outcomes = Vec::with_capacity(run.len());
-        let mut refused = false;
-        for at in run {
-            let outcome = if refused {
-                Err(PublishError::held_back())
-            } else {
-                self.one.publish_one(&batch[at]).await
-            };
-            refused |= outcome.is_err();
-            outcomes.push((at, outcome));
-        }
-        outcomes
-    }
-}
-
-#[async_trait]
-impl<P: PublishOne> Publisher for EachOf<P> {
-    async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
-        let runs = runs(batch);
-        let mut sent = futures_util::stream::iter(runs)
-            .map(|run| self.publish_run(batch, run))
-            .buffer_unordered(self.window);
-        let mut outcomes: Vec<_> = batch.iter().map(|_| Err(PublishError::held_back())).collect();
-        while let Some(run) = sent.next().await {
-            for (at, outcome) in run {
-                outcomes[at] = outcome;
-            }
-        }
-        outcomes
-    }
-
-    async fn check(&self) -> Reachability {
-        self.one.check().await
-    }
-}
-
-/// The positions of a batch's messages, by key, each in order.
-fn runs(batch: &[Message]) -> Vec<Vec<usize>> {
-    let mut by_key = rustc_hash::FxHashMap::default();
-    let mut runs: Vec<Vec<usize>> = Vec::with_capacity(batch.len());
-    for (at, message) in batch.iter().enumerate() {
-        match message.key_hash() {
-            None => runs.push(vec![at]),
-            Some(key) => match by_key.entry(key) {
-                std::collections::hash_map::Entry::Occupied(run) => {
-                    let run: &usize = run.get();
-                    runs[*run].push(at);
-                }
-                std::collections::hash_map::Entry::Vacant(slot) => {
-                    slot.insert(runs.len());
-                    runs.push(vec![at]);
-                }
-            },
-        }
-    }
-    runs
-}
-
 const _: fn(&dyn Publisher) = |_| {};
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::Topic;
-    use std::sync::Mutex;
-
-    #[derive(Debug, Default)]
-    struct RefusesB(Mutex<Vec<String>>);
-    impl PublishOne for RefusesB {
-        async fn publish_one(&self, message: &Message) -> Result<(), PublishError> {
-            tokio::task::yield_now().await;
-            let text = String::from_utf8_lossy(message.payload()).into_owned();
-            self.0.lock().unwrap().push(text.clone());
-            if text == "b" {
-                Err(PublishError::rejected("b"))
-            } else {
-                Ok(())
-            }
-        }
-    }
-
-    #[tokio::test]
-    async fn each_of_keeps_a_key_in_order_and_holds_back_behind_a_refusal() {
-        let publisher = EachOf::new(RefusesB::default()).with_window(4);
-        let message = |text: &'static str| Message::new(Topic::new("t"), "e.v1", text);
-        let batch = [
-            message("a").with_key("k"),
-            message("x"),
-            message("b").with_key("k"),
-            message("c").with_key("k"),
-            message("d").with_key("other"),
-        ];
-        let outcomes = publisher.publish(&batch).await;
-        let kinds: Vec<_> = outcomes
-            .iter()
-            .map(|o| o.as_ref().err().map(PublishError::kind))
-            .collect();
-        assert_eq!(
-            kinds,
-            [
-                None,
-                None,
-                Some(PublishErrorKind::Rejected),
-                Some(PublishErrorKind::HeldBack),
-                None
-            ]
-        );
-        assert!(!publisher.one.0.lock().unwrap().contains(&"c".to_owned()));
-        assert!(matches!(publisher.check().await, Reachability::Unknown));
-    }
-}

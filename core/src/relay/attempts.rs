@@ -1,15 +1,17 @@
 //! What a relay does with the records it has claimed: an outbox publishes them, an inbox takes them through their chain.
 
-use crate::{Message, PublishError, PublishErrorKind, Publisher, Reachability, Scope, clock::Clock};
+use crate::{Message, PublishError, Publisher, Reachability, clock::Clock, publisher::Outcomes};
 use async_trait::async_trait;
 use futures_util::FutureExt as _;
 use std::{fmt::Debug, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 /// Why an attempt on a record did not succeed.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Refusal {
     /// The connection is lost, or the outcome unknown. Costs no attempt; the relay stops and probes.
     Connection(PublishError),
+    /// No answer in time. The destination is away if others answered meanwhile, else the connection is lost.
+    Silent(PublishError),
     /// The topic's destination is away. Costs no attempt; the topic is paused.
     Destination(PublishError),
     /// An attempt is used up. `after` says how long to wait, where the one who refused knows.
@@ -22,22 +24,6 @@ pub(crate) enum Refusal {
     HeldBack,
 }
 
-impl From<PublishError> for Refusal {
-    fn from(error: PublishError) -> Self {
-        let why = || crate::error::chain(&error);
-        match error.kind() {
-            PublishErrorKind::Unavailable(Scope::Connection) => Self::Connection(error),
-            PublishErrorKind::Unavailable(Scope::Destination) => Self::Destination(error),
-            PublishErrorKind::Rejected => Self::Rejected {
-                why: why(),
-                after: None,
-            },
-            PublishErrorKind::Invalid => Self::Invalid { why: why() },
-            PublishErrorKind::HeldBack => Self::HeldBack,
-        }
-    }
-}
-
 /// How a relay attempts records.
 #[async_trait]
 pub(crate) trait Attempts: Debug + Send + Sync {
@@ -45,8 +31,17 @@ pub(crate) trait Attempts: Debug + Send + Sync {
     fn per_call(&self) -> usize {
         usize::MAX
     }
-    /// One outcome for each message. `attempts` are those counted so far; `left` is what is left of the lease.
-    async fn attempt(&self, batch: &[Message], attempts: &[u32], left: Duration) -> Vec<Result<(), Refusal>>;
+    /// Whether topics are destinations, one of which may be silent while the others answer.
+    fn has_destinations(&self) -> bool;
+    /// Reports outcomes as they are known; gives that of the messages that it reported none of. `attempts` are those
+    /// counted so far; `left` is what is left of the lease.
+    async fn attempt(
+        &self,
+        batch: &[Message],
+        attempts: &[u32],
+        left: Duration,
+        outcomes: &Outcomes,
+    ) -> Result<(), Refusal>;
     /// Whether attempts have a chance.
     async fn check(&self) -> Reachability;
 }
@@ -62,28 +57,30 @@ pub(crate) struct Publishing {
 
 #[async_trait]
 impl Attempts for Publishing {
+    fn has_destinations(&self) -> bool {
+        true
+    }
+
     /// One publish call, whatever the publisher does. It gets no longer than what is left of the lease.
-    async fn attempt(&self, batch: &[Message], _: &[u32], left: Duration) -> Vec<Result<(), Refusal>> {
+    async fn attempt(&self, batch: &[Message], _: &[u32], left: Duration, outcomes: &Outcomes) -> Result<(), Refusal> {
         let deadline = self.timeout.min(left);
-        let call = AssertUnwindSafe(self.publisher.publish(batch)).catch_unwind();
-        let mut outcomes = tokio::select! {
+        let call = AssertUnwindSafe(self.publisher.publish(batch, outcomes)).catch_unwind();
+        let unknown = tokio::select! {
             biased;
-            outcomes = call => outcomes.unwrap_or_else(|_| panicked().for_all(batch)),
-            () = self.clock.sleep(deadline) => timed_out(deadline).for_all(batch),
+            ended = call => match ended {
+                Ok(()) => PublishError::unreported(),
+                Err(_) => panicked(),
+            },
+            () = self.clock.sleep(deadline) => return Err(Refusal::Silent(timed_out(deadline))),
         };
-        if outcomes.len() != batch.len() {
-            let error = PublishError::connection(format!(
-                "a defect of the publisher: {} outcomes for {} messages",
-                outcomes.len(),
-                batch.len()
-            ));
-            tracing::error!(error = crate::error::chain(&error), "all of them count as unknown");
-            outcomes = error.for_all(batch);
+        if !outcomes.is_complete() {
+            tracing::error!(
+                error = crate::error::chain(&unknown),
+                messages = batch.len(),
+                "a publisher did not report every outcome: the missing ones count as unknown"
+            );
         }
-        outcomes
-            .into_iter()
-            .map(|outcome| outcome.map_err(Refusal::from))
-            .collect()
+        Err(Refusal::Connection(unknown))
     }
 
     async fn check(&self) -> Reachability {

@@ -17,6 +17,7 @@ mod attempts;
 mod backoff;
 mod cleanup;
 mod engine;
+mod flights;
 mod held;
 mod options;
 mod outage;

@@ -18,9 +18,9 @@ pub struct RelayOptions {
     pub max_in_flight: usize,
     /// The most bytes of payload the relay holds at once; a claim may go beyond it by one message. 64 MiB.
     pub max_in_flight_bytes: usize,
-    /// The most publish calls at once. 4. While more messages are with the broker than are ready, these wait up to 20 ms
-    /// for more to go with them.
-    pub publish_calls: usize,
+    /// The most messages with the publisher at once. Default: 4000. Messages that are ready wait up to 20 ms for more to go
+    /// with them while fewer are ready than a third of these. Topics that do not answer while others do are left out.
+    pub max_publishing: usize,
     /// How often to look for records nobody told of: what other processes have written. 500 ms. A log may look for all
     /// mailboxes of the process at once.
     pub poll_interval: Duration,
@@ -65,7 +65,7 @@ impl Default for RelayOptions {
             batch_size: 1000,
             max_in_flight: 8000,
             max_in_flight_bytes: 64 * 1024 * 1024,
-            publish_calls: 4,
+            max_publishing: 4000,
             poll_interval: Duration::from_millis(500),
             lease: Duration::from_secs(15),
             publish_timeout: Duration::from_secs(10),
@@ -106,8 +106,8 @@ impl RelayOptions {
         with_max_in_flight, max_in_flight: usize;
         /// Sets the most bytes of payload held at once.
         with_max_in_flight_bytes, max_in_flight_bytes: usize;
-        /// Sets the most publish calls at once.
-        with_publish_calls, publish_calls: usize;
+        /// Sets the most messages with the publisher at once.
+        with_max_publishing, max_publishing: usize;
         /// Sets how often to look for records nobody told of.
         with_poll_interval, poll_interval: Duration;
         /// Sets how long the others wait for a relay that fell silent.
@@ -168,7 +168,7 @@ impl RelayOptions {
         let counts = [
             ("batch_size", self.batch_size),
             ("max_in_flight_bytes", self.max_in_flight_bytes),
-            ("publish_calls", self.publish_calls),
+            ("max_publishing", self.max_publishing),
             ("retry_batch", self.retry_batch),
             ("local_max_attempts", self.local_max_attempts as usize),
             ("max_attempts", self.max_attempts as usize),

@@ -95,23 +95,39 @@ impl Destinations {
         }
     }
 
-    /// Whether a message of this topic may be sent now; if the topic is paused, as its probe.
-    pub(super) fn may_send(&mut self, topic: &Topic, now: Moment) -> bool {
+    /// Whether a message of this topic may be sent now, and whether it is the probe of a paused one.
+    pub(super) fn may_send(&mut self, topic: &Topic, now: Moment) -> Option<bool> {
         if self.paused.is_empty() {
-            return true;
+            return Some(false);
         }
         let Some(paused) = self.paused.get_mut(topic) else {
-            return true;
+            return Some(false);
         };
         let may = match paused.probe {
             Probe::At(at) => at <= now,
             Probe::Asked(_) => true,
             Probe::Out => false,
         };
-        if may {
+        may.then(|| {
             paused.probe = Probe::Out;
+            true
+        })
+    }
+
+    /// Messages of the topic are with the client and not answered while others are: they are its probe. `true` if it was
+    /// not paused before.
+    pub(super) fn fall_silent(&mut self, topic: &Topic, why: &str) -> bool {
+        if self.paused.contains_key(topic) {
+            return false;
         }
-        may
+        let paused = Paused {
+            probing: Probing::new(self.max_probe_interval),
+            probe: Probe::Out,
+            why: why.to_owned(),
+        };
+        self.paused.insert(topic.clone(), paused);
+        self.resuming.retain(|t| t != topic);
+        true
     }
 
     /// A message of the topic was refused by its destination. `true` if it was not paused before.

@@ -72,6 +72,11 @@ impl Reporter {
         self.away().broker = why;
     }
 
+    /// Whether it was away until now.
+    pub(super) fn broker_is_back(&self) -> bool {
+        self.away().broker.take().is_some()
+    }
+
     pub(super) fn log_away(&self, why: Option<String>) {
         self.away().log = why;
     }

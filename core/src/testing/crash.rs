@@ -7,6 +7,7 @@ use crate::{
         Admission, Arrival, Claim, Claimed, EventLogStore, InboxLog, Lent, LogTransaction, NewRecord, Note, Purge,
         Savepoint, Session, SessionOptions, SettleReport, Settled, TransactionalLog,
     },
+    publisher::{Outcomes, PublisherExt as _},
 };
 use async_trait::async_trait;
 use std::{
@@ -208,14 +209,14 @@ impl InboxLog for Mortal<Arc<dyn InboxLog>> {
 
 #[async_trait]
 impl Publisher for Mortal<Arc<dyn Publisher>> {
-    async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
+    async fn publish(&self, batch: &[Message], outcomes: &Outcomes) {
         if let Err(error) = self.life.passes(CrashPoint::BeforePublish) {
-            return PublishError::connection(error).for_all(batch);
+            return outcomes.report_rest(Err(PublishError::connection(error)));
         }
-        let outcomes = self.inner.publish(batch).await;
+        let published = self.inner.publish_all(batch).await;
         match self.life.passes(CrashPoint::AfterPublish) {
-            Ok(()) => outcomes,
-            Err(error) => PublishError::connection(error).for_all(batch),
+            Ok(()) => outcomes.report_each(published),
+            Err(error) => outcomes.report_rest(Err(PublishError::connection(error))),
         }
     }
     async fn check(&self) -> Reachability {

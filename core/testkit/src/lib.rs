@@ -97,6 +97,7 @@ macro_rules! transport_conformance {
             a_second_settle_is_an_error
             dead_letters_do_not_come_back
             undeclared_is_refused
+            each_message_has_one_outcome
             publishing_nothing_is_fine
         );
     };

@@ -4,7 +4,7 @@
 
 use async_trait::async_trait;
 use postrider_core::{
-    Bus, EventLog, Mailbox, Message, PublishError, Publisher, Reachability, Topic, Transport,
+    Bus, EventLog, Mailbox, Message, Outcomes, Publisher, Reachability, Topic, Transport,
     clock::ManualClock,
     log::{Filter, Page, Stats, Stored},
     memory::{MemoryLog, MemoryTransport},
@@ -185,9 +185,9 @@ struct Metered {
 
 #[async_trait]
 impl Publisher for Metered {
-    async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
+    async fn publish(&self, batch: &[Message], outcomes: &Outcomes) {
         self.calls.fetch_add(u32::from(!batch.is_empty()), Ordering::SeqCst);
-        self.inner.publish(batch).await
+        self.inner.publish(batch, outcomes).await;
     }
     async fn check(&self) -> Reachability {
         self.inner.check().await

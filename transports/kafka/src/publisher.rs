@@ -1,4 +1,4 @@
-//! Publishing: librdkafka's own thread sends and confirms; a call is answered by the confirm of its last message.
+//! Publishing: librdkafka's own thread sends and confirms, and reports each outcome itself.
 
 use crate::{
     client::{Cluster, off_thread},
@@ -6,7 +6,7 @@ use crate::{
     wire,
 };
 use async_trait::async_trait;
-use postrider_core::{Message, PublishError, Publisher, Reachability, Topic, publisher::Outcome};
+use postrider_core::{Message, Outcomes, PublishError, Publisher, Reachability};
 use rdkafka::{
     ClientContext,
     config::{FromClientConfigAndContext as _, RDKafkaLogLevel},
@@ -16,10 +16,13 @@ use rdkafka::{
 };
 use std::{
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     time::Duration,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{Semaphore, oneshot};
 
 type Producer = ThreadedProducer<Confirms>;
 
@@ -36,7 +39,7 @@ struct Shared {
     cluster: Cluster,
     topology: Topology,
     producer: Mutex<Option<Arc<Producer>>>,
-    window: Arc<Semaphore>,
+    window: Semaphore,
 }
 
 impl fmt::Debug for Shared {
@@ -67,7 +70,7 @@ impl ProducerContext for Confirms {
             Ok(_) => Ok(()),
             Err((error, _)) => Err(error.clone()),
         };
-        slot.call.confirmed(slot.at, outcome);
+        slot.call.ended(slot.at, outcome);
     }
 }
 
@@ -77,38 +80,55 @@ struct Slot {
     at: usize,
 }
 
-/// A call that is not answered yet.
-struct Call(Mutex<State>);
-
-struct State {
-    outcomes: Vec<Result<(), KafkaError>>,
-    left: usize,
-    reply: Option<oneshot::Sender<Vec<Result<(), KafkaError>>>>,
-    _permits: Option<OwnedSemaphorePermit>,
+/// Messages on their way, of one call.
+struct Call {
+    shared: Arc<Shared>,
+    /// Each with its position in the batch that the outcomes are about.
+    messages: Vec<(usize, Message)>,
+    copy_to: Option<String>,
+    outcomes: Outcomes,
+    left: AtomicUsize,
+    any_confirmed: AtomicBool,
+    /// Those the client has given up, without saying whether it was the destination or every broker.
+    late: Mutex<Vec<usize>>,
+    /// Dropped with the last message.
+    open: Mutex<Option<oneshot::Sender<()>>>,
 }
 
 impl Call {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The client is done with the message at this place.
+    fn ended(&self, at: usize, outcome: Result<(), KafkaError>) {
+        match outcome {
+            Ok(()) => {
+                self.any_confirmed.store(true, Ordering::Release);
+                self.outcomes.report(self.messages[at].0, Ok(()));
+            }
+            Err(error) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageTimedOut) => {
+                self.late.lock().unwrap_or_else(PoisonError::into_inner).push(at);
+            }
+            Err(error) => self.refused(at, error, None),
+        }
+        self.shared.window.add_permits(1);
+        if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
+        }
     }
 
-    fn confirmed(&self, at: usize, outcome: Result<(), KafkaError>) {
-        let mut state = self.state();
-        state.outcomes[at] = outcome;
-        state.left -= 1;
-        if state.left == 0 {
-            state._permits = None;
-            let outcomes = std::mem::take(&mut state.outcomes);
-            if let Some(reply) = state.reply.take() {
-                let _ = reply.send(outcomes);
-            }
+    fn refused(&self, at: usize, error: KafkaError, unreachable: Option<&str>) {
+        let (place, message) = &self.messages[at];
+        let timeout = self.shared.cluster.options().delivery_timeout;
+        let error = refusal(error, message, timeout, unreachable);
+        if error.is_unroutable() {
+            let topic = self.copy_to.as_deref().unwrap_or(message.topic().as_str());
+            self.shared.topology.forget(topic);
         }
+        self.outcomes.report(*place, Err(error));
     }
 }
 
 impl KafkaPublisher {
     pub(crate) fn new(cluster: Cluster) -> Self {
-        let window = Arc::new(Semaphore::new(cluster.options().window));
+        let window = Semaphore::new(cluster.options().window);
         Self {
             shared: Arc::new(Shared {
                 topology: Topology::new(cluster.clone()),
@@ -156,76 +176,100 @@ impl KafkaPublisher {
     }
 
     /// Publishes to the topic of each message, or a copy of it to `copy_to`.
-    pub(crate) async fn send(&self, batch: &[Message], copy_to: Option<&str>) -> Vec<Outcome> {
-        let refused = |error: postrider_core::Error| {
-            let error = match error.kind() {
-                postrider_core::ErrorKind::Config => PublishError::unroutable(error),
-                _ => PublishError::connection(error),
-            };
-            error.for_all(batch)
-        };
-        let mut outcomes = Vec::with_capacity(batch.len());
+    pub(crate) async fn send(&self, batch: &[Message], copy_to: Option<&str>, outcomes: &Outcomes) {
         let producer = match self.producer() {
             Ok(producer) => producer,
-            Err(error) => return refused(error),
+            Err(error) => return outcomes.report_rest(Err(PublishError::connection(error))),
         };
-        let topics = batch.iter().map(|message| copy_to.unwrap_or(message.topic().as_str()));
-        if let Err(error) = self.shared.topology.ensure(topics).await {
-            if batch.len() == 1 || error.kind() != postrider_core::ErrorKind::Config {
-                return refused(error);
-            }
-            // One topic is wrong: the others are not.
-            return self.send_apart(batch, copy_to).await;
-        }
-        for part in batch.chunks(self.shared.cluster.options().window.div_ceil(2)) {
-            outcomes.extend(self.send_part(&producer, part, copy_to).await);
-        }
-        outcomes
-    }
-
-    /// By topic, so that each has an outcome of its own.
-    async fn send_apart(&self, batch: &[Message], copy_to: Option<&str>) -> Vec<Outcome> {
-        let mut topics: Vec<&Topic> = batch.iter().map(Message::topic).collect();
-        topics.sort_unstable();
-        topics.dedup();
-        if topics.len() == 1 {
-            let outcomes = Box::pin(self.send(&batch[..1], copy_to)).await;
-            return match outcomes.into_iter().next() {
-                Some(Err(error)) => error.for_all(batch),
-                _ => PublishError::connection("the topic has just come back: try again").for_all(batch),
+        let topic_of = |message: &Message| copy_to.unwrap_or(message.topic().as_str()).to_owned();
+        // A topic that has to be declared, or looked for, keeps no other waiting.
+        let mut unknown = self
+            .shared
+            .topology
+            .unknown(batch.iter().map(|m| copy_to.unwrap_or(m.topic().as_str())));
+        unknown.sort_unstable();
+        let mut known = Vec::with_capacity(batch.len());
+        let mut apart: Vec<Vec<(usize, Message)>> = unknown.iter().map(|_| Vec::new()).collect();
+        for (at, message) in batch.iter().enumerate() {
+            let messages = match unknown.is_empty() {
+                true => &mut known,
+                false => match unknown.binary_search(&topic_of(message)) {
+                    Ok(topic) => &mut apart[topic],
+                    Err(_) => &mut known,
+                },
             };
+            messages.push((at, message.clone()));
         }
-        let mut outcomes: Vec<Option<Outcome>> = batch.iter().map(|_| None).collect();
-        for topic in topics {
-            let (places, of_topic): (Vec<usize>, Vec<Message>) = batch
-                .iter()
-                .enumerate()
-                .filter(|(_, message)| message.topic() == topic)
-                .map(|(at, message)| (at, message.clone()))
-                .unzip();
-            for (at, outcome) in places.into_iter().zip(Box::pin(self.send(&of_topic, copy_to)).await) {
-                outcomes[at] = Some(outcome);
+        let producer = &producer;
+        let of_unknown = unknown.iter().zip(apart).map(|(topic, messages)| async move {
+            match self.shared.topology.ensure(std::iter::once(topic.as_str())).await {
+                Ok(()) => self.send_all(producer, messages, copy_to, outcomes).await,
+                Err(error) => {
+                    let error = match error.kind() {
+                        postrider_core::ErrorKind::Config => PublishError::unroutable(error),
+                        _ => PublishError::connection(error),
+                    };
+                    for (at, _) in messages {
+                        outcomes.report(at, Err(error.clone()));
+                    }
+                }
             }
-        }
-        let unknown = || Err(PublishError::connection("the outcome is not known"));
-        outcomes
-            .into_iter()
-            .map(|outcome| outcome.unwrap_or_else(unknown))
-            .collect()
+        });
+        let of_unknown = futures_util::future::join_all(of_unknown);
+        futures_util::future::join(self.send_all(producer, known, copy_to, outcomes), of_unknown).await;
     }
 
-    async fn send_part(&self, producer: &Arc<Producer>, part: &[Message], copy_to: Option<&str>) -> Vec<Outcome> {
-        let wanted = u32::try_from(part.len()).unwrap_or(u32::MAX);
-        let permits = self.shared.window.clone().acquire_many_owned(wanted).await.ok();
-        let (reply, confirmed) = oneshot::channel();
-        let call = Arc::new(Call(Mutex::new(State {
-            outcomes: vec![Ok(()); part.len()],
-            left: part.len(),
-            reply: Some(reply),
-            _permits: permits,
-        })));
+    async fn send_all(
+        &self,
+        producer: &Arc<Producer>,
+        messages: Vec<(usize, Message)>,
+        copy_to: Option<&str>,
+        outcomes: &Outcomes,
+    ) {
+        let most = self.shared.cluster.options().window.div_ceil(2);
+        let mut messages = messages.into_iter().peekable();
+        let mut calls = Vec::new();
+        while messages.peek().is_some() {
+            let part: Vec<_> = messages.by_ref().take(most).collect();
+            calls.push(self.hand_over(producer, part, copy_to, outcomes).await);
+        }
+        for (call, ended) in calls {
+            // Nothing is sent: it is dropped.
+            let _ = ended.await;
+            self.judge_late(producer, &call).await;
+        }
+        if producer.client().fatal_error().is_some() {
+            self.renew(producer);
+        }
+    }
+
+    /// Hands over so many messages as the window takes at once.
+    async fn hand_over(
+        &self,
+        producer: &Arc<Producer>,
+        messages: Vec<(usize, Message)>,
+        copy_to: Option<&str>,
+        outcomes: &Outcomes,
+    ) -> (Arc<Call>, oneshot::Receiver<()>) {
+        let count = messages.len();
+        let (open, ended) = oneshot::channel();
+        let call = Arc::new(Call {
+            shared: self.shared.clone(),
+            messages,
+            copy_to: copy_to.map(str::to_owned),
+            outcomes: outcomes.clone(),
+            left: AtomicUsize::new(count),
+            any_confirmed: AtomicBool::new(false),
+            late: Mutex::default(),
+            open: Mutex::new(Some(open)),
+        });
+        let wanted = u32::try_from(count).unwrap_or(u32::MAX);
+        if let Ok(places) = self.shared.window.acquire_many(wanted).await {
+            // Each message gives its place back.
+            places.forget();
+        }
         let format = self.shared.cluster.options().format;
-        for (at, message) in part.iter().enumerate() {
+        for (at, (_, message)) in call.messages.iter().enumerate() {
             let (headers, payload) = wire::write(message, format, copy_to.map(|_| message.topic()));
             let slot = Box::new(Slot { call: call.clone(), at });
             let mut record = BaseRecord::with_opaque_to(copy_to.unwrap_or(message.topic().as_str()), slot)
@@ -244,41 +288,32 @@ impl KafkaPublisher {
                 sent = producer.send(again);
             }
             if let Err((error, record)) = sent {
-                record.delivery_opaque.call.confirmed(at, Err(error));
+                record.delivery_opaque.call.ended(at, Err(error));
             }
         }
-        let Ok(outcomes) = confirmed.await else {
-            return PublishError::connection("Kafka's producer has ended").for_all(part);
-        };
-        if producer.client().fatal_error().is_some() {
-            self.renew(producer);
+        (call, ended)
+    }
+
+    /// The client tries for as long as a message may take, and then says no more than that it is late. Where brokers
+    /// answer, it is the destination that is not there: without a leader, or with too few replicas.
+    async fn judge_late(&self, producer: &Arc<Producer>, call: &Call) {
+        let late = std::mem::take(&mut *call.late.lock().unwrap_or_else(PoisonError::into_inner));
+        if late.is_empty() {
+            return;
         }
-        let timeout = self.shared.cluster.options().delivery_timeout;
-        let is_late = |outcome: &Result<(), KafkaError>| {
-            let code = outcome.as_ref().err().and_then(KafkaError::rdkafka_error_code);
-            code == Some(RDKafkaErrorCode::MessageTimedOut)
-        };
-        // The client tries for as long as a message may take, and then says no more than that it is late. Where brokers
-        // answer, it is the destination that is not there: without a leader, or with too few replicas.
-        let brokers_answer = outcomes.iter().any(is_late) && {
-            let (asked, limit) = (producer.clone(), Duration::from_secs(2));
-            let answer = off_thread(move || asked.client().fetch_metadata(None, limit).is_ok()).await;
-            outcomes.iter().any(Result::is_ok) || answer.unwrap_or(false)
-        };
-        let why_late = match brokers_answer {
+        let (asked, limit) = (producer.clone(), Duration::from_secs(2));
+        let brokers_answer = call.any_confirmed.load(Ordering::Acquire)
+            || off_thread(move || asked.client().fetch_metadata(None, limit).is_ok())
+                .await
+                .unwrap_or(false);
+        let why = match brokers_answer {
             true => None,
             false => Some(self.shared.cluster.recent_trouble().unwrap_or_default()),
         };
-        let outcomes = part.iter().zip(outcomes).map(|(message, outcome)| {
-            outcome.map_err(|error| {
-                let error = refusal(error, message, timeout, why_late.as_deref());
-                if error.is_unroutable() {
-                    self.shared.topology.forget(copy_to.unwrap_or(message.topic().as_str()));
-                }
-                error
-            })
-        });
-        outcomes.collect()
+        for at in late {
+            let error = KafkaError::MessageProduction(RDKafkaErrorCode::MessageTimedOut);
+            call.refused(at, error, why.as_deref());
+        }
     }
 }
 
@@ -329,11 +364,10 @@ impl Drop for Shared {
 
 #[async_trait]
 impl Publisher for KafkaPublisher {
-    async fn publish(&self, batch: &[Message]) -> Vec<Outcome> {
-        if batch.is_empty() {
-            return Vec::new();
+    async fn publish(&self, batch: &[Message], outcomes: &Outcomes) {
+        if !batch.is_empty() {
+            self.send(batch, None, outcomes).await;
         }
-        self.send(batch, None).await
     }
 
     async fn check(&self) -> Reachability {

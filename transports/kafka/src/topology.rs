@@ -51,7 +51,8 @@ impl Topology {
         }
     }
 
-    fn unknown<'t>(&self, topics: impl Iterator<Item = &'t str>) -> Vec<String> {
+    /// Those that have not been declared, or found, yet.
+    pub(crate) fn unknown<'t>(&self, topics: impl Iterator<Item = &'t str>) -> Vec<String> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let mut unknown: Vec<String> = Vec::new();
         let mut last = "";

@@ -1,4 +1,4 @@
-use crate::{Message, PublishError, Reachability, clock::Clock};
+use crate::{Message, PublishError, Reachability, Topic, clock::Clock};
 use std::{
     fmt,
     sync::{
@@ -16,6 +16,7 @@ pub struct MemoryFaults {
     down: AtomicBool,
     rule: Mutex<Option<Rule>>,
     latency: Mutex<Duration>,
+    slow: Mutex<Vec<(Topic, Duration)>>,
 }
 
 impl MemoryFaults {
@@ -35,10 +36,21 @@ impl MemoryFaults {
         *self.latency.lock().unwrap_or_else(PoisonError::into_inner) = latency;
     }
 
+    /// Lets messages of `topic` take this long, on the transport's clock, and their neighbours no longer for it; zero
+    /// ends it.
+    pub fn set_topic_latency(&self, topic: Topic, latency: Duration) {
+        let mut slow = self.slow.lock().unwrap_or_else(PoisonError::into_inner);
+        slow.retain(|(known, _)| *known != topic);
+        if !latency.is_zero() {
+            slow.push((topic, latency));
+        }
+    }
+
     /// Nothing goes wrong any more.
     pub fn clear(&self) {
         self.set_down(false);
         self.set_latency(Duration::ZERO);
+        self.slow.lock().unwrap_or_else(PoisonError::into_inner).clear();
         *self.rule.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
@@ -47,6 +59,13 @@ impl MemoryFaults {
         if !latency.is_zero() {
             clock.sleep(latency).await;
         }
+    }
+
+    /// The slow topics of a batch.
+    pub(super) fn slow_topics(&self, batch: &[Message]) -> Vec<(Topic, Duration)> {
+        let mut slow = self.slow.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        slow.retain(|(topic, _)| batch.iter().any(|message| message.topic() == topic));
+        slow
     }
 
     pub(super) fn outcome(&self, message: &Message) -> Result<(), PublishError> {

@@ -10,10 +10,12 @@ use crate::{
     Capabilities, Feed, GroupName, Message, Order, PublishError, PublishErrorKind, Publisher, Reachability, Result,
     Scope, Subscriber, Subscription, Topic, Transport,
     clock::{Clock, SystemClock},
+    publisher::Outcomes,
     relay::TopicPattern,
 };
 use async_trait::async_trait;
 use feed::Member;
+use futures_util::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use group::{Group, Handled};
 use rustc_hash::FxHashMap;
 use std::{
@@ -163,17 +165,23 @@ impl From<MemoryTransport> for Transport {
 
 #[async_trait]
 impl Publisher for MemoryTransport {
-    async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
-        self.broker.faults.delay(&*self.broker.clock).await;
-        let handled = self.broker.confirms_when_handled.then(|| Arc::new(Handled::default()));
-        let (outcomes, reached) = self.store(batch, handled.as_ref());
-        for group in reached {
-            group.news.notify_waiters();
+    async fn publish(&self, batch: &[Message], outcomes: &Outcomes) {
+        let faults = &self.broker.faults;
+        faults.delay(&*self.broker.clock).await;
+        let slow = faults.slow_topics(batch);
+        let mut later: FuturesUnordered<BoxFuture<'_, ()>> = FuturesUnordered::new();
+        for (topic, latency) in &slow {
+            let clock = &self.broker.clock;
+            later.push(Box::pin(async move {
+                clock.sleep(*latency).await;
+                let of_topic = batch.iter().enumerate().filter(|(_, m)| m.topic() == topic);
+                self.store(of_topic, outcomes).await;
+            }));
         }
-        if let Some(handled) = handled {
-            handled.all().await;
-        }
-        outcomes
+        let at_once = batch.iter().enumerate();
+        let at_once = at_once.filter(|(_, message)| !slow.iter().any(|(topic, _)| message.topic() == topic));
+        self.store(at_once, outcomes).await;
+        while later.next().await.is_some() {}
     }
 
     async fn check(&self) -> Reachability {
@@ -181,29 +189,41 @@ impl Publisher for MemoryTransport {
     }
 }
 
-type Outcomes = Vec<Result<(), PublishError>>;
-
 impl MemoryTransport {
-    /// Stores what no fault forbids; gives the outcomes, and the groups that have news.
-    fn store(&self, batch: &[Message], handled: Option<&Arc<Handled>>) -> (Outcomes, Vec<Arc<Group>>) {
-        let mut state = self.state();
-        let mut lost: Option<PublishError> = None;
-        let mut outcomes = Vec::with_capacity(batch.len());
+    /// Stores what no fault forbids, and reports what became of each.
+    async fn store(&self, messages: impl Iterator<Item = (usize, &Message)> + Send, outcomes: &Outcomes) {
+        let broker = &self.broker;
         let mut reached: Vec<Arc<Group>> = Vec::new();
-        for message in batch {
-            let outcome = match &lost {
-                Some(error) => Err(error.clone()),
-                None => self.broker.faults.outcome(message),
-            };
-            let outcome = outcome.and_then(|()| state.store(message, self.broker.retention, handled, &mut reached));
-            if let Err(error) = &outcome
-                && error.kind() == PublishErrorKind::Unavailable(Scope::Connection)
-            {
-                lost = Some(error.clone());
+        let mut awaited = FuturesUnordered::new();
+        {
+            let mut state = self.state();
+            let mut lost: Option<PublishError> = None;
+            for (at, message) in messages {
+                let handled = broker.confirms_when_handled.then(|| Arc::new(Handled::default()));
+                let outcome = match &lost {
+                    Some(error) => Err(error.clone()),
+                    None => broker.faults.outcome(message),
+                };
+                let outcome =
+                    outcome.and_then(|()| state.store(message, broker.retention, handled.as_ref(), &mut reached));
+                if let Err(error) = &outcome
+                    && error.kind() == PublishErrorKind::Unavailable(Scope::Connection)
+                {
+                    lost = Some(error.clone());
+                }
+                match handled.filter(|_| outcome.is_ok()) {
+                    None => outcomes.report(at, outcome),
+                    Some(handled) => awaited.push(async move {
+                        handled.all().await;
+                        outcomes.report(at, Ok(()));
+                    }),
+                }
             }
-            outcomes.push(outcome);
         }
-        (outcomes, reached)
+        for group in reached {
+            group.news.notify_waiters();
+        }
+        while awaited.next().await.is_some() {}
     }
 }
 

@@ -1,4 +1,4 @@
-//! Attempts: what is sent, and what its outcome means.
+//! Outcomes: what they mean for a message, its key and its topic.
 
 use super::{Engine, Event};
 use crate::{
@@ -7,7 +7,6 @@ use crate::{
     publisher::{PublishError, Reachability},
     relay::{
         OnFailed, Reporter, SendOrder, Unroutable,
-        attempts::Refusal,
         held::{Held, Place},
         outage::{Link, Probing},
     },
@@ -17,127 +16,8 @@ use std::{cmp::Reverse, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 /// How often a connection may die with one message alone in flight before the message is blamed.
 const DEATHS_BLAMED: u8 = 2;
 
-/// How long messages that are ready wait for more to go with them, at most, while others are with the client.
-const GATHERS_FOR: Duration = Duration::from_millis(20);
-
 impl Engine {
-    /// Hands ready messages to the client, as far as the link and the lease allow.
-    pub(super) fn send_ready(&mut self, now: Moment) {
-        while self.may_call() && !self.gathers(now) {
-            let room = self
-                .link
-                .window()
-                .saturating_sub(self.in_flight)
-                .min(self.options.batch_size)
-                .min(self.attempts.per_call());
-            if room == 0 {
-                return;
-            }
-            let Some(left) = self.lease.remaining() else {
-                self.lose_lease();
-                return;
-            };
-            let mut places = Vec::with_capacity(room.min(self.ready.len()));
-            let mut messages = Vec::with_capacity(places.capacity());
-            let mut counts = Vec::with_capacity(places.capacity());
-            while places.len() < room
-                && let Some(place) = self.ready.pop_front()
-            {
-                let Some(held) = self.in_hand.get(place) else { continue };
-                if self.destinations.may_send(held.record.message.topic(), now) {
-                    messages.push(held.record.message.clone());
-                    counts.push(held.record.attempts);
-                    places.push(place);
-                } else {
-                    self.park_for_topic(place, None);
-                }
-            }
-            if places.is_empty() {
-                return;
-            }
-            self.in_flight += places.len();
-            self.publish_calls += 1;
-            let attempts = self.attempts.clone();
-            self.job(async move {
-                let outcomes = attempts.attempt(&messages, &counts, left).await;
-                Event::Published { places, outcomes }
-            });
-        }
-    }
-
-    fn may_call(&self) -> bool {
-        !self.ready.is_empty() && self.publish_calls < self.options.publish_calls
-    }
-
-    /// Whether less is ready than is with the client, and more may be soon: a broker takes one call of many messages far
-    /// sooner than many of few, and where each waits for the one before it in its key, calls would fall to pieces.
-    fn gathers(&mut self, now: Moment) -> bool {
-        let enough = self
-            .in_flight
-            .min(self.options.batch_size)
-            .min(self.attempts.per_call());
-        let is_gathering =
-            self.ready.len() < enough && now < self.gathering_since.get_or_insert(now).saturating_add(GATHERS_FOR);
-        if !is_gathering {
-            self.gathering_since = None;
-        }
-        is_gathering
-    }
-
-    /// When what is ready has waited long enough for more.
-    pub(super) fn gathered_at(&self) -> Option<Moment> {
-        let since = self.gathering_since.filter(|_| self.may_call())?;
-        Some(since.saturating_add(GATHERS_FOR))
-    }
-
-    /// What became of messages.
-    pub(super) fn published(&mut self, places: &[Place], outcomes: Vec<Result<(), Refusal>>, now: Moment) {
-        let was_alone = self.in_flight == 1;
-        self.in_flight -= places.len();
-        self.publish_calls -= 1;
-        let mut confirmed = 0;
-        let mut lost: Vec<Place> = Vec::new();
-        let mut loss = None;
-        for (place, outcome) in places.iter().copied().zip(outcomes) {
-            match self.in_hand.get(place) {
-                Some(held) if held.tenure == self.tenure => {}
-                _ => {
-                    self.forget_run(place);
-                    continue;
-                }
-            }
-            let Err(refusal) = outcome else {
-                confirmed += 1;
-                self.confirmed(place);
-                continue;
-            };
-            match refusal {
-                Refusal::Connection(error) => {
-                    lost.push(place);
-                    loss = Some(error);
-                }
-                Refusal::Destination(error) => self.destination_away(place, &error, now),
-                Refusal::Rejected { why, after } => self.refused(place, why, after, now),
-                Refusal::Invalid { why } => self.fail(place, 0, Some(why)),
-                Refusal::Deferred { why, after } => self.deferred(place, why, after),
-                Refusal::HeldBack => {
-                    if let Some(held) = self.in_hand.get(place) {
-                        self.destinations.probe_lost(held.record.message.topic(), now);
-                    }
-                    self.release_run(place);
-                }
-            }
-        }
-        Reporter::count(&self.reporter.published, confirmed);
-        if confirmed > 0 {
-            self.link_carries();
-        }
-        if let Some(error) = loss {
-            self.link_lost(lost, &error, was_alone, now);
-        }
-    }
-
-    fn confirmed(&mut self, place: Place) {
+    pub(super) fn confirmed(&mut self, place: Place) {
         let Some(held) = self.in_hand.take(place) else { return };
         self.topic_answered(&held);
         self.settle_held(&held, Outcome::Done);
@@ -168,7 +48,7 @@ impl Engine {
     }
 
     /// The message was refused: one try of an attempt is used up.
-    fn refused(&mut self, place: Place, why: String, after: Option<Duration>, now: Moment) {
+    pub(super) fn refused(&mut self, place: Place, why: String, after: Option<Duration>, now: Moment) {
         Reporter::count(&self.reporter.refused, 1);
         self.release_followers(place);
         let Some(held) = self.in_hand.get_mut(place) else {
@@ -248,7 +128,7 @@ impl Engine {
     }
 
     /// Nobody's fault: the record waits in the log, with the attempts it had.
-    fn deferred(&mut self, place: Place, why: String, after: Duration) {
+    pub(super) fn deferred(&mut self, place: Place, why: String, after: Duration) {
         self.release_followers(place);
         let Some(mut held) = self.in_hand.take(place) else {
             return;
@@ -261,7 +141,7 @@ impl Engine {
     }
 
     /// The message becomes a dead letter.
-    fn fail(&mut self, place: Place, attempts: u32, why: Option<String>) {
+    pub(super) fn fail(&mut self, place: Place, attempts: u32, why: Option<String>) {
         let Some(mut held) = self.in_hand.take(place) else {
             return;
         };
@@ -299,7 +179,7 @@ impl Engine {
     }
 
     /// The topic's destination is missing, full or under-replicated: costs no attempt.
-    fn destination_away(&mut self, place: Place, error: &PublishError, now: Moment) {
+    pub(super) fn destination_away(&mut self, place: Place, error: &PublishError, now: Moment) {
         let Some(held) = self.in_hand.get(place) else { return };
         let topic = held.record.message.topic().clone();
         if error.is_unroutable() && self.options.of(&topic).unroutable == Unroutable::Drop {
@@ -315,6 +195,9 @@ impl Engine {
         if self.destinations.pause(&topic, error, now, &mut self.rng) {
             tracing::warn!(%topic, error = crate::error::chain(error), "the topic is paused: its messages wait in the log");
             self.reporter.topics_away(self.destinations.list());
+        }
+        for place in self.flights.take_held(&topic) {
+            self.park_for_topic(place, None);
         }
         self.park_for_topic(place, Some(error));
     }
@@ -336,7 +219,7 @@ impl Engine {
     }
 
     /// The client confirmed something: more may be in flight.
-    fn link_carries(&mut self) {
+    pub(super) fn link_carries(&mut self) {
         let Link::Slow { window, .. } = &mut self.link else {
             return;
         };
@@ -344,13 +227,15 @@ impl Engine {
         if *window > self.options.batch_size {
             self.link = Link::Up;
             self.link_probing = Probing::new(self.options.max_probe_interval);
-            self.reporter.broker_away(None);
+        }
+        // One confirmed message is enough to say so: what comes slowly at first is no outage.
+        if self.reporter.broker_is_back() {
             tracing::info!(mailbox = %self.mailbox, "the broker is back");
         }
     }
 
     /// The connection was lost with these messages in flight: none of them has used an attempt, unless one is to blame.
-    fn link_lost(&mut self, places: Vec<Place>, error: &PublishError, was_alone: bool, now: Moment) {
+    pub(super) fn link_lost(&mut self, places: Vec<Place>, error: &PublishError, was_alone: bool, now: Moment) {
         for place in &places {
             if let Some(held) = self.in_hand.get(*place) {
                 self.destinations.probe_lost(held.record.message.topic(), now);

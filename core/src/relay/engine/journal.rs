@@ -109,10 +109,12 @@ impl Engine {
         if !self.wants_claim || self.is_claiming {
             return;
         }
-        let held = self.in_hand.len() + self.settling.len() + self.being_settled;
+        let silent = self.flights.silent();
+        let held = (self.in_hand.len() + self.settling.len() + self.being_settled).saturating_sub(silent);
         let room = self.options.max_in_flight.saturating_sub(held);
         // Small claims cost as much as large ones: wait for half a batch of room.
-        let bytes = self.options.max_in_flight_bytes.saturating_sub(self.in_hand.bytes());
+        let in_hand = self.in_hand.bytes().saturating_sub(self.flights.silent_bytes());
+        let bytes = self.options.max_in_flight_bytes.saturating_sub(in_hand);
         if room < self.options.batch_size.div_ceil(2) || bytes == 0 {
             return;
         }
@@ -149,6 +151,7 @@ impl Engine {
             } else {
                 self.tenure += 1;
                 self.destinations.clear();
+                self.reporter.topics_away(Vec::new());
             }
             self.lease = claimed.lease;
             self.has_lease = self.lease.is_held();

@@ -5,10 +5,12 @@
 
 mod attempt;
 mod journal;
+mod send;
 
 use super::{
     RelayOptions, Reporter, Wake,
     attempts::{Attempts, Refusal},
+    flights::Flights,
     held::{InHand, Place},
     outage::{Destinations, Link, Probing},
 };
@@ -16,9 +18,11 @@ use crate::{
     EventLog, Mailbox, Reachability, Result, Topic,
     clock::{Clock, Moment},
     log::{Claimed, Lease, RecordTag, Session, SettleReport, Settled, Stored},
+    publisher::{Report, Reports},
 };
 use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use rustc_hash::FxHashMap;
+use send::Call;
 use std::{
     cmp::Reverse,
     collections::{BinaryHeap, VecDeque},
@@ -69,7 +73,13 @@ pub(crate) struct Engine {
     jobs: FuturesUnordered<BoxFuture<'static, Event>>,
     /// Messages with the client.
     in_flight: usize,
-    publish_calls: usize,
+    calls: FxHashMap<u64, Call>,
+    last_call: u64,
+    /// Where the outcomes of calls arrive.
+    reports: Arc<Reports>,
+    /// An empty vector, to be used again.
+    empty_reports: Vec<Report>,
+    flights: Flights,
     /// Since when what is ready waits for more to go with it.
     gathering_since: Option<Moment>,
     is_claiming: bool,
@@ -98,9 +108,9 @@ enum Event {
         asked: (usize, usize),
         result: Result<Claimed>,
     },
-    Published {
-        places: Vec<Place>,
-        outcomes: Vec<Result<(), Refusal>>,
+    Ended {
+        call: u64,
+        rest: Result<(), Refusal>,
     },
     Settled {
         batch: Vec<Settled>,
@@ -136,7 +146,11 @@ impl Engine {
             exhausted: Vec::new(),
             jobs: FuturesUnordered::new(),
             in_flight: 0,
-            publish_calls: 0,
+            calls: FxHashMap::default(),
+            last_call: 0,
+            reports: Arc::default(),
+            empty_reports: Vec::new(),
+            flights: Flights::default(),
             gathering_since: None,
             is_claiming: false,
             is_settling: false,
@@ -181,6 +195,7 @@ impl Engine {
                 biased;
                 () = kill.cancelled() => break,
                 () = stop.cancelled(), if !self.is_stopping => self.stop(),
+                () = self.reports.arrived() => self.take_reports(self.clock.elapsed()),
                 Some(event) = self.jobs.next(), if !is_idle => {
                     self.handle(event);
                     while let Some(Some(event)) = self.jobs.next().now_or_never() {
@@ -259,7 +274,7 @@ impl Engine {
         let now = self.clock.elapsed();
         match event {
             Event::Claimed { asked, result } => self.claimed(asked, result, now),
-            Event::Published { places, outcomes } => self.published(&places, outcomes, now),
+            Event::Ended { call, rest } => self.call_ended(call, rest, now),
             Event::Settled { batch, result } => self.settled(batch, result, now),
             Event::Resumed { topic, asked, result } => self.resumed(&topic, asked, result, now),
             Event::Checked(reachability) => self.checked(&reachability, now),
@@ -284,6 +299,9 @@ impl Engine {
         while let Some(place) = self.ready.pop_front() {
             self.release_run(place);
         }
+        for place in self.flights.take_all_held() {
+            self.release_run(place);
+        }
         while let Some(Reverse((_, place))) = self.local.pop() {
             self.leave_local_tier(place);
         }
@@ -299,6 +317,9 @@ impl Engine {
         while let Some(place) = self.ready.pop_front() {
             self.forget_run(place);
         }
+        for place in self.flights.take_all_held() {
+            self.forget_run(place);
+        }
         while let Some(Reverse((_, place))) = self.local.pop() {
             self.forget_run(place);
         }
@@ -306,6 +327,7 @@ impl Engine {
         self.unwritten.clear();
         self.exhausted.clear();
         self.destinations.clear();
+        self.reporter.topics_away(Vec::new());
         self.lease = Lease::none(self.clock.clone());
         self.wants_claim = true;
     }

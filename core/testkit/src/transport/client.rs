@@ -1,5 +1,6 @@
 //! What a transport's own tests do with it, in few words.
 
+use postrider_core::PublisherExt as _;
 use postrider_core::{Delivery, Intake, Message, Settling, Subscription, Taken, Transport};
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ pub async fn join(transport: &Transport, subscription: &Subscription) -> (Intake
 
 /// Publishes all of these.
 pub async fn send(transport: &Transport, batch: &[Message]) {
-    for outcome in transport.publisher().expect("a publisher").publish(batch).await {
+    for outcome in transport.publisher().expect("a publisher").publish_all(batch).await {
         outcome.expect("published");
     }
 }

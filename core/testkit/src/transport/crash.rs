@@ -5,7 +5,8 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::disallowed_methods)]
 
 use crate::server::signal;
-use postrider_core::{GroupName, Message, PublishError, Publisher, Settlement, Subscription, Taken, Topic, Transport};
+use postrider_core::PublisherExt as _;
+use postrider_core::{GroupName, Message, PublishError, Settlement, Subscription, Taken, Topic, Transport};
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     fs::File,
@@ -279,7 +280,7 @@ async fn publish(transport: &Transport, stop: &AtomicBool, published: &Mutex<BTr
     let mut next: Vec<(u32, Message)> = (0..KEYS).map(|key| (1, numbered(key, 1))).collect();
     while !stop.load(Ordering::Acquire) {
         let batch: Vec<Message> = next.iter().map(|(_, message)| message.clone()).collect();
-        let outcomes: Vec<Result<(), PublishError>> = publisher.publish(&batch).await;
+        let outcomes: Vec<Result<(), PublishError>> = publisher.publish_all(&batch).await;
         let is_away = outcomes.iter().any(Result::is_err);
         for ((key, (n, message)), outcome) in next.iter_mut().enumerate().zip(outcomes) {
             if outcome.is_ok() {

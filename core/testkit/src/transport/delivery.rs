@@ -4,8 +4,16 @@ use super::{
     Member, TransportFixture,
     fixture::{name, names, publish},
 };
-use postrider_core::{Delivery, ErrorKind, Message, Order, Subscription, clock::Timestamp};
-use std::time::Duration;
+use postrider_core::{
+    Delivery, ErrorKind, Message, Order, Outcomes, Publisher as _, PublisherExt as _, Subscription, clock::Timestamp,
+};
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 const SHORT: Duration = Duration::from_secs(1);
 
@@ -33,7 +41,7 @@ pub async fn content_is_intact(fixture: &dyn TransportFixture) {
         sent.push(message);
     }
     sent.push(Message::new(fixture.topic("t"), "bare.v1", "x").with_source("s"));
-    for outcome in fixture.transport().publisher().unwrap().publish(&sent).await {
+    for outcome in fixture.transport().publisher().unwrap().publish_all(&sent).await {
         outcome.unwrap();
     }
     let mut taken = member.take(sent.len()).await;
@@ -185,11 +193,36 @@ pub async fn undeclared_is_refused(fixture: &dyn TransportFixture) {
     }
 }
 
+/// A call reports one outcome for each message, none twice, and none once it has ended.
+pub async fn each_message_has_one_outcome(fixture: &dyn TransportFixture) {
+    let mut member = Member::join(fixture, "g").await;
+    let transport = fixture.transport();
+    let publisher = transport.publisher().unwrap();
+    let reported: Arc<Mutex<Vec<usize>>> = Arc::default();
+    let has_ended = Arc::new(AtomicBool::new(false));
+    let batch: Vec<Message> = (0..300)
+        .map(|n| Message::new(fixture.topic("t"), "test.v1", format!("{n}")).with_source("kit"))
+        .collect();
+    let (list, ended) = (reported.clone(), has_ended.clone());
+    let outcomes = Outcomes::listened_to(batch.len(), move |at, outcome| {
+        outcome.expect("published");
+        assert!(!ended.load(Ordering::Acquire), "an outcome after the call has ended");
+        list.lock().unwrap().push(at);
+    });
+    publisher.publish(&batch, &outcomes).await;
+    has_ended.store(true, Ordering::Release);
+    assert!(outcomes.is_complete());
+    let mut positions = reported.lock().unwrap().clone();
+    positions.sort_unstable();
+    assert_eq!(positions, (0..300).collect::<Vec<_>>());
+    assert_eq!(member.take(300).await.len(), 300);
+}
+
 /// An empty batch has no outcomes, and a reachable broker says so.
 pub async fn publishing_nothing_is_fine(fixture: &dyn TransportFixture) {
     let transport = fixture.transport();
     let publisher = transport.publisher().unwrap();
-    assert!(publisher.publish(&[]).await.is_empty());
+    assert!(publisher.publish_all(&[]).await.is_empty());
     let answer = publisher.check().await;
     assert!(!matches!(answer, postrider_core::Reachability::Down(_)), "{answer:?}");
 }

@@ -1,4 +1,5 @@
 use async_trait::async_trait;
+use postrider_core::PublisherExt as _;
 use postrider_core::{
     Delivery, GroupName, Intake, Message, Order, Settlement, Settling, Subscription, Taken, Topic, Transport,
     clock::{Clock, ManualClock},
@@ -199,7 +200,7 @@ pub(super) async fn publish(fixture: &dyn TransportFixture, names: &[&str]) {
         })
         .collect();
     let transport = fixture.transport();
-    for outcome in transport.publisher().expect("a publisher").publish(&messages).await {
+    for outcome in transport.publisher().expect("a publisher").publish_all(&messages).await {
         outcome.expect("published");
     }
 }

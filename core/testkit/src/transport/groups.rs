@@ -4,6 +4,7 @@ use super::{
     Member, TransportFixture,
     fixture::{names, publish},
 };
+use postrider_core::PublisherExt as _;
 use postrider_core::{Delivery, ErrorKind, Subscription, relay::TopicPattern};
 use std::collections::BTreeSet;
 
@@ -19,7 +20,7 @@ pub async fn every_message_once_to_each_group(fixture: &dyn TransportFixture) {
         .transport()
         .publisher()
         .unwrap()
-        .publish(&[other])
+        .publish_all(&[other])
         .await
         .remove(0)
         .unwrap();
@@ -137,7 +138,7 @@ pub async fn a_pattern_takes_every_topic_that_matches(fixture: &dyn TransportFix
         let outcome = transport
             .publisher()
             .unwrap()
-            .publish(&[message.with_key("k")])
+            .publish_all(&[message.with_key("k")])
             .await
             .remove(0);
         outcome.unwrap();

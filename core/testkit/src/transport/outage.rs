@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::disallowed_methods)]
 
 use super::{Server, join, take, text};
+use postrider_core::PublisherExt as _;
 use postrider_core::{
     Delivery, ErrorKind, GroupName, Message, PublishErrorKind, Publisher, Reachability, Subscription, Topic, Transport,
 };
@@ -138,7 +139,7 @@ async fn publish_until(publisher: Arc<dyn Publisher>, stop: Arc<AtomicBool>) -> 
     let (mut away, mut outage) = (None, Duration::ZERO);
     while !stop.load(Ordering::Acquire) {
         let batch: Vec<Message> = confirmed.iter().map(|(key, n)| message(key, n.to_string())).collect();
-        let outcomes = publisher.publish(&batch).await;
+        let outcomes = publisher.publish_all(&batch).await;
         for (n, outcome) in confirmed.values_mut().zip(outcomes) {
             match outcome {
                 Ok(()) => {
@@ -172,7 +173,7 @@ pub async fn a_feed_outlives_the_broker<S: Server>(mut server: S, transport: Tra
         let (closing, closing_settling) = join(&transport, &subscription("closing")).await;
         tokio::time::sleep(server.forgets_within()).await;
         let batch: Vec<Message> = (0..20).map(|n| message("k", format!("{group} {n}"))).collect();
-        for outcome in publisher.publish(&batch).await {
+        for outcome in publisher.publish_all(&batch).await {
             outcome.expect("published");
         }
         let of_group = |delivery: &Delivery| text(delivery).starts_with(&format!("{group} "));
@@ -185,7 +186,10 @@ pub async fn a_feed_outlives_the_broker<S: Server>(mut server: S, transport: Tra
         assert_eq!(held.len(), 20);
         block_in_place(|| server.kill());
         let began = Instant::now();
-        let outcome = publisher.publish(&[message("k", "lost".to_owned())]).await.remove(0);
+        let outcome = publisher
+            .publish_all(&[message("k", "lost".to_owned())])
+            .await
+            .remove(0);
         let kind = outcome.as_ref().err().map(postrider_core::PublishError::kind);
         assert!(matches!(kind, Some(PublishErrorKind::Unavailable(_))), "{outcome:?}");
         assert!(matches!(publisher.check().await, Reachability::Down(_)));
@@ -201,7 +205,7 @@ pub async fn a_feed_outlives_the_broker<S: Server>(mut server: S, transport: Tra
         assert!(began.elapsed() < RECOVERY, "{:?}", began.elapsed());
         block_in_place(|| server.restart());
         let began = Instant::now();
-        while publisher.publish(&[message("k", format!("{group} after"))]).await[0].is_err() {
+        while publisher.publish_all(&[message("k", format!("{group} after"))]).await[0].is_err() {
             assert!(began.elapsed() < RECOVERY, "the publisher does not come back");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -243,20 +247,23 @@ pub async fn a_broker_that_stands_still_is_told<S: Server>(mut server: S, transp
     let publisher = transport.publisher().expect("a publisher").clone();
     let (mut intake, settling) = join(&transport, &subscription("still")).await;
     publisher
-        .publish(&[message("k", "before".to_owned())])
+        .publish_all(&[message("k", "before".to_owned())])
         .await
         .remove(0)
         .expect("published");
     block_in_place(|| server.pause());
     let began = Instant::now();
-    let outcome = publisher.publish(&[message("k", "during".to_owned())]).await.remove(0);
+    let outcome = publisher
+        .publish_all(&[message("k", "during".to_owned())])
+        .await
+        .remove(0);
     let kind = outcome.as_ref().err().map(postrider_core::PublishError::kind);
     assert!(matches!(kind, Some(PublishErrorKind::Unavailable(_))), "{outcome:?}");
     let told = began.elapsed();
     assert!(told < RECOVERY, "{told:?}");
     block_in_place(|| server.resume());
     let began = Instant::now();
-    while publisher.publish(&[message("k", "after".to_owned())]).await[0].is_err() {
+    while publisher.publish_all(&[message("k", "after".to_owned())]).await[0].is_err() {
         assert!(began.elapsed() < RECOVERY, "the publisher does not come back");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

@@ -3,7 +3,8 @@
 use crate::fixture::PostgresFixture;
 use async_trait::async_trait;
 use postrider_core::{
-    Bus, Event, EventLog, Message, PublishError, Publisher, Reachability, RelayOptions, Transport, relay::Backoff,
+    Bus, Event, EventLog, Message, Outcomes, PublishError, Publisher, Reachability, RelayOptions, Transport,
+    relay::Backoff,
 };
 use postrider_testkit::run;
 use std::{
@@ -46,7 +47,7 @@ struct Broker {
 
 #[async_trait]
 impl Publisher for Broker {
-    async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
+    async fn publish(&self, batch: &[Message], outcomes: &Outcomes) {
         tokio::time::sleep(Duration::from_micros(self.dice.roll(3000))).await;
         let one = |message: &Message| {
             if self.dice.roll(25) == 0 {
@@ -56,7 +57,7 @@ impl Publisher for Broker {
             self.sent.lock().unwrap().push((event.key, event.n));
             Ok(())
         };
-        batch.iter().map(one).collect()
+        outcomes.report_each(batch.iter().map(one));
     }
     async fn check(&self) -> Reachability {
         Reachability::Up

@@ -3,7 +3,7 @@
 use crate::fixture::{options, record};
 use async_trait::async_trait;
 use postrider_core::{
-    Bus, Event, EventLog, Mailbox, Message, PublishError, Publisher, Reachability, RelayOptions, Transport,
+    Bus, Event, EventLog, Mailbox, Message, Outcomes, Publisher, Reachability, RelayOptions, Transport,
     log::{Claim, EventLogStore as _, LogSchema as _},
 };
 use postrider_postgres::{PostgresLog, PostgresOptions};
@@ -25,13 +25,13 @@ struct Counting(Arc<Mutex<HashMap<i64, usize>>>);
 
 #[async_trait]
 impl Publisher for Counting {
-    async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
+    async fn publish(&self, batch: &[Message], outcomes: &Outcomes) {
         let mut counts = self.0.lock().unwrap();
         for message in batch {
             let event: Placed = serde_json::from_slice(message.payload()).unwrap();
             *counts.entry(event.id).or_default() += 1;
         }
-        batch.iter().map(|_| Ok(())).collect()
+        outcomes.report_rest(Ok(()));
     }
     async fn check(&self) -> Reachability {
         Reachability::Up

@@ -3,7 +3,7 @@
 use crate::fixture::{LONG, PostgresFixture, drain, open, options, record};
 use async_trait::async_trait;
 use postrider_core::{
-    Bus, ErrorKind, Event, Mailbox, Message, PublishError, Publisher, Reachability, Transport,
+    Bus, ErrorKind, Event, Mailbox, Message, Outcomes, Publisher, Reachability, Transport,
     log::{Lent, Placement, TransactionalLog as _},
     memory::MemoryTransport,
 };
@@ -113,11 +113,11 @@ struct Told(tokio::sync::mpsc::UnboundedSender<Message>);
 
 #[async_trait]
 impl Publisher for Told {
-    async fn publish(&self, batch: &[Message]) -> Vec<Result<(), PublishError>> {
+    async fn publish(&self, batch: &[Message], outcomes: &Outcomes) {
         batch.iter().for_each(|message| {
             let _ = self.0.send(message.clone());
         });
-        batch.iter().map(|_| Ok(())).collect()
+        outcomes.report_rest(Ok(()));
     }
     async fn check(&self) -> Reachability {
         Reachability::Up

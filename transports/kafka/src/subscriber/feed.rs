@@ -4,7 +4,7 @@ use super::{Shared, hold::Hold};
 use crate::{topology::dead_topic, wire};
 use async_trait::async_trait;
 use postrider_core::{
-    DeliveryTag, Disposition, Error, ErrorKind, Incoming, Received, Result,
+    DeliveryTag, Disposition, Error, ErrorKind, Incoming, Outcomes, Received, Result,
     partition::{Copies, Hold as _, Membership, Source, not_outstanding},
 };
 use rdkafka::Message as _;
@@ -104,10 +104,11 @@ impl Copies<Hold> for Shared {
         }
         let message = hold.message(position).ok_or_else(|| not_outstanding(position))?;
         let topic = dead_topic(&self.subscription.group);
-        let stored = self.publisher.send(&[message], Some(&topic)).await;
-        match stored.into_iter().next() {
-            Some(Err(why)) => Err(Error::new(ErrorKind::Unavailable, "the dead letter was not stored").because(why)),
-            _ => Ok(()),
-        }
+        let (messages, publisher) = ([message], &self.publisher);
+        let stored =
+            Outcomes::of_one(|outcomes| async move { publisher.send(&messages, Some(&topic), &outcomes).await });
+        stored
+            .await
+            .map_err(|why| Error::new(ErrorKind::Unavailable, "the dead letter was not stored").because(why))
     }
 }

@@ -1,4 +1,5 @@
 use crate::fixture::{Fixture, publish};
+use postrider_core::PublisherExt as _;
 use postrider_core::{ErrorKind, Message, PublishError, PublishErrorKind, Reachability, Scope, Topic};
 use postrider_kafka::{KafkaOptions, Login, transport_with};
 use postrider_testkit::run;
@@ -27,7 +28,7 @@ fn each_message_has_an_outcome_of_its_own() {
             large,
             fixture.message(Some("a"), "3"),
         ];
-        let outcomes = looking.publisher().unwrap().publish(&batch).await;
+        let outcomes = looking.publisher().unwrap().publish_all(&batch).await;
         let kinds: Vec<_> = outcomes.iter().map(kind).collect();
         assert_eq!(
             kinds,
@@ -49,7 +50,7 @@ fn calls_that_overlap_wait_for_the_window() {
         for _ in 0..60 {
             let batch: Vec<Message> = (0..2500).map(|n| fixture.message(None, &n.to_string())).collect();
             let publisher = transport.publisher().unwrap().clone();
-            calls.push(tokio::spawn(async move { publisher.publish(&batch).await }));
+            calls.push(tokio::spawn(async move { publisher.publish_all(&batch).await }));
         }
         for call in calls {
             assert!(call.await.unwrap().iter().all(Result::is_ok));
@@ -68,7 +69,7 @@ fn brokers_that_cannot_be_reached_are_told_without_the_password() {
         assert!(!shown.contains("secret") && shown.contains("PLAIN"), "{shown}");
         let transport = transport_with(options.with_delivery_timeout(Duration::from_secs(2))).unwrap();
         let message = Message::new(Topic::new("t"), "t.v1", "x").with_source("s");
-        let outcome = transport.publisher().unwrap().publish(&[message]).await;
+        let outcome = transport.publisher().unwrap().publish_all(&[message]).await;
         assert_eq!(kind(&outcome[0]), CONNECTION);
         assert!(!format!("{outcome:?}").contains("secret"));
         assert!(matches!(

@@ -1,4 +1,5 @@
 use crate::fixture::{Fixture, join, publish, take, text};
+use postrider_core::PublisherExt as _;
 use postrider_core::{ErrorKind, PublishErrorKind, Scope};
 use postrider_kafka::{KafkaOptions, transport_with};
 use postrider_testkit::{
@@ -31,7 +32,7 @@ fn tls_is_spoken_and_certificates_are_checked() {
 
         let doubting = transport_with(options.clone().with_tls(None).without_declaring()).unwrap();
         let publisher = doubting.publisher().unwrap();
-        let outcome = publisher.publish(&[fixture.message(None, "x")]).await.remove(0);
+        let outcome = publisher.publish_all(&[fixture.message(None, "x")]).await.remove(0);
         let error = outcome.unwrap_err();
         assert_eq!(error.kind(), PublishErrorKind::Unavailable(Scope::Connection));
         assert!(format!("{error:?}").to_lowercase().contains("certificate"), "{error:?}");

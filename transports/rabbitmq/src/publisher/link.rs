@@ -35,6 +35,9 @@ use std::{
 };
 use tokio::sync::mpsc;
 
+/// What has not been confirmed for so long counts in no window.
+const SILENT: Duration = Duration::from_millis(100);
+
 /// So many windows full of messages may be unconfirmed for too long before the connection is given up.
 const MOST_LATE: usize = 4;
 
@@ -86,6 +89,8 @@ pub(super) struct Link {
     in_flight: FuturesUnordered<Confirming>,
     /// The longest that a confirm may take.
     patience: Duration,
+    /// How many of them have not been confirmed for a moment, when it was last looked.
+    silent: usize,
     /// Resolved, and not yet believed.
     resolved: Vec<Resolved>,
     /// What was returned, by id and routing key: how often, and the broker's reason.
@@ -120,6 +125,7 @@ impl Link {
             calls: Calls::default(),
             in_flight: FuturesUnordered::new(),
             patience: options.confirm_timeout,
+            silent: 0,
             resolved: Vec::new(),
             returned: FxHashMap::default(),
         })
@@ -128,7 +134,7 @@ impl Link {
     /// Works until the connection is lost, or nobody is left to work for.
     pub(super) async fn serve(mut self, first: Job, jobs: &mut mpsc::Receiver<Job>) {
         self.begin(first);
-        let mut looks = tokio::time::interval(self.patience / 10);
+        let mut looks = tokio::time::interval(SILENT.min(self.patience / 10));
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             self.hand_over();
@@ -177,25 +183,28 @@ impl Link {
     fn begin(&mut self, job: Job) {
         if let Some(reason) = &self.blocked {
             let error = PublishError::connection(format!("RabbitMQ takes no messages: {reason}"));
-            let _ = job.reply.send(vec![Err(error); job.work.len()]);
+            job.outcomes.report_rest(Err(error));
             return;
         }
         if let Work::Check = job.work {
             let (connection, exchange, limit) = (self.connection.clone(), self.exchange.clone(), self.limit);
             tokio::spawn(async move {
                 let asked = ask(&connection, &exchange, limit).await;
-                let _ = job.reply.send(vec![asked.map_err(unavailable)]);
+                job.outcomes.report(0, asked.map_err(unavailable));
+                drop(job.open);
             });
             return;
         }
         let count = job.work.len();
-        self.calls.begin(job.work, count, job.reply);
+        self.calls.begin(job.work, count, job.outcomes, job.open);
     }
 
-    /// Answers what has not been confirmed for too long: it keeps nobody waiting, and no place in the window.
+    /// Answers what has not been confirmed for too long, and takes it out of the window; what has been silent for a moment
+    /// leaves the window, too, so that a queue that does not confirm keeps no place from the others.
     fn give_up(&mut self) {
-        let patience = self.patience;
-        self.calls.give_up(Instant::now(), patience, || {
+        let (now, patience) = (Instant::now(), self.patience);
+        self.silent = self.calls.silent(now, SILENT).min(MOST_LATE * self.window);
+        self.calls.give_up(now, patience, || {
             PublishError::destination(format!(
                 "RabbitMQ did not confirm it within {patience:?}, though it is there: a queue may have lost its majority"
             ))
@@ -205,7 +214,7 @@ impl Link {
     /// Hands over as much as the window lets.
     fn hand_over(&mut self) {
         let now = Instant::now();
-        while self.in_flight.len() < self.window + self.calls.late() {
+        while self.in_flight.len() < self.window + self.silent + self.calls.late() {
             let Some((place, work)) = self.calls.hand_over(now) else {
                 return;
             };

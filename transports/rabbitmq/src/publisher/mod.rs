@@ -5,7 +5,7 @@ mod link;
 use crate::{connection::Broker, wire::Copied};
 use async_trait::async_trait;
 use link::Link;
-use postrider_core::{Error, Message, PublishError, Publisher, Reachability, publisher::Outcome};
+use postrider_core::{Error, Message, Outcomes, PublishError, Publisher, Reachability, publisher::Outcome};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, oneshot};
 
@@ -25,10 +25,11 @@ struct Shared {
     jobs: Mutex<Option<mpsc::Sender<Job>>>,
 }
 
-/// A call.
+/// A call. Dropped unanswered, it ends without outcomes.
 struct Job {
     work: Work,
-    reply: oneshot::Sender<Vec<Outcome>>,
+    outcomes: Outcomes,
+    open: oneshot::Sender<()>,
 }
 
 enum Work {
@@ -59,8 +60,8 @@ impl RabbitMqPublisher {
         }
     }
 
-    async fn run(&self, work: Work) -> Vec<Outcome> {
-        let count = work.len();
+    /// Works on a call until all of its messages have their outcomes, or the task has ended.
+    async fn run(&self, work: Work, outcomes: &Outcomes) {
         let jobs = {
             let mut jobs = self.shared.jobs.lock().unwrap_or_else(PoisonError::into_inner);
             match &*jobs {
@@ -72,35 +73,41 @@ impl RabbitMqPublisher {
                 }
             }
         };
-        let (reply, outcomes) = oneshot::channel();
-        let sent = jobs.send(Job { work, reply }).await;
-        match (sent, outcomes.await) {
-            (Ok(()), Ok(outcomes)) => outcomes,
-            // The runtime it was started on has ended.
-            _ => vec![Err(PublishError::connection("the publishing task has ended")); count],
+        let (open, ended) = oneshot::channel();
+        let outcomes_of_job = outcomes.clone();
+        let job = Job {
+            work,
+            outcomes: outcomes_of_job,
+            open,
+        };
+        if jobs.send(job).await.is_ok() {
+            // Nothing is sent: it is dropped.
+            let _ = ended.await;
         }
+        // The runtime it was started on has ended.
+        outcomes.report_rest(Err(PublishError::connection("the publishing task has ended")));
     }
 
     /// Publishes a copy to a queue. `Ok` once it is stored there.
     pub(crate) async fn copy(&self, message: Message, queue: String, copied: Copied) -> Outcome {
-        let outcomes = self.run(Work::Copy(Box::new((message, queue, copied)))).await;
-        outcomes.into_iter().next().unwrap_or(Ok(()))
+        let work = Work::Copy(Box::new((message, queue, copied)));
+        Outcomes::of_one(|outcomes| async move { self.run(work, &outcomes).await }).await
     }
 }
 
 #[async_trait]
 impl Publisher for RabbitMqPublisher {
-    async fn publish(&self, batch: &[Message]) -> Vec<Outcome> {
-        if batch.is_empty() {
-            return Vec::new();
+    async fn publish(&self, batch: &[Message], outcomes: &Outcomes) {
+        if !batch.is_empty() {
+            self.run(Work::Messages(batch.to_vec()), outcomes).await;
         }
-        self.run(Work::Messages(batch.to_vec())).await
     }
 
     async fn check(&self) -> Reachability {
-        match self.run(Work::Check).await.into_iter().next() {
-            Some(Err(error)) => Reachability::Down(error),
-            _ => Reachability::Up,
+        let checked = Outcomes::of_one(|outcomes| async move { self.run(Work::Check, &outcomes).await });
+        match checked.await {
+            Err(error) => Reachability::Down(error),
+            Ok(()) => Reachability::Up,
         }
     }
 }
@@ -119,7 +126,7 @@ async fn drive(broker: Broker, mut jobs: mpsc::Receiver<Job>) {
                 // Those who called meanwhile need not wait for a try of their own.
                 let waiting = std::iter::from_fn(|| jobs.try_recv().ok());
                 for job in std::iter::once(job).chain(waiting) {
-                    let _ = job.reply.send(vec![Err(error.clone()); job.work.len()]);
+                    job.outcomes.report_rest(Err(error.clone()));
                 }
             }
         }

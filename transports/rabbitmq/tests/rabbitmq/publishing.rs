@@ -1,5 +1,6 @@
 use crate::fixture::{Fixture, join, publish, take, text};
 use lapin::options::{ExchangeDeleteOptions, QueueDeclareOptions};
+use postrider_core::PublisherExt as _;
 use postrider_core::{
     Delivery, ErrorKind, Message, PublishError, PublishErrorKind, Reachability, Scope, Topic, partition::slot_of,
 };
@@ -38,7 +39,9 @@ fn a_returned_message_is_the_one_that_was_returned() {
                 })
                 .collect();
             let publisher = transport.publisher().unwrap().clone();
-            calls.push(tokio::spawn(async move { (publisher.publish(&batch).await, batch) }));
+            calls.push(tokio::spawn(
+                async move { (publisher.publish_all(&batch).await, batch) },
+            ));
         }
         for call in calls {
             let (outcomes, batch) = call.await.unwrap();
@@ -71,10 +74,10 @@ fn an_exchange_that_was_deleted_is_declared_again() {
             .await
             .unwrap();
         let publisher = transport.publisher().unwrap();
-        let outcome = publisher.publish(&[fixture.message(None, "2")]).await;
+        let outcome = publisher.publish_all(&[fixture.message(None, "2")]).await;
         assert_eq!(kind(&outcome[0]), CONNECTION);
         // It is there again; bound to nothing, until the group is.
-        let outcome = publisher.publish(&[fixture.message(None, "2")]).await;
+        let outcome = publisher.publish_all(&[fixture.message(None, "2")]).await;
         assert_eq!(kind(&outcome[0]), DESTINATION);
         let (mut intake, _settling) = join(&transport, &subscription).await;
         publish(&transport, &[fixture.message(None, "3")]).await;
@@ -136,7 +139,11 @@ fn what_is_declared_otherwise_is_told() {
             .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Config);
         assert!(error.to_string().contains("missing"), "{error}");
-        let outcome = looking.publisher().unwrap().publish(&[third.message(None, "x")]).await;
+        let outcome = looking
+            .publisher()
+            .unwrap()
+            .publish_all(&[third.message(None, "x")])
+            .await;
         assert_eq!(kind(&outcome[0]), CONNECTION);
     });
 }
@@ -147,7 +154,7 @@ fn a_broker_that_cannot_be_reached_is_told_without_the_password() {
         let options = RabbitMqOptions::new("amqp://u:secret@127.0.0.1:1/%2f");
         let transport = transport_with(options).unwrap();
         let message = Message::new(Topic::new("t"), "t.v1", "x");
-        let outcome = transport.publisher().unwrap().publish(&[message]).await;
+        let outcome = transport.publisher().unwrap().publish_all(&[message]).await;
         assert_eq!(kind(&outcome[0]), CONNECTION);
         let Reachability::Down(down) = transport.publisher().unwrap().check().await else {
             panic!("it is down")
@@ -166,7 +173,7 @@ fn a_broker_that_cannot_be_reached_is_told_without_the_password() {
         let outcome = transport
             .publisher()
             .unwrap()
-            .publish(&[fixture.message(None, "x")])
+            .publish_all(&[fixture.message(None, "x")])
             .await;
         let shown = format!("{:?}", outcome[0]);
         assert!(
@@ -193,7 +200,7 @@ fn tls_is_spoken_and_certificates_are_checked() {
         let outcome = doubting
             .publisher()
             .unwrap()
-            .publish(&[fixture.message(None, "x")])
+            .publish_all(&[fixture.message(None, "x")])
             .await;
         assert_eq!(kind(&outcome[0]), CONNECTION);
         assert!(
@@ -222,7 +229,7 @@ fn a_blocked_broker_is_told_at_once() {
         let began = Instant::now();
         let outcome = loop {
             // The first may be what the broker blocks the connection for.
-            let outcome = publisher.publish(&[fixture.message(None, "x")]).await.remove(0);
+            let outcome = publisher.publish_all(&[fixture.message(None, "x")]).await.remove(0);
             if outcome.is_err() {
                 break outcome;
             }
@@ -236,7 +243,7 @@ fn a_blocked_broker_is_told_at_once() {
         );
         server.ctl(&["set_vm_memory_high_watermark", "absolute", "2GB"]);
         let began = Instant::now();
-        while publisher.publish(&[fixture.message(None, "after")]).await[0].is_err() {
+        while publisher.publish_all(&[fixture.message(None, "after")]).await[0].is_err() {
             assert!(began.elapsed() < Duration::from_secs(20), "it stays blocked");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -265,7 +272,7 @@ fn a_confirm_that_comes_at_once_is_told() {
         fixture.bind(&channel, name, &fixture.topic("t")).await;
         for n in 0..4_000 {
             let batch = [fixture.message(None, &n.to_string())];
-            let published = tokio::time::timeout(Duration::from_secs(2), publisher.publish(&batch));
+            let published = tokio::time::timeout(Duration::from_secs(2), publisher.publish_all(&batch));
             assert!(published.await.is_ok_and(|outcomes| outcomes[0].is_ok()), "{n}");
         }
     });
@@ -300,7 +307,7 @@ fn a_queue_without_its_majority_stops_only_itself() {
         let queue = format!("{{'%2F_{}:3', node()}}", fixture.name);
         server.ctl(&["eval", &format!("ra:stop_server(quorum_queues, {queue}).")]);
         let began = Instant::now();
-        let outcomes = transport.publisher().unwrap().publish(&batch).await;
+        let outcomes = transport.publisher().unwrap().publish_all(&batch).await;
         println!("told after {:?}", began.elapsed());
         for (message, outcome) in batch.iter().zip(&outcomes) {
             let expected = if partition(message) == 3 { DESTINATION } else { None };
@@ -324,7 +331,7 @@ fn a_queue_without_its_majority_stops_only_itself() {
         while transport
             .publisher()
             .unwrap()
-            .publish(&batch)
+            .publish_all(&batch)
             .await
             .iter()
             .any(Result::is_err)

@@ -3,6 +3,7 @@
 use crate::fixture::{Fixture, join, publish, take, text};
 use lapin::options::{BasicGetOptions, BasicPublishOptions, ExchangeDeclareOptions, QueueDeclareOptions};
 use lapin::{BasicProperties, ExchangeKind, types::FieldTable};
+use postrider_core::PublisherExt as _;
 use postrider_core::{
     ErrorKind, GroupName, Message, Reachability, Subscription, relay::TopicPattern, subscriber::QueueOptions,
 };
@@ -146,7 +147,7 @@ fn patterns_are_an_option_of_the_exchange() {
         let outcome = other
             .publisher()
             .unwrap()
-            .publish(&[fixture.message(None, "x")])
+            .publish_all(&[fixture.message(None, "x")])
             .await
             .remove(0);
         let refused = format!("{:?}", outcome.unwrap_err());

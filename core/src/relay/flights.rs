@@ -1,0 +1,229 @@
+//! What is with the client, by topic: so that a destination that does not answer delays only its own topic.
+
+use super::held::Place;
+use crate::{Topic, clock::Moment};
+use rustc_hash::FxHashMap;
+use std::{collections::VecDeque, time::Duration};
+
+/// A topic of which nothing has been answered for so long, though others sent later were, is silent: no more of it is sent.
+const SILENT: Duration = Duration::from_millis(100);
+/// After so long its messages wait in the log, and it counts as paused.
+const PAUSED: Duration = Duration::from_secs(1);
+/// Between looks.
+const LOOKS: Duration = Duration::from_millis(25);
+
+/// Messages with the client, and topics among them that are silent.
+#[derive(Debug, Default)]
+pub(super) struct Flights {
+    topics: FxHashMap<Topic, Flight>,
+    /// When the newest of the answered messages was sent.
+    newest_answered: Moment,
+    looked_at: Moment,
+    silent: usize,
+    silent_bytes: usize,
+}
+
+#[derive(Debug)]
+struct Flight {
+    messages: usize,
+    bytes: usize,
+    /// Since when something of it is with the client and nothing has been answered.
+    since: Moment,
+    is_silent: bool,
+    /// What is not sent while it is silent.
+    held: VecDeque<Place>,
+}
+
+/// What a topic's silence asks for.
+pub(super) struct Overdue {
+    pub(super) topic: Topic,
+    pub(super) held: VecDeque<Place>,
+    pub(super) silent_for: Duration,
+}
+
+impl Flights {
+    /// A message is handed to the client.
+    pub(super) fn sent(&mut self, topic: &Topic, bytes: usize, now: Moment) {
+        let flight = match self.topics.get_mut(topic) {
+            Some(flight) => flight,
+            None => self.topics.entry(topic.clone()).or_insert_with(|| Flight {
+                messages: 0,
+                bytes: 0,
+                since: now,
+                is_silent: false,
+                held: VecDeque::new(),
+            }),
+        };
+        if flight.messages == 0 {
+            flight.since = now;
+        }
+        flight.messages += 1;
+        flight.bytes += bytes;
+        if flight.is_silent {
+            self.silent += 1;
+            self.silent_bytes += bytes;
+        }
+    }
+
+    /// The client has given its outcome, `is_answer` if it came from the broker. Gives what may be sent again.
+    pub(super) fn ended(
+        &mut self,
+        topic: &Topic,
+        bytes: usize,
+        sent_at: Moment,
+        now: Moment,
+        is_answer: bool,
+    ) -> VecDeque<Place> {
+        let mut freed = VecDeque::new();
+        let Some(flight) = self.topics.get_mut(topic) else {
+            return freed;
+        };
+        if is_answer {
+            self.newest_answered = self.newest_answered.max(sent_at);
+            flight.since = now;
+        }
+        if flight.is_silent {
+            self.silent -= 1;
+            self.silent_bytes -= bytes;
+        }
+        flight.messages -= 1;
+        flight.bytes -= bytes;
+        if flight.is_silent && (is_answer || flight.messages == 0) {
+            flight.is_silent = false;
+            self.silent -= flight.messages;
+            self.silent_bytes -= flight.bytes;
+            freed = std::mem::take(&mut flight.held);
+        }
+        // Few topics stay in the table, of many that come and go.
+        if flight.messages == 0 && self.topics.len() > 64 {
+            self.topics.remove(topic);
+        }
+        freed
+    }
+
+    /// Whether nothing more of a topic is to be sent just now: then `place` is kept for later.
+    pub(super) fn holds(&mut self, topic: &Topic, place: Place) -> bool {
+        if self.silent == 0 {
+            return false;
+        }
+        match self.topics.get_mut(topic) {
+            Some(flight) if flight.is_silent => {
+                flight.held.push_back(place);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether others are answered while this topic is not.
+    pub(super) fn is_silent(&self, topic: &Topic, now: Moment) -> bool {
+        let flight = self.topics.get(topic);
+        flight.is_some_and(|flight| flight.is_silent || flight.falls_silent(self.newest_answered, now))
+    }
+
+    /// Looks for topics that have fallen silent, and gives those that were for long, or hold more than `room`.
+    pub(super) fn look(&mut self, now: Moment, room: usize) -> Vec<Overdue> {
+        let mut overdue = Vec::new();
+        if self.topics.len() < 2 || now < self.looked_at.saturating_add(LOOKS) {
+            return overdue;
+        }
+        self.looked_at = now;
+        for (topic, flight) in &mut self.topics {
+            if !flight.is_silent && flight.falls_silent(self.newest_answered, now) {
+                flight.is_silent = true;
+                self.silent += flight.messages;
+                self.silent_bytes += flight.bytes;
+            }
+            let silent_for = now.saturating_sub(flight.since);
+            if flight.is_silent && (silent_for >= PAUSED || flight.held.len() > room) {
+                overdue.push(Overdue {
+                    topic: topic.clone(),
+                    held: std::mem::take(&mut flight.held),
+                    silent_for,
+                });
+            }
+        }
+        overdue
+    }
+
+    /// How many messages are with the client whose topics are silent: nobody waits for them.
+    pub(super) fn silent(&self) -> usize {
+        self.silent
+    }
+
+    /// Their bytes.
+    pub(super) fn silent_bytes(&self) -> usize {
+        self.silent_bytes
+    }
+
+    /// Takes what is kept for later of `topic`.
+    pub(super) fn take_held(&mut self, topic: &Topic) -> VecDeque<Place> {
+        let flight = self.topics.get_mut(topic);
+        flight
+            .map(|flight| std::mem::take(&mut flight.held))
+            .unwrap_or_default()
+    }
+
+    /// Takes all that is kept for later.
+    pub(super) fn take_all_held(&mut self) -> Vec<Place> {
+        self.topics
+            .values_mut()
+            .flat_map(|flight| flight.held.drain(..))
+            .collect()
+    }
+}
+
+impl Flight {
+    fn falls_silent(&self, newest_answered: Moment, now: Moment) -> bool {
+        self.messages > 0 && newest_answered > self.since && now.saturating_sub(self.since) >= SILENT
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_topic_is_silent_while_others_are_answered() {
+        let (bad, good) = (Topic::new("bad"), Topic::new("good"));
+        let mut flights = Flights::default();
+        flights.sent(&bad, 5, MS);
+        flights.sent(&good, 1, MS);
+        assert!(flights.ended(&good, 1, MS, 2 * MS, true).is_empty());
+        assert!(flights.look(200 * MS, 10).is_empty());
+        assert_eq!(
+            flights.silent(),
+            0,
+            "nothing sent later was answered: the broker may be slow"
+        );
+
+        flights.sent(&good, 1, 201 * MS);
+        flights.ended(&good, 1, 201 * MS, 202 * MS, true);
+        assert!(flights.is_silent(&bad, 202 * MS) && !flights.is_silent(&good, 202 * MS));
+        assert!(flights.look(240 * MS, 10).is_empty());
+        assert_eq!((flights.silent(), flights.silent_bytes()), (1, 5));
+        assert!(flights.holds(&bad, 7) && !flights.holds(&good, 8));
+
+        let overdue = flights.look(1200 * MS, 10);
+        assert_eq!((overdue.len(), overdue[0].held.len()), (1, 1));
+        assert!(flights.holds(&bad, 9));
+        assert_eq!(flights.ended(&bad, 5, MS, 1300 * MS, true), [9]);
+        assert_eq!((flights.silent(), flights.silent_bytes()), (0, 0));
+        assert!(!flights.holds(&bad, 7));
+    }
+
+    #[test]
+    fn a_topic_alone_is_never_silent() {
+        let topic = Topic::new("slow");
+        let mut flights = Flights::default();
+        for n in 1..100 {
+            flights.sent(&topic, 1, n * 300 * MS);
+            flights.sent(&topic, 1, n * 300 * MS);
+            flights.ended(&topic, 1, n * 300 * MS, (n + 1) * 300 * MS, true);
+            assert!(flights.look((n + 1) * 300 * MS, 10).is_empty());
+        }
+        assert_eq!(flights.silent(), 0);
+    }
+}

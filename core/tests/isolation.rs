@@ -1,0 +1,127 @@
+//! What is wrong with one topic, destination or message delays no other, on a clock that only moves when told.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod world;
+
+use postrider_core::{Outcomes, PublishError, Publisher as _, PublisherExt as _, Topic};
+use std::{sync::Arc, time::Duration};
+use world::{World, event, options, secs};
+
+const MS: Duration = Duration::from_millis(1);
+
+/// A broker that answers for the topic `bad` only after 8 s, and then that its destination is away.
+fn bad_is_silent(world: &World) {
+    world.transport.faults().set_topic_latency(Topic::new("bad"), secs(8));
+    world
+        .transport
+        .faults()
+        .on_publish(|message| match message.topic().as_str() {
+            "bad" => Err(PublishError::destination("no answer within 8s")),
+            _ => Ok(()),
+        });
+}
+
+/// How long each of the events of one key takes to the broker, one published every 10 ms while `bad` gets as many.
+async fn latencies(world: &World, rounds: usize, with_bad: usize) -> Vec<Duration> {
+    let mut longest = Vec::new();
+    for n in 0..rounds {
+        for m in 0..with_bad {
+            let key = format!("bad{m}");
+            world.bus.publish(event("bad", Some(&key), "bad")).await.unwrap();
+        }
+        world
+            .bus
+            .publish(event("good", Some("k"), &n.to_string()))
+            .await
+            .unwrap();
+        let mut waited = Duration::ZERO;
+        world.settle().await;
+        while world.published("good").len() <= n {
+            world.clock.advance(MS);
+            waited += MS;
+            world.settle().await;
+            assert!(waited < secs(1), "{n} of {rounds} does not arrive");
+        }
+        longest.push(waited);
+        world.clock.advance((10 * MS).saturating_sub(waited));
+        world.settle().await;
+    }
+    longest.sort_unstable();
+    longest
+}
+
+#[tokio::test]
+async fn a_silent_destination_delays_no_other_topic() {
+    for burst in [0, 3000] {
+        let world = World::start(options()).await;
+        bad_is_silent(&world);
+        let of_burst = (0..burst).map(|n| event("bad", None, &n.to_string()));
+        world.bus.publish_all(of_burst).await.unwrap();
+        // 20 s: through the first silence and several probes.
+        let sorted = latencies(&world, 2000, 2).await;
+        let p99 = sorted[sorted.len() * 99 / 100];
+        assert!(p99 <= 20 * MS, "p99 {p99:?}, longest {:?}", sorted.last());
+        assert_eq!(world.bus.relay_report().paused_topics.len(), 1);
+
+        // Nothing is lost, and no attempt is counted.
+        world.transport.faults().clear();
+        world.pass(secs(120)).await;
+        world.until(|w| w.published("bad").len() == 4000 + burst).await;
+        world.until_async(async |w| w.stats().await.pending == 0).await;
+        assert_eq!(world.stats().await.failed, 0);
+        assert!(world.bus.relay_report().is_healthy(), "{:?}", world.bus.relay_report());
+    }
+}
+
+#[tokio::test]
+async fn a_key_goes_on_while_its_neighbour_of_the_same_call_waits() {
+    let world = World::new(options()).await;
+    world.transport.faults().set_topic_latency(Topic::new("slow"), secs(5));
+    let slow = (0..3).map(|n| event("slow", None, &n.to_string()));
+    let key = (0..20).map(|n| event("t", Some("k"), &n.to_string()));
+    world.bus.publish_all(slow.chain(key)).await.unwrap();
+    world.bus.start().await.unwrap();
+    // Without any time passing but what gathering may take.
+    for _ in 0..20 {
+        world.settle().await;
+        world.clock.advance(20 * MS);
+    }
+    world.settle().await;
+    assert_eq!(world.published("t").len(), 20);
+    assert_eq!(world.published("slow").len(), 0);
+    world.pass(secs(10)).await;
+    world.until(|w| w.published("slow").len() == 3).await;
+}
+
+#[tokio::test]
+async fn a_broker_that_is_slow_for_all_pauses_nothing() {
+    let world = World::start(options()).await;
+    world.transport.faults().set_latency(secs(6));
+    for n in 0..10 {
+        world.bus.publish(event(["a", "b"][n % 2], None, "x")).await.unwrap();
+        world.pass(500 * MS).await;
+    }
+    assert!(world.bus.relay_report().paused_topics.is_empty());
+    world.pass(secs(10)).await;
+    world
+        .until(|w| w.published("a").len() + w.published("b").len() == 10)
+        .await;
+}
+
+#[tokio::test]
+async fn a_wrapper_sees_each_outcome_as_it_is_reported() {
+    let world = World::new(options()).await;
+    world.transport.faults().set_topic_latency(Topic::new("slow"), secs(5));
+    let told = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let (sink, batch) = (told.clone(), [event("slow", None, "x"), event("t", None, "y")]);
+    let outcomes = Outcomes::listened_to(2, move |at, outcome| sink.lock().unwrap().push((at, outcome.is_ok())));
+    let transport = world.transport.clone();
+    let call = tokio::spawn(async move { transport.publish(&batch, &outcomes).await });
+    world.settle().await;
+    assert_eq!(*told.lock().unwrap(), [(1, true)]);
+    world.pass(secs(6)).await;
+    call.await.unwrap();
+    assert_eq!(*told.lock().unwrap(), [(1, true), (0, true)]);
+    assert_eq!(world.transport.publish_all(&[event("t", None, "z")]).await.len(), 1);
+}
