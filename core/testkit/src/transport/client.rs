@@ -1,8 +1,13 @@
 //! What a transport's own tests do with it, in few words.
 
-use postrider_core::PublisherExt as _;
-use postrider_core::{Delivery, Intake, Message, Settling, Subscription, Taken, Transport};
-use std::time::{Duration, Instant};
+use postrider_core::{
+    Delivery, Intake, Message, Outcomes, Publisher as _, PublisherExt as _, Settling, Subscription, Taken, Transport,
+    publisher::Outcome,
+};
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
 
 /// Joins a group.
 pub async fn join(transport: &Transport, subscription: &Subscription) -> (Intake, Settling) {
@@ -15,6 +20,21 @@ pub async fn send(transport: &Transport, batch: &[Message]) {
     for outcome in transport.publisher().expect("a publisher").publish_all(batch).await {
         outcome.expect("published");
     }
+}
+
+/// Publishes these in one call: the outcomes, and the positions in the order in which they were reported.
+pub async fn send_reported(transport: &Transport, batch: &[Message]) -> (Vec<Outcome>, Vec<usize>) {
+    let reported: Arc<Mutex<Vec<(usize, Outcome)>>> = Arc::default();
+    let list = reported.clone();
+    let outcomes = Outcomes::listened_to(batch.len(), move |at, outcome| {
+        list.lock().expect("no panic").push((at, outcome));
+    });
+    let publisher = transport.publisher().expect("a publisher");
+    publisher.publish(batch, &outcomes).await;
+    let mut all = reported.lock().expect("no panic").clone();
+    let order = all.iter().map(|(at, _)| *at).collect();
+    all.sort_by_key(|(at, _)| *at);
+    (all.into_iter().map(|(_, outcome)| outcome).collect(), order)
 }
 
 /// `count` deliveries, or what has come within `limit`.

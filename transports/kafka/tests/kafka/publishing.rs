@@ -1,8 +1,10 @@
 use crate::fixture::{Fixture, publish};
-use postrider_core::PublisherExt as _;
-use postrider_core::{ErrorKind, Message, PublishError, PublishErrorKind, Reachability, Scope, Topic};
+use postrider_core::{
+    ErrorKind, Message, PublishError, PublishErrorKind, PublisherExt as _, Reachability, Scope, Topic,
+};
 use postrider_kafka::{KafkaOptions, Login, transport_with};
-use postrider_testkit::run;
+use postrider_testkit::{run, transport::send_reported};
+use rdkafka::mocking::MockCluster;
 use std::time::Duration;
 
 fn kind(outcome: &Result<(), PublishError>) -> Option<PublishErrorKind> {
@@ -55,6 +57,40 @@ fn calls_that_overlap_wait_for_the_window() {
         for call in calls {
             assert!(call.await.unwrap().iter().all(Result::is_ok));
         }
+    });
+}
+
+/// A topic without a leader is told of when the delivery time is over; its neighbours do not wait for that. (On the mock
+/// cluster of the client: a broker alone does not lose a leader and go on.)
+#[test]
+fn a_topic_without_a_leader_delays_no_other() {
+    run(async {
+        let cluster = MockCluster::new(1).unwrap();
+        let lacking = Topic::new("lacking");
+        let good = Topic::new("good");
+        for topic in [&lacking, &good] {
+            cluster.create_topic(topic.as_str(), 1, 1).unwrap();
+        }
+        cluster.partition_leader(lacking.as_str(), 0, None).unwrap();
+        let options = KafkaOptions::new(cluster.bootstrap_servers()).without_declaring();
+        let transport = transport_with(options.with_delivery_timeout(Duration::from_secs(2))).unwrap();
+        let message = |topic: &Topic| Message::new(topic.clone(), "test.v1", "x").with_source("test");
+        publish(&transport, &[message(&good)]).await;
+        let batch: Vec<Message> = (0..100)
+            .map(|n| match n % 2 {
+                0 => message(&lacking),
+                _ => message(&good),
+            })
+            .collect();
+        let (outcomes, reported) = send_reported(&transport, &batch).await;
+        for (n, outcome) in outcomes.iter().enumerate() {
+            assert_eq!(
+                kind(outcome),
+                if n % 2 == 0 { DESTINATION } else { None },
+                "{outcome:?}"
+            );
+        }
+        assert!(reported[50..].iter().all(|at| at % 2 == 0), "{reported:?}");
     });
 }
 

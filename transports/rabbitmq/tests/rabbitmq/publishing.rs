@@ -1,11 +1,11 @@
 use crate::fixture::{Fixture, join, publish, take, text};
 use lapin::options::{ExchangeDeleteOptions, QueueDeclareOptions};
-use postrider_core::PublisherExt as _;
 use postrider_core::{
-    Delivery, ErrorKind, Message, PublishError, PublishErrorKind, Reachability, Scope, Topic, partition::slot_of,
+    Delivery, ErrorKind, Message, PublishError, PublishErrorKind, PublisherExt as _, Reachability, Scope, Topic,
+    partition::slot_of,
 };
 use postrider_rabbitmq::{RabbitMqOptions, transport_with};
-use postrider_testkit::{run, run_within, server::RabbitMq};
+use postrider_testkit::{run, run_within, server::RabbitMq, transport::send_reported};
 use std::{
     collections::BTreeSet,
     time::{Duration, Instant},
@@ -307,8 +307,12 @@ fn a_queue_without_its_majority_stops_only_itself() {
         let queue = format!("{{'%2F_{}:3', node()}}", fixture.name);
         server.ctl(&["eval", &format!("ra:stop_server(quorum_queues, {queue}).")]);
         let began = Instant::now();
-        let outcomes = transport.publisher().unwrap().publish_all(&batch).await;
+        let (outcomes, reported) = send_reported(&transport, &batch).await;
         println!("told after {:?}", began.elapsed());
+        // The others were told of before: nobody waited for it.
+        let stuck = batch.iter().filter(|message| partition(message) == 3).count();
+        let last = &reported[batch.len() - stuck..];
+        assert!(last.iter().all(|at| partition(&batch[*at]) == 3), "{reported:?}");
         for (message, outcome) in batch.iter().zip(&outcomes) {
             let expected = if partition(message) == 3 { DESTINATION } else { None };
             assert_eq!(kind(outcome), expected, "{outcome:?}");
