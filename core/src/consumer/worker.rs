@@ -217,10 +217,10 @@ impl Worker {
                 return;
             }
         };
-        let stale = std::mem::take(&mut hand.parked_meanwhile);
         for (delivery, mut answer) in looked.deliveries.into_iter().zip(answers) {
             let key = delivery.message().key_hash();
-            if answer == Admission::New && key.is_some_and(|key| stale.contains(&key)) {
+            // Those before it in this loop may have been parked at once, too.
+            if answer == Admission::New && key.is_some_and(|key| hand.parked_meanwhile.contains(&key)) {
                 answer = Admission::HeldBack;
             }
             self.begin(hand, delivery, answer);
@@ -338,7 +338,7 @@ impl Worker {
         let comes_again = finished.settlement.comes_again();
         hand.settlements.push(finished.settlement);
         let key = finished.key?;
-        if finished.is_parked {
+        if finished.is_parked && self.shared.asks_the_inbox {
             hand.parked_meanwhile.insert(key);
         }
         let waiting = hand.keys.get_mut(&key)?;

@@ -84,6 +84,33 @@ async fn later_events_of_a_key_wait_behind_a_parked_one_and_others_pass() {
 }
 
 #[tokio::test]
+async fn one_parked_at_once_holds_back_those_looked_up_with_it() {
+    let world = World::start(options()).await;
+    let (diary, fails) = (Diary::default(), Arc::new(AtomicBool::new(true)));
+    // All of them are taken, and looked up, together.
+    for id in 0..4 {
+        world.bus.publish(&placed(id, "ada")).await.unwrap();
+    }
+    world.until(|world| world.published("orders").len() == 4).await;
+    let running = switched(&world.bus, &diary, &fails, retry().with_in_place(1)).await;
+    world.until(|_| running.report().parked == 4).await;
+    assert_eq!(diary.lines(), ["ada 0 attempt 1"]);
+    fails.store(false, Ordering::SeqCst);
+    world.pass(secs(11)).await;
+    world.until(|_| running.report().handled == 4).await;
+    let after: Vec<String> = diary.lines().split_off(1);
+    assert_eq!(
+        after,
+        [
+            "ada 0 attempt 2",
+            "ada 1 attempt 1",
+            "ada 2 attempt 1",
+            "ada 3 attempt 1"
+        ]
+    );
+}
+
+#[tokio::test]
 async fn attempts_are_counted_over_both_tiers_and_end_as_a_dead_letter() {
     let world = World::start(options()).await;
     let (diary, fails) = (Diary::default(), Arc::new(AtomicBool::new(true)));
