@@ -87,6 +87,7 @@ macro_rules! transport_conformance {
             unsettled_comes_back
             order_per_key
             order_per_key_through_a_member_that_dies
+            order_per_key_while_another_member_looks
             competing_consumers_share
             members_share_the_partitions
             a_late_subscriber_gets_what_waited

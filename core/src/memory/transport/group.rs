@@ -157,6 +157,13 @@ impl GroupState {
                     key.waiting.insert(entry.offset, entry);
                     continue;
                 }
+                // Another member looked meanwhile, and what it could not have waits: that goes first.
+                if key.waiting.keys().next().is_some_and(|first| *first < entry.offset) {
+                    let mut waiting = std::mem::take(&mut key.waiting);
+                    waiting.insert(entry.offset, entry);
+                    waiting.into_values().for_each(|entry| self.make_ready(entry));
+                    continue;
+                }
                 key.member = member;
                 key.out += 1;
             }

@@ -156,6 +156,15 @@ impl Member {
         }
     }
 
+    /// As [`some`](Member::some), from a member that does not wait long.
+    pub(super) async fn at_once(&mut self, max: usize) -> Vec<Delivery> {
+        match tokio::time::timeout(Duration::from_millis(5), self.intake.next(max)).await {
+            Ok(Ok(Taken::Batch(batch))) => batch,
+            Ok(Err(error)) => panic!("receiving failed: {error:?}"),
+            _ => Vec::new(),
+        }
+    }
+
     pub(super) async fn next(&mut self) -> postrider_core::Result<Taken> {
         self.intake.next(10).await
     }

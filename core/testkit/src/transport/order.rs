@@ -67,6 +67,84 @@ pub async fn order_per_key_through_a_member_that_dies(fixture: &dyn TransportFix
     check(&seen, 30);
 }
 
+/// And when one member asks for more while another has messages of the key in hand, at every step.
+pub async fn order_per_key_while_another_member_looks(fixture: &dyn TransportFixture) {
+    const OF_EACH: u32 = 60;
+    if fixture.transport().capabilities().order == Order::None {
+        return super::undeclared_is_refused(fixture).await;
+    }
+    let mut members = [Member::join(fixture, "g").await, Member::join(fixture, "g").await];
+    both_get_something(fixture, &mut members).await;
+    let mut seen = HashMap::<String, Vec<String>>::new();
+    let mut held = [Vec::new(), Vec::new()];
+    for n in 0..OF_EACH {
+        for key in ["x", "y"] {
+            publish_all(fixture, &numbered(key, n..n + 1)).await;
+        }
+        // One takes a message at a time and settles late, the other takes all it can get and settles at once; they swap,
+        // and so does who looks first.
+        let slow = n as usize / 10 % 2;
+        let quick = 1 - slow;
+        let mut looks = [(slow, 1), (quick, 10)];
+        if n % 2 == 1 {
+            looks.reverse();
+        }
+        for (at, max) in looks {
+            let taken = members[at].at_once(max).await;
+            note_of(&["x", "y"], &mut seen, &taken);
+            held[at].extend(taken);
+        }
+        settle(&members[quick], &mut held[quick]).await;
+        if n % 4 == 3 {
+            settle(&members[slow], &mut held[slow]).await;
+        }
+    }
+    let all = |seen: &HashMap<String, Vec<String>>| ["x", "y"].map(|key| seen.get(key).map_or(0, Vec::len));
+    for _ in 0..1000 {
+        for (member, held) in members.iter_mut().zip(&mut held) {
+            let taken = member.some(7).await;
+            note_of(&["x", "y"], &mut seen, &taken);
+            held.extend(taken);
+            settle(member, held).await;
+        }
+        if all(&seen) == [OF_EACH as usize; 2] {
+            break;
+        }
+    }
+    check(&seen, OF_EACH);
+    assert_eq!(seen.len(), 2);
+}
+
+/// Waits until the members share what there is, so that nothing is handed over while they hold it.
+async fn both_get_something(fixture: &dyn TransportFixture, members: &mut [Member; 2]) {
+    for round in 0..60 {
+        let sent: Vec<String> = (0..40).map(|n| format!("warm{n}:{round}")).collect();
+        publish_all(fixture, &sent).await;
+        let (mut got, mut all) = ([false; 2], 0);
+        for _ in 0..40 {
+            for (at, member) in members.iter_mut().enumerate() {
+                let mut taken = member.some(10).await;
+                got[at] |= !taken.is_empty();
+                all += taken.len();
+                settle(member, &mut taken).await;
+            }
+            if all >= sent.len() {
+                break;
+            }
+        }
+        if got == [true; 2] {
+            return;
+        }
+    }
+    panic!("the members do not share");
+}
+
+/// What was taken away meanwhile comes again.
+async fn settle(member: &Member, held: &mut Vec<Delivery>) {
+    let settlements = held.drain(..).map(Delivery::ack).collect();
+    member.settling.settle(settlements).await;
+}
+
 /// Notes first appearances.
 fn note(seen: &mut HashMap<String, Vec<String>>, taken: &[Delivery]) {
     debug_assert_eq!(names(taken).len(), taken.len());
@@ -78,6 +156,16 @@ fn note(seen: &mut HashMap<String, Vec<String>>, taken: &[Delivery]) {
         if !of_key.contains(&name) {
             of_key.push(name);
         }
+    }
+}
+
+/// Of some keys only.
+fn note_of(keys: &[&str], seen: &mut HashMap<String, Vec<String>>, taken: &[Delivery]) {
+    for delivery in taken
+        .iter()
+        .filter(|d| d.message().key().is_some_and(|key| keys.contains(&key)))
+    {
+        note(seen, std::slice::from_ref(delivery));
     }
 }
 
