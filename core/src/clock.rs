@@ -4,8 +4,11 @@
 
 use async_trait::async_trait;
 use std::{
+    collections::BTreeMap,
     fmt::Debug,
-    sync::Arc,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 
@@ -91,17 +94,34 @@ impl Clock for SystemClock {
 }
 
 /// A clock that stands still until it is told: for tests. Its timers are its own, so tokio's stay real.
+///
+/// Whoever sleeps wakes in the order of its time, and of its call where the times are equal: a test that seeds everything
+/// else repeats exactly.
 #[derive(Debug)]
 pub struct ManualClock {
-    time: tokio::sync::watch::Sender<(Timestamp, Moment)>,
+    hands: Mutex<Hands>,
+}
+
+#[derive(Debug)]
+struct Hands {
+    now: Timestamp,
+    elapsed: Moment,
+    last_sleeper: u64,
+    sleepers: BTreeMap<(Moment, u64), Waker>,
 }
 
 impl ManualClock {
     /// A clock that shows `now`.
     #[must_use]
     pub fn at(now: Timestamp) -> Self {
+        let hands = Hands {
+            now,
+            elapsed: Moment::ZERO,
+            last_sleeper: 0,
+            sleepers: BTreeMap::new(),
+        };
         Self {
-            time: tokio::sync::watch::Sender::new((now, Moment::ZERO)),
+            hands: Mutex::new(hands),
         }
     }
 
@@ -112,32 +132,87 @@ impl ManualClock {
         Arc::new(Self::at(start))
     }
 
+    fn hands(&self) -> MutexGuard<'_, Hands> {
+        self.hands.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Lets `duration` pass, on the wall and on the monotonic clock.
     pub fn advance(&self, duration: Duration) {
-        self.time.send_modify(|(now, elapsed)| {
-            *now += duration;
-            *elapsed += duration;
-        });
+        let mut hands = self.hands();
+        hands.now += duration;
+        hands.elapsed += duration;
+        let behind = (hands.elapsed.saturating_add(Duration::from_nanos(1)), 0);
+        let later = hands.sleepers.split_off(&behind);
+        let woken = std::mem::replace(&mut hands.sleepers, later);
+        drop(hands);
+        woken.into_values().for_each(Waker::wake);
     }
 
     /// Sets the wall clock, as an operator or NTP does; the monotonic clock stays.
     pub fn jump_to(&self, to: Timestamp) {
-        self.time.send_modify(|(now, _)| *now = to);
+        self.hands().now = to;
+    }
+
+    /// The time until the next sleeper wakes; `None` while nobody sleeps. For a test that lets time pass whenever all its
+    /// tasks are idle.
+    #[must_use]
+    pub fn next_wake(&self) -> Option<Duration> {
+        let hands = self.hands();
+        let next = hands.sleepers.keys().next();
+        next.map(|(at, _)| at.saturating_sub(hands.elapsed))
     }
 }
 
 #[async_trait]
 impl Clock for ManualClock {
     fn now(&self) -> Timestamp {
-        self.time.borrow().0
+        self.hands().now
     }
     fn elapsed(&self) -> Moment {
-        self.time.borrow().1
+        self.hands().elapsed
     }
     async fn sleep(&self, duration: Duration) {
-        let until = self.elapsed() + duration;
-        // The sender lives as long as `self`, so this ends only when the time has come.
-        let _ = self.time.subscribe().wait_for(|(_, elapsed)| *elapsed >= until).await;
+        let until = self.elapsed().saturating_add(duration);
+        Sleep {
+            clock: self,
+            until,
+            place: None,
+        }
+        .await;
+    }
+}
+
+/// A sleeper's place among the others.
+struct Sleep<'a> {
+    clock: &'a ManualClock,
+    until: Moment,
+    place: Option<u64>,
+}
+
+impl Future for Sleep<'_> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, ctx: &mut Context<'_>) -> Poll<()> {
+        let mut hands = self.clock.hands();
+        if hands.elapsed >= self.until {
+            return Poll::Ready(());
+        }
+        let place = self.place.unwrap_or_else(|| {
+            hands.last_sleeper += 1;
+            hands.last_sleeper
+        });
+        hands.sleepers.insert((self.until, place), ctx.waker().clone());
+        drop(hands);
+        self.place = Some(place);
+        Poll::Pending
+    }
+}
+
+impl Drop for Sleep<'_> {
+    fn drop(&mut self) {
+        if let Some(place) = self.place {
+            self.clock.hands().sleepers.remove(&(self.until, place));
+        }
     }
 }
 

@@ -198,6 +198,7 @@ impl Gate {
                 }
             };
             tokio::select! {
+                biased;
                 () = stop.cancelled() => return None,
                 () = changed => {}
                 () = async { clock.sleep(wait.unwrap_or(LONGEST)).await }, if wait.is_some() => {}

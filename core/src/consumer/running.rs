@@ -130,6 +130,7 @@ impl Running {
     pub async fn stop(&self, deadline: Duration) -> Result<()> {
         self.shared.stop.cancel();
         tokio::select! {
+            biased;
             () = self.tasks.wait() => return Ok(()),
             () = self.shared.tools.clock.sleep(deadline) => {}
         }

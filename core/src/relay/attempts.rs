@@ -86,6 +86,7 @@ impl Attempts for Publishing {
     async fn check(&self) -> Reachability {
         let check = AssertUnwindSafe(self.publisher.check()).catch_unwind();
         tokio::select! {
+            biased;
             answer = check => answer.unwrap_or_else(|_| Reachability::Down(panicked())),
             () = self.clock.sleep(self.timeout) => Reachability::Down(timed_out(self.timeout)),
         }

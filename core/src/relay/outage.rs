@@ -1,7 +1,7 @@
 //! What is away: the broker, or the destination of a topic.
 
 use crate::{PublishError, Topic, clock::Moment};
-use std::{collections::HashMap, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 /// The first wait before a probe.
 const FIRST: Duration = Duration::from_millis(100);
@@ -80,7 +80,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// The topics whose destinations are away, and those that are back and have records waiting in the log.
 #[derive(Debug)]
 pub(super) struct Destinations {
-    paused: HashMap<Topic, Paused>,
+    paused: BTreeMap<Topic, Paused>,
     /// To be resumed, in batches.
     pub(super) resuming: Vec<Topic>,
     max_probe_interval: Duration,
@@ -89,7 +89,7 @@ pub(super) struct Destinations {
 impl Destinations {
     pub(super) fn new(max_probe_interval: Duration) -> Self {
         Self {
-            paused: HashMap::new(),
+            paused: BTreeMap::new(),
             resuming: Vec::new(),
             max_probe_interval,
         }

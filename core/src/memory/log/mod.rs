@@ -36,7 +36,7 @@ pub struct MemoryLog {
 #[derive(Debug)]
 struct Shared {
     clock: Arc<dyn Clock>,
-    queues: Mutex<BTreeMap<Mailbox, Arc<Queue>>>,
+    queues: Arc<Mutex<BTreeMap<Mailbox, Arc<Queue>>>>,
 }
 
 impl MemoryLog {
@@ -52,7 +52,19 @@ impl MemoryLog {
         Self {
             shared: Arc::new(Shared {
                 clock,
-                queues: Mutex::default(),
+                queues: Arc::default(),
+            }),
+        }
+    }
+
+    /// The same log as another process reaches it, whose clock stands still while that process does: for tests of what
+    /// becomes of a lease then. The clocks have to show one time.
+    #[must_use]
+    pub fn reached_on(&self, clock: Arc<dyn Clock>) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                clock,
+                queues: self.shared.queues.clone(),
             }),
         }
     }

@@ -355,6 +355,7 @@ impl Session for MemorySession {
     async fn wait(&self, at_most: Duration) -> Result<()> {
         let seen = self.held().news_seen;
         tokio::select! {
+            biased;
             () = self.queue.news_after(seen) => {}
             () = self.clock.sleep(at_most) => {}
         }

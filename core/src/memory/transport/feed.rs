@@ -104,6 +104,7 @@ impl Deliveries for MemoryDeliveries {
             match delayed_for {
                 None => news.await,
                 Some(delay) => tokio::select! {
+                    biased;
                     () = news => {}
                     () = member.broker.clock.sleep(delay) => {}
                 },
