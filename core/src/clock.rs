@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use std::{
     collections::BTreeMap,
     fmt::Debug,
+    ops::{Add, AddAssign, Sub},
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
@@ -15,8 +16,75 @@ use std::{
 /// A point of time on the wall clock, in UTC.
 pub type Timestamp = chrono::DateTime<chrono::Utc>;
 
+/// The longest duration the engine counts with: a hundred years. A longer one, such as [`Duration::MAX`] for "never", counts
+/// as this, so that every clock, database and broker can hold it.
+pub const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+/// `duration`, or [`LONGEST`] if that is shorter: what durations pass where they enter the engine, a log or a broker.
+#[must_use]
+pub fn bounded(duration: Duration) -> Duration {
+    duration.min(LONGEST)
+}
+
+/// The time on the wall `after` this long. Saturates at the end of the calendar in place of a panic.
+#[must_use]
+pub fn later(time: Timestamp, after: Duration) -> Timestamp {
+    let after = chrono::TimeDelta::from_std(bounded(after)).ok();
+    let at = after.and_then(|after| time.checked_add_signed(after));
+    at.unwrap_or(Timestamp::MAX_UTC)
+}
+
 /// A point of time on a monotonic clock: the time since that clock began. Only comparable within one [`Clock`].
-pub type Moment = Duration;
+///
+/// Adding a duration saturates: a time-out of [`Duration::MAX`] never comes, and nothing panics.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Moment(Duration);
+
+impl Moment {
+    /// When the clock began.
+    pub const ZERO: Self = Self(Duration::ZERO);
+    /// Never.
+    pub const MAX: Self = Self(Duration::MAX);
+
+    /// The moment `since_the_beginning` after the clock began.
+    #[must_use]
+    pub const fn new(since_the_beginning: Duration) -> Self {
+        Self(since_the_beginning)
+    }
+    /// The time since the clock began.
+    #[must_use]
+    pub const fn since_the_beginning(self) -> Duration {
+        self.0
+    }
+    /// The time from `earlier` to this; zero if that is later.
+    #[must_use]
+    pub const fn saturating_sub(self, earlier: Self) -> Duration {
+        self.0.saturating_sub(earlier.0)
+    }
+    /// The same as `self + duration`.
+    #[must_use]
+    pub const fn saturating_add(self, duration: Duration) -> Self {
+        Self(self.0.saturating_add(duration))
+    }
+}
+
+impl Add<Duration> for Moment {
+    type Output = Self;
+    fn add(self, duration: Duration) -> Self {
+        self.saturating_add(duration)
+    }
+}
+impl AddAssign<Duration> for Moment {
+    fn add_assign(&mut self, duration: Duration) {
+        *self = *self + duration;
+    }
+}
+impl Sub for Moment {
+    type Output = Duration;
+    fn sub(self, earlier: Self) -> Duration {
+        self.saturating_sub(earlier)
+    }
+}
 
 /// Where the time comes from.
 #[async_trait]
@@ -86,7 +154,7 @@ impl Clock for SystemClock {
         chrono::Utc::now()
     }
     fn elapsed(&self) -> Moment {
-        self.began.elapsed()
+        Moment(self.began.elapsed())
     }
     async fn sleep(&self, duration: Duration) {
         tokio::time::sleep(duration).await;
@@ -139,11 +207,11 @@ impl ManualClock {
     /// Lets `duration` pass, on the wall and on the monotonic clock.
     pub fn advance(&self, duration: Duration) {
         let mut hands = self.hands();
-        hands.now += duration;
+        hands.now = later(hands.now, duration);
         hands.elapsed += duration;
         let behind = (hands.elapsed.saturating_add(Duration::from_nanos(1)), 0);
-        let later = hands.sleepers.split_off(&behind);
-        let woken = std::mem::replace(&mut hands.sleepers, later);
+        let sleeping = hands.sleepers.split_off(&behind);
+        let woken = std::mem::replace(&mut hands.sleepers, sleeping);
         drop(hands);
         woken.into_values().for_each(Waker::wake);
     }
@@ -217,3 +285,21 @@ impl Drop for Sleep<'_> {
 }
 
 const _: fn(&dyn Clock) = |_| {};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn never_is_a_time_like_any_other() {
+        let clock = ManualClock::shared();
+        let never = clock.elapsed() + Duration::MAX;
+        clock.advance(Duration::from_secs(1));
+        assert_eq!((never + Duration::MAX, never > clock.elapsed()), (Moment::MAX, true));
+        assert!(later(clock.now(), Duration::MAX) > clock.now());
+        assert!(later(Timestamp::MAX_UTC, Duration::MAX) >= clock.now());
+        clock.advance(Duration::MAX);
+        clock.advance(Duration::MAX);
+        assert_eq!(clock.elapsed(), Moment::MAX);
+    }
+}

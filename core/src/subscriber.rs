@@ -1,6 +1,6 @@
 //! The receiving side of a transport: what an author implements, and what core makes of it.
 
-use crate::{Error, GroupName, Message, Result, Topic, relay::TopicPattern};
+use crate::{Error, GroupName, Message, Result, Topic, clock::bounded, relay::TopicPattern};
 use async_trait::async_trait;
 use std::{
     collections::HashMap,
@@ -406,7 +406,10 @@ impl Delivery {
     }
     /// Again, after a delay: so many attempts have been made.
     pub fn retry(self, after: Duration, attempts: u32) -> Settlement {
-        self.settled(Disposition::Retry { after, attempts })
+        self.settled(Disposition::Retry {
+            after: bounded(after),
+            attempts,
+        })
     }
     /// To the transport's own dead letters.
     pub fn dead_letter(self) -> Settlement {

@@ -164,7 +164,7 @@ async fn a_topic_that_is_back_before_its_parkings_are_written_strands_nothing() 
     // Away for a moment, again and again, while each settle takes a second.
     let now = clock.clone();
     transport.faults().on_publish(move |_| {
-        let is_away = now.elapsed().as_millis() % 1700 < 900;
+        let is_away = now.elapsed().since_the_beginning().as_millis() % 1700 < 900;
         if is_away {
             Err(PublishError::destination("full"))
         } else {

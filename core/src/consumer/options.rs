@@ -1,5 +1,5 @@
 use super::Retry;
-use crate::{Error, ErrorKind, Result, subscriber::QueueOptions};
+use crate::{Error, ErrorKind, Result, clock::bounded, subscriber::QueueOptions};
 use serde::Deserialize;
 use std::time::Duration;
 
@@ -124,8 +124,8 @@ impl SubscriptionOptions {
     /// What is the broker's affair.
     pub(super) fn queue(&self) -> QueueOptions {
         QueueOptions {
-            expiry: self.queue_expiry,
-            message_expiry: self.message_expiry,
+            expiry: self.queue_expiry.map(bounded),
+            message_expiry: self.message_expiry.map(bounded),
             dead_letter_to: self.dead_letter_to.clone(),
             bind: self.bind.clone(),
             declare: self.declare,

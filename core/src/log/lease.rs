@@ -151,7 +151,7 @@ impl fmt::Debug for Lease {
 }
 
 fn nanos(moment: Moment) -> u64 {
-    u64::try_from(moment.as_nanos()).unwrap_or(u64::MAX)
+    u64::try_from(moment.since_the_beginning().as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -1,4 +1,7 @@
-use crate::{Message, clock::Timestamp};
+use crate::{
+    Message,
+    clock::{Timestamp, bounded},
+};
 use std::{fmt, time::Duration};
 use uuid::Uuid;
 
@@ -105,9 +108,12 @@ impl NewRecord {
         }
     }
 
-    /// Puts it somewhere else.
+    /// Puts it somewhere else. A wait is at most [`LONGEST`](crate::clock::LONGEST).
     #[must_use]
-    pub fn placed(mut self, placement: Placement) -> Self {
+    pub fn placed(mut self, mut placement: Placement) -> Self {
+        if let Placement::Scheduled { after } | Placement::Parked { after, .. } = &mut placement {
+            *after = bounded(*after);
+        }
         self.placement = placement;
         self
     }

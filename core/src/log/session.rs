@@ -1,5 +1,5 @@
 use super::{AttemptError, Lease, Owner, Record, RecordTag};
-use crate::{Result, Topic};
+use crate::{Result, Topic, clock::bounded};
 use async_trait::async_trait;
 use std::{fmt::Debug, sync::Arc, time::Duration};
 
@@ -31,7 +31,7 @@ impl SessionOptions {
     /// Sets the lease.
     #[must_use]
     pub fn with_lease(mut self, lease: Duration) -> Self {
-        self.lease = lease;
+        self.lease = bounded(lease);
         self
     }
     /// Sets whether records that succeeded are kept.
@@ -43,7 +43,7 @@ impl SessionOptions {
     /// Sets how long it may take until it is noticed what another process has written.
     #[must_use]
     pub fn with_poll_interval(mut self, interval: Duration) -> Self {
-        self.poll_interval = interval;
+        self.poll_interval = bounded(interval);
         self
     }
 }
@@ -158,9 +158,13 @@ pub struct Parking {
 }
 
 impl Parking {
-    /// Parked until `until`, and not kept.
+    /// Parked until `until`, and not kept. A wait is at most [`LONGEST`](crate::clock::LONGEST).
     #[must_use]
     pub fn new(until: Until, attempts: u32, errors: Vec<AttemptError>) -> Self {
+        let until = match until {
+            Until::After(wait) => Until::After(bounded(wait)),
+            Until::Resumed => Until::Resumed,
+        };
         Self {
             until,
             attempts,
@@ -229,7 +233,7 @@ pub trait Session: Debug + Send + Sync {
     /// - Two sessions with a live lease never hold one record.
     /// - Cancelling it may leave records held that nobody got; they come back with the end of the session.
     ///
-    /// Held by `log::claims_are_exclusive`, `log::order_survives_failure`, `log::due_times_are_kept`,
+    /// Held by `log::claims_are_exclusive`, `log::order_survives_failure`, `log::due_times_are_kept`, `log::never_is_a_time_like_any_other`,
     /// `log::nothing_waiting_stops_a_neighbour`.
     ///
     /// # Errors

@@ -1,5 +1,5 @@
 use super::{Mailbox, NewRecord, Session, SessionOptions};
-use crate::Result;
+use crate::{Result, clock::bounded};
 use async_trait::async_trait;
 use std::{fmt::Debug, sync::Arc, time::Duration};
 
@@ -35,20 +35,20 @@ impl Purge {
     /// Removes what succeeded at least `age` ago.
     #[must_use]
     pub fn succeeded_after(mut self, age: Duration) -> Self {
-        self.succeeded_after = Some(age);
+        self.succeeded_after = Some(bounded(age));
         self
     }
     /// Removes what failed at least `age` ago: dead letters are lost by it.
     #[must_use]
     pub fn failed_after(mut self, age: Duration) -> Self {
-        self.failed_after = Some(age);
+        self.failed_after = Some(bounded(age));
         self
     }
     /// Removes the receipts of messages handled at least `age` ago: a message that the broker delivers again later than
     /// that is handled again.
     #[must_use]
     pub fn receipts_after(mut self, age: Duration) -> Self {
-        self.receipts_after = Some(age);
+        self.receipts_after = Some(bounded(age));
         self
     }
 }

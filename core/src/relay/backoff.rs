@@ -1,3 +1,4 @@
+use crate::clock::bounded;
 use std::time::Duration;
 
 /// How long to wait after an attempt that failed.
@@ -44,9 +45,10 @@ impl Backoff {
     #[must_use]
     pub fn after(&self, attempt: u32, rng: &mut fastrand::Rng) -> Duration {
         match *self {
-            Self::Fixed(wait) => wait,
+            Self::Fixed(wait) => bounded(wait),
             Self::FullJitter { min, max } => {
-                let ceiling = Duration::from_secs(1u64 << attempt.min(32)).clamp(min, max);
+                let (min, max) = (bounded(min), bounded(max));
+                let ceiling = Duration::from_secs(1u64 << attempt.min(31)).clamp(min, max);
                 min + (ceiling - min).mul_f64(rng.f64())
             }
         }

@@ -183,33 +183,35 @@ impl Flight {
 mod tests {
     use super::*;
 
-    const MS: Duration = Duration::from_millis(1);
+    fn ms(n: u64) -> Moment {
+        Moment::ZERO + Duration::from_millis(n)
+    }
 
     #[test]
     fn a_topic_is_silent_while_others_are_answered() {
         let (bad, good) = (Topic::new("bad"), Topic::new("good"));
         let mut flights = Flights::default();
-        flights.sent(&bad, 5, MS);
-        flights.sent(&good, 1, MS);
-        assert!(flights.ended(&good, 1, MS, 2 * MS, true).is_empty());
-        assert!(flights.look(200 * MS, 10).is_empty());
+        flights.sent(&bad, 5, ms(1));
+        flights.sent(&good, 1, ms(1));
+        assert!(flights.ended(&good, 1, ms(1), ms(2), true).is_empty());
+        assert!(flights.look(ms(200), 10).is_empty());
         assert_eq!(
             flights.silent(),
             0,
             "nothing sent later was answered: the broker may be slow"
         );
 
-        flights.sent(&good, 1, 201 * MS);
-        flights.ended(&good, 1, 201 * MS, 202 * MS, true);
-        assert!(flights.is_silent(&bad, 202 * MS) && !flights.is_silent(&good, 202 * MS));
-        assert!(flights.look(240 * MS, 10).is_empty());
+        flights.sent(&good, 1, ms(201));
+        flights.ended(&good, 1, ms(201), ms(202), true);
+        assert!(flights.is_silent(&bad, ms(202)) && !flights.is_silent(&good, ms(202)));
+        assert!(flights.look(ms(240), 10).is_empty());
         assert_eq!((flights.silent(), flights.silent_bytes()), (1, 5));
         assert!(flights.holds(&bad, 7) && !flights.holds(&good, 8));
 
-        let overdue = flights.look(1200 * MS, 10);
+        let overdue = flights.look(ms(1200), 10);
         assert_eq!((overdue.len(), overdue[0].held.len()), (1, 1));
         assert!(flights.holds(&bad, 9));
-        assert_eq!(flights.ended(&bad, 5, MS, 1300 * MS, true), [9]);
+        assert_eq!(flights.ended(&bad, 5, ms(1), ms(1300), true), [9]);
         assert_eq!((flights.silent(), flights.silent_bytes()), (0, 0));
         assert!(!flights.holds(&bad, 7));
     }
@@ -219,10 +221,10 @@ mod tests {
         let topic = Topic::new("slow");
         let mut flights = Flights::default();
         for n in 1..100 {
-            flights.sent(&topic, 1, n * 300 * MS);
-            flights.sent(&topic, 1, n * 300 * MS);
-            flights.ended(&topic, 1, n * 300 * MS, (n + 1) * 300 * MS, true);
-            assert!(flights.look((n + 1) * 300 * MS, 10).is_empty());
+            flights.sent(&topic, 1, ms(n * 300));
+            flights.sent(&topic, 1, ms(n * 300));
+            flights.ended(&topic, 1, ms(n * 300), ms((n + 1) * 300), true);
+            assert!(flights.look(ms((n + 1) * 300), 10).is_empty());
         }
         assert_eq!(flights.silent(), 0);
     }

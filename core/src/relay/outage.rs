@@ -23,7 +23,7 @@ impl Probing {
 
     pub(super) fn next(&mut self, rng: &mut fastrand::Rng) -> Duration {
         let wait = self.wait;
-        self.wait = (self.wait * 2).min(self.max);
+        self.wait = self.wait.saturating_mul(2).min(self.max);
         wait / 2 + (wait / 2).mul_f64(rng.f64())
     }
 }

@@ -31,6 +31,7 @@ macro_rules! log_conformance {
             a_stale_settle_changes_nothing
             a_live_lease_is_renewed
             due_times_are_kept
+            never_is_a_time_like_any_other
             nothing_waiting_stops_a_neighbour
             a_busy_key_is_passed_over_and_given_later
             order_survives_failure

@@ -8,6 +8,7 @@ mod control;
 mod durable;
 mod inbox;
 mod middleware;
+mod never;
 mod policies;
 mod transactional;
 #[path = "../world/mod.rs"]

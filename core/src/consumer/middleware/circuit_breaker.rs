@@ -110,8 +110,8 @@ mod tests {
 
     #[test]
     fn it_opens_lets_one_through_and_closes() {
-        let secs = Duration::from_secs;
-        let breaker = CircuitBreaker::new(NonZeroU32::new(2).unwrap(), secs(10));
+        let secs = |n| Moment::new(Duration::from_secs(n));
+        let breaker = CircuitBreaker::new(NonZeroU32::new(2).unwrap(), Duration::from_secs(10));
         let failed: HandlerResult = Err(HandlerError::from("no"));
         breaker.answered(&failed, secs(1));
         breaker.answered(&Err(HandlerError::permanent("the message's own")), secs(1));

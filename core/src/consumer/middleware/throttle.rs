@@ -57,9 +57,17 @@ mod tests {
     #[test]
     fn a_burst_passes_and_then_one_at_a_time() {
         let throttle = Throttle::new(NonZeroU32::new(10).unwrap(), Duration::from_secs(1));
-        let now = Duration::from_secs(5);
+        let now = Moment::new(Duration::from_secs(5));
         let waits: Vec<u128> = (0..13).map(|_| throttle.take(now).as_millis()).collect();
         assert_eq!(waits, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 100, 200, 300]);
         assert_eq!(throttle.take(now + Duration::from_secs(10)), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_period_without_end_is_no_panic() {
+        let throttle = Throttle::new(NonZeroU32::new(2).unwrap(), Duration::MAX);
+        let waits: Vec<bool> = (0..4).map(|_| throttle.take(Moment::ZERO).is_zero()).collect();
+        assert_eq!(waits[..2], [true, true]);
+        assert!(!waits[3]);
     }
 }

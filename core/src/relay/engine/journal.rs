@@ -178,7 +178,7 @@ impl Engine {
             self.quick_poll = None;
         }
         if let Some(quick) = self.quick_poll {
-            let next = quick * 2;
+            let next = quick.saturating_mul(2);
             self.quick_poll = (next < self.options.poll_interval).then_some(next);
         }
         let next = next_due.into_iter().chain(self.quick_poll).min();

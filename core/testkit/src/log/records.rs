@@ -7,7 +7,7 @@ use super::{
 };
 use postrider_core::{
     GroupName, Mailbox, Message, Topic,
-    log::{Claim, NewRecord, Outcome, Owner, Placement, SessionOptions},
+    log::{Claim, NewRecord, Outcome, Owner, Placement, Purge, SessionOptions},
 };
 use std::{collections::BTreeSet, time::Duration};
 
@@ -308,4 +308,38 @@ pub async fn claims_are_bounded_by_bytes(fixture: &dyn LogFixture) {
         assert_eq!(got, 12 + usize::from(is_parked));
         assert!(most <= 5, "{most} at once, parked: {is_parked}");
     }
+}
+
+/// Durations without end, as an application writes "never", are waits like any other: nothing panics, nothing else waits.
+pub async fn never_is_a_time_like_any_other(fixture: &dyn LogFixture) {
+    let options = SessionOptions::new(Owner::new())
+        .with_lease(Duration::MAX)
+        .with_poll_interval(Duration::MAX);
+    let desk = Desk::with(fixture, fixture.log(), options).await;
+    let waits = |placement| NewRecord::new(message("t", Some("waits"), "waits")).placed(placement);
+    desk.append(&[
+        NewRecord::new(message("t", None, "later")).after(Duration::MAX),
+        waits(Placement::Parked {
+            after: Duration::MAX,
+            attempts: 1,
+            errors: Vec::new(),
+        }),
+    ])
+    .await;
+    desk.put(&["k:1", "j:2"]).await;
+    let records = desk.take().await;
+    assert_eq!(records.len(), 2);
+    let outcomes = records.iter().map(|record| (record, desk.parked(Duration::MAX)));
+    desk.settle(outcomes.collect()).await;
+    let purge = Purge::new(desk.mailbox.clone(), 10)
+        .succeeded_after(Duration::MAX)
+        .failed_after(Duration::MAX)
+        .receipts_after(Duration::MAX);
+    assert_eq!(fixture.log().store().purge(&purge).await.unwrap(), 0);
+    desk.put(&["x:3"]).await;
+    assert_eq!(desk.drain().await, ["3"]);
+    desk.session.close().await.unwrap();
+    let next = Desk::open(fixture).await;
+    next.put(&["4"]).await;
+    assert_eq!(next.drain().await, ["4"]);
 }
