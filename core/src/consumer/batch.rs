@@ -234,6 +234,10 @@ impl<E: Event> AnyChain for BatchChain<E> {
             }
             let mut ctx = BatchContext { contexts };
             let results = self.call(&events, &mut ctx).await;
+            let judged = results.into_iter().zip(&mut ctx.contexts);
+            let results: BatchResult = judged
+                .map(|(result, ctx)| result.map_err(|error| ctx.judged(error)))
+                .collect();
             let away = results.iter().find_map(|result| match result {
                 Err(error) if error.kind() == HandlerErrorKind::Unavailable => Some(error.to_chain()),
                 _ => None,

@@ -131,8 +131,12 @@ impl<E: Event> Chain<E> {
             ctx.ran.clear();
             return Err(error);
         }
-        ctx.roll_back().await;
-        match event.typed().filter(|_| !ctx.ran.is_empty()) {
+        let error = ctx.rolled_back_after(error).await;
+        let error = ctx.judged(error);
+        match event
+            .typed()
+            .filter(|_| !ctx.ran.is_empty() && !error.is_outage_of_the_log())
+        {
             Some(event) => Err(Box::pin(self.steps.take_back(ctx, event, error)).await),
             None => Err(error),
         }
@@ -161,7 +165,7 @@ impl<E: Event> Chain<E> {
             None => ask(&self.for_all, ctx, any, error).await,
             verdict => verdict,
         };
-        ctx.roll_back().await;
+        let _ = ctx.roll_back().await;
         verdict.unwrap_or(otherwise)
     }
 
@@ -380,7 +384,7 @@ impl<E: Event> AnyChain for Chain<E> {
             return outcomes;
         }
         let each = batch.into_iter().map(|(mut ctx, by)| async move {
-            ctx.roll_back().await;
+            let _ = ctx.roll_back().await;
             self.handle(&mut ctx, &by).await
         });
         futures_util::future::join_all(each).await

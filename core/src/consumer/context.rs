@@ -1,4 +1,4 @@
-use super::HandlerError;
+use super::{HandlerError, HandlerErrorKind, error::is_outage};
 use crate::{
     Error, ErrorKind, EventBus, EventLog, GroupName, IntoMessage, Message, MessageId, Result, clock::Clock, log::LogTx,
 };
@@ -72,6 +72,8 @@ pub struct Context {
     pub(super) has_failed_in_batch: bool,
     /// The version of a durable chain's note that says that a step has begun which this process has rolled back.
     pub(super) rolled_back: Option<u64>,
+    /// The log was away when this attempt asked something of it, whatever the handler has made of that error.
+    log_was_away: Option<String>,
     /// It was parked in the inbox, and comes from there.
     pub(super) was_parked: bool,
     /// The steps that have run and would have to be taken back, in order.
@@ -93,6 +95,7 @@ impl Context {
             is_in_batch: false,
             has_failed_in_batch: false,
             rolled_back: None,
+            log_was_away: None,
             was_parked: false,
             ran: Vec::new(),
             values: HashMap::new(),
@@ -106,6 +109,18 @@ impl Context {
         self.ran.clear();
         self.is_in_batch = false;
         self.has_failed_in_batch = false;
+        self.log_was_away = None;
+    }
+
+    /// The error of an attempt: that of the log where the log was away, though a handler may have made a text of it.
+    pub(super) fn judged(&mut self, error: HandlerError) -> HandlerError {
+        match self.log_was_away.take() {
+            Some(why) if error.kind() == HandlerErrorKind::Transient => {
+                let away = Error::new(ErrorKind::Unavailable, "the event log was away during the attempt");
+                HandlerError::unavailable(away.because(why))
+            }
+            _ => error,
+        }
     }
 
     /// What is published from now on is published by `author`, and has the ids it had when that published before.
@@ -233,10 +248,16 @@ impl Context {
         }
         let message = message.with_id(self.author.id(handled, &self.tools.group, n));
         let bus: &dyn EventBus = &self.tools.bus;
-        match self.tx.get_mut().unwrap_or_else(PoisonError::into_inner) {
+        let published = match self.tx.get_mut().unwrap_or_else(PoisonError::into_inner) {
             Some(tx) => bus.publish_in(tx, message).after(delay).await,
             None => bus.publish(message).after(delay).await,
+        };
+        if let Err(error) = &published
+            && is_outage(error)
+        {
+            self.log_was_away = Some(error.to_chain());
         }
+        published
     }
 
     /// Keeps a value for what comes behind: middleware hands the tenant, the user, a span to handlers by it. One of each
@@ -251,13 +272,25 @@ impl Context {
         self.values.get(&TypeId::of::<T>())?.downcast_ref()
     }
 
+    /// Rolls back what is still open after `error`. Gives that error, or the database's if that turns out to be away: then
+    /// nothing can be said of the message, whatever a driver made of it in the middle of a statement.
+    pub(super) async fn rolled_back_after(&mut self, error: HandlerError) -> HandlerError {
+        match self.roll_back().await {
+            Err(away) if is_outage(&away) => HandlerError::unavailable(away),
+            _ => error,
+        }
+    }
+
     /// Rolls back what is still open.
-    pub(super) async fn roll_back(&mut self) {
-        if let Some(tx) = self.take_transaction()
-            && let Err(error) = tx.rollback().await
-        {
+    pub(super) async fn roll_back(&mut self) -> Result<()> {
+        let Some(tx) = self.take_transaction() else {
+            return Ok(());
+        };
+        let rolled_back = tx.rollback().await;
+        if let Err(error) = &rolled_back {
             tracing::debug!(message = %self.message.id(), error = error.to_chain(), "the rollback failed: the transaction is gone all the same");
         }
+        rolled_back
     }
 
     /// Sets a savepoint in the transaction that is lent, if there is one.

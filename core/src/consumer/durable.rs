@@ -12,12 +12,10 @@
 use super::{
     Context, HandlerError, HandlerErrorKind, HandlerResult, OnFailure,
     context::Author,
+    error::is_outage,
     steps::{Step, Steps},
 };
-use crate::{
-    ErrorKind,
-    log::{AnyLog, InboxLog, Note, TransactionOf},
-};
+use crate::log::{AnyLog, InboxLog, Note, TransactionOf};
 use serde::{Deserialize, Serialize};
 use std::{sync::Arc, time::Duration};
 
@@ -82,7 +80,8 @@ pub(super) async fn run<E: Sync + 'static>(steps: &Steps<E>, ctx: &mut Context, 
         ));
     };
     let group = ctx.group().clone();
-    let note = inbox.note(None, &group, ctx.message().id()).await?;
+    let note = inbox.note(None, &group, ctx.message().id()).await;
+    let note = note.map_err(HandlerError::of_the_log)?;
     let version = note.as_ref().map_or(0, |note| note.version);
     let progress = match note {
         Some(Note { text, .. }) => serde_json::from_str(&text)
@@ -161,7 +160,11 @@ impl<E: Sync + 'static> Run<'_, E> {
             began,
             ran: ran.clone(),
         };
-        self.note(ctx, forward(next, true, &ran)).await?;
+        if let Err(error) = self.note(ctx, forward(next, true, &ran)).await {
+            // Should it be written all the same: it was this process, and the step has not begun.
+            ctx.rolled_back = Some(self.version + 1);
+            return Err(error);
+        }
         ctx.publishes_as(Author::step(next, self.progress.round));
         let result = self.in_transaction(ctx, event, step, false, || {
             let mut ran = ran.clone();
@@ -267,15 +270,15 @@ impl<E: Sync + 'static> Run<'_, E> {
         back: bool,
         then: impl FnOnce() -> Phase + Send,
     ) -> HandlerResult {
-        let tx = ctx.bus().begin().await?;
+        let tx = ctx.bus().begin().await.map_err(HandlerError::of_the_log)?;
         ctx.lend(tx);
         let run = match (&step.compensate, back) {
             (Some(compensation), true) => &**compensation,
             _ => &*step.run,
         };
         if let Err(error) = step.guarded(run, event, ctx).await {
-            ctx.roll_back().await;
-            return Err(error);
+            let error = ctx.rolled_back_after(error).await;
+            return Err(ctx.judged(error));
         }
         let Some(mut tx) = ctx.take_transaction() else {
             return Err("the step took the transaction of its chain away".into());
@@ -297,9 +300,9 @@ impl<E: Sync + 'static> Run<'_, E> {
             )
             .await;
         // An error here may be of a statement of the step that was swallowed: then it is the step's.
-        let written = written.map_err(|error| match error.kind() {
-            ErrorKind::Unavailable => HandlerError::unavailable(error),
-            _ => HandlerError::transient(error),
+        let written = written.map_err(|error| match is_outage(&error) {
+            true => HandlerError::unavailable(error),
+            false => HandlerError::transient(error),
         });
         if !written? {
             return Err(HandlerError::taken_over());
@@ -310,7 +313,7 @@ impl<E: Sync + 'static> Run<'_, E> {
                 self.progress = progress;
                 Ok(())
             }
-            Err(error) if error.kind() == ErrorKind::Unavailable => {
+            Err(error) if is_outage(&error) => {
                 // The note tells whether it was committed.
                 self.refresh(ctx).await?;
                 if self.progress == progress {
@@ -330,7 +333,8 @@ impl<E: Sync + 'static> Run<'_, E> {
         if !self
             .inbox
             .write_note(None, ctx.group(), id, self.version, &text)
-            .await?
+            .await
+            .map_err(HandlerError::of_the_log)?
         {
             return Err(HandlerError::taken_over());
         }
@@ -340,8 +344,8 @@ impl<E: Sync + 'static> Run<'_, E> {
 
     /// Reads what is noted, after an answer that did not come.
     async fn refresh(&mut self, ctx: &Context) -> HandlerResult {
-        let note = self.inbox.note(None, ctx.group(), ctx.message().id()).await?;
-        if let Some(note) = note {
+        let note = self.inbox.note(None, ctx.group(), ctx.message().id()).await;
+        if let Some(note) = note.map_err(HandlerError::of_the_log)? {
             self.version = note.version;
             self.progress = serde_json::from_str(&note.text).map_err(HandlerError::permanent)?;
         }

@@ -57,6 +57,21 @@ impl HandlerError {
     pub fn transient(cause: impl Into<Cause>) -> Self {
         Self::new(HandlerErrorKind::Transient, cause)
     }
+    /// An error of the log in a call that depends on nothing the message says: it began a transaction, admitted the message,
+    /// or read or wrote a note. Whatever the log lacks then, time or rights or room, is an outage.
+    pub(super) fn of_the_log(error: crate::Error) -> Self {
+        match error.kind() {
+            ErrorKind::Conflict | ErrorKind::Config => Self::unavailable(error),
+            _ => Self::from(error),
+        }
+    }
+
+    /// Whether it is the log that is away, and not a service that a handler asked: then the attempt is no attempt, and nothing
+    /// of it is compensated, for compensations need the log as well.
+    pub(super) fn is_outage_of_the_log(&self) -> bool {
+        self.kind == HandlerErrorKind::Unavailable && log_error(&*self.source).is_some_and(is_outage)
+    }
+
     pub(super) fn held_back() -> Self {
         Self::new(
             HandlerErrorKind::HeldBack,
@@ -99,13 +114,32 @@ impl HandlerError {
     }
 }
 
+/// Whether an error says that the log or the broker is away, and nothing about the message.
+pub(super) fn is_outage(error: &crate::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::Unavailable | ErrorKind::Storage | ErrorKind::Closed
+    )
+}
+
+/// The first error of ours in a chain of causes: handlers wrap them in errors of their own.
+fn log_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a crate::Error> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(found) = error.downcast_ref() {
+            return Some(found);
+        }
+        next = error.source();
+    }
+    None
+}
+
 impl<E: Into<Cause>> From<E> for HandlerError {
     fn from(cause: E) -> Self {
         let cause = cause.into();
         // The log that failed is nobody's failure.
-        let of_ours = cause.downcast_ref::<crate::Error>().map(crate::Error::kind);
-        let kind = match of_ours {
-            Some(ErrorKind::Unavailable | ErrorKind::Storage) => HandlerErrorKind::Unavailable,
+        let kind = match log_error(&*cause) {
+            Some(error) if is_outage(error) => HandlerErrorKind::Unavailable,
             _ => HandlerErrorKind::Transient,
         };
         Self::new(kind, cause)

@@ -106,6 +106,10 @@ impl<E: Sync + 'static> Steps<E> {
                 }
                 continue;
             };
+            let error = ctx.judged(error);
+            if error.is_outage_of_the_log() {
+                return Err(error);
+            }
             if is_optional {
                 let (message, group) = (ctx.message().id(), ctx.group());
                 tracing::warn!(%message, %group, step = %step.name, error = error.to_chain(), "a step failed that may: the chain goes on");

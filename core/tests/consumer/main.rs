@@ -9,6 +9,7 @@ mod durable;
 mod inbox;
 mod middleware;
 mod never;
+mod outages;
 mod policies;
 mod transactional;
 #[path = "../world/mod.rs"]

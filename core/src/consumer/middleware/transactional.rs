@@ -1,6 +1,6 @@
 use super::{Context, HandlerError, HandlerResult, Middleware, Next, Sharing};
 use crate::{
-    ErrorKind,
+    consumer::error::is_outage,
     log::{Admission, Arrival},
 };
 use std::num::NonZeroUsize;
@@ -48,7 +48,7 @@ impl<E: Sync + 'static> Middleware<E> for Transactional {
         let Some(log) = ctx.tools().log.clone() else {
             return Err(HandlerError::permanent("`Transactional` needs an event log"));
         };
-        let mut tx = ctx.bus().begin().await?;
+        let mut tx = ctx.bus().begin().await.map_err(HandlerError::of_the_log)?;
         let message = ctx.message();
         let arrival = if ctx.was_parked {
             Arrival::parked(message)
@@ -56,15 +56,16 @@ impl<E: Sync + 'static> Middleware<E> for Transactional {
             Arrival::new(message)
         }
         .ordered(ctx.tools().ordered);
-        match tx.admit(&log, ctx.group(), &[arrival]).await?.first() {
+        let admitted = tx.admit(&log, ctx.group(), &[arrival]).await;
+        match admitted.map_err(HandlerError::of_the_log)?.first() {
             Some(Admission::New) => {}
             Some(Admission::HeldBack) => {
-                tx.rollback().await?;
+                let _ = tx.rollback().await;
                 return Err(HandlerError::held_back());
             }
             Some(Admission::Duplicate | Admission::Parked) | None => {
                 tracing::debug!(message = %ctx.message().id(), group = %ctx.group(), "handled before, or waiting already: dropped");
-                tx.rollback().await?;
+                let _ = tx.rollback().await;
                 return Ok(());
             }
         }
@@ -80,23 +81,22 @@ impl<E: Sync + 'static> Middleware<E> for Transactional {
                 let ran = std::mem::take(&mut ctx.ran);
                 match tx.commit().await {
                     Ok(()) => return Ok(()),
-                    Err(error) if error.kind() == ErrorKind::Unavailable => return Err(error.into()),
+                    Err(error) if is_outage(&error) => return Err(error.into()),
                     Err(error) => {
                         ctx.ran = ran;
                         HandlerError::transient(error)
                     }
                 }
             }
-            Err(error) => match tx.rollback().await {
-                // The database is away, which is nobody's failure, whatever a driver made of it.
-                Err(away) if away.kind() == ErrorKind::Unavailable => HandlerError::unavailable(away),
-                Err(second) => {
-                    tracing::debug!(message = %ctx.message().id(), error = second.to_chain(), "the rollback failed: the transaction is gone all the same");
-                    error
-                }
-                Ok(()) => error,
-            },
+            Err(error) => {
+                ctx.lend(tx);
+                let error = ctx.rolled_back_after(error).await;
+                ctx.judged(error)
+            }
         };
+        if error.is_outage_of_the_log() {
+            return Err(error);
+        }
         Err(next.compensate(ctx, event, error).await)
     }
 
