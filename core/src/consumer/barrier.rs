@@ -3,6 +3,7 @@
 use super::Context;
 use crate::{
     Error, ErrorKind, EventLog, GroupName, MessageId, Result,
+    event::JsonError,
     log::{Lent, TransactionOf},
 };
 use serde::{Deserialize, Serialize};
@@ -103,14 +104,16 @@ impl Barrier {
     async fn read(&self, tx: Lent<'_>) -> Result<(u64, Option<State>)> {
         let note = self.log()?.inbox()?.note(Some(tx), &self.group, self.id).await?;
         let Some(note) = note else { return Ok((0, None)) };
-        let state = serde_json::from_str(&note.text)
-            .map_err(|e| Error::new(ErrorKind::Storage, "the state of a barrier cannot be read").because(e))?;
+        let state = serde_json::from_str(&note.text).map_err(|e| {
+            Error::new(ErrorKind::Storage, "the state of a barrier cannot be read").because(JsonError::from(e))
+        })?;
         Ok((note.version, Some(state)))
     }
 
     async fn write(&self, tx: Lent<'_>, version: u64, is_done: bool, round: u64) -> Result<bool> {
-        let text = serde_json::to_string(&State { round, is_done })
-            .map_err(|e| Error::new(ErrorKind::Unexpected, "the state of a barrier cannot be written").because(e))?;
+        let text = serde_json::to_string(&State { round, is_done }).map_err(|e| {
+            Error::new(ErrorKind::Unexpected, "the state of a barrier cannot be written").because(JsonError::from(e))
+        })?;
         let inbox = self.log()?.inbox()?;
         inbox.write_note(Some(tx), &self.group, self.id, version, &text).await
     }

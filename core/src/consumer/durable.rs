@@ -15,7 +15,10 @@ use super::{
     error::is_outage,
     steps::{Step, Steps},
 };
-use crate::log::{AnyLog, InboxLog, Note, TransactionOf};
+use crate::{
+    event::JsonError,
+    log::{AnyLog, InboxLog, Note, TransactionOf},
+};
 use serde::{Deserialize, Serialize};
 use std::{sync::Arc, time::Duration};
 
@@ -85,6 +88,7 @@ pub(super) async fn run<E: Sync + 'static>(steps: &Steps<E>, ctx: &mut Context, 
     let version = note.as_ref().map_or(0, |note| note.version);
     let progress = match note {
         Some(Note { text, .. }) => serde_json::from_str(&text)
+            .map_err(JsonError::from)
             .map_err(|error| HandlerError::permanent(format!("what was noted of the chain cannot be read: {error}")))?,
         None => Progress {
             steps: names.clone(),
@@ -347,7 +351,8 @@ impl<E: Sync + 'static> Run<'_, E> {
         let note = self.inbox.note(None, ctx.group(), ctx.message().id()).await;
         if let Some(note) = note.map_err(HandlerError::of_the_log)? {
             self.version = note.version;
-            self.progress = serde_json::from_str(&note.text).map_err(HandlerError::permanent)?;
+            let progress = serde_json::from_str(&note.text).map_err(JsonError::from);
+            self.progress = progress.map_err(HandlerError::permanent)?;
         }
         Ok(())
     }
@@ -359,7 +364,7 @@ fn names<E>(steps: &Steps<E>) -> String {
 }
 
 fn text(progress: &Progress) -> Result<String, HandlerError> {
-    serde_json::to_string(progress).map_err(HandlerError::permanent)
+    serde_json::to_string(progress).map_err(|error| HandlerError::permanent(JsonError::from(error)))
 }
 
 /// Whether this program leaves the chain of the message as it is: done, taken back as far as that goes, or one that has

@@ -1,3 +1,4 @@
+use super::JsonError;
 use crate::{Error, ErrorKind, Result};
 use bytes::Bytes;
 
@@ -18,7 +19,8 @@ pub trait Codec<E> {
     /// Reads an event.
     ///
     /// # Contract
-    /// Takes any bytes, foreign ones too: refuses them with an error. A panic counts as one.
+    /// Takes any bytes, foreign ones too: refuses them with an error. A panic counts as one. The error is logged and stored
+    /// with the dead letter: it quotes no value of the payload (for JSON: [`JsonError`]).
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] if the bytes are none; the message is then dead-lettered with this reason, never retried.
@@ -36,7 +38,7 @@ impl<E: serde::Serialize + serde::de::DeserializeOwned> Codec<E> for Json {
         serde_json::to_vec(event).map(Bytes::from).map_err(|e| {
             Error::new(ErrorKind::Invalid, "the event cannot be encoded")
                 .with("type", std::any::type_name::<E>())
-                .because(e)
+                .because(JsonError::from(e))
         })
     }
 
@@ -44,7 +46,7 @@ impl<E: serde::Serialize + serde::de::DeserializeOwned> Codec<E> for Json {
         serde_json::from_slice(payload).map_err(|e| {
             Error::new(ErrorKind::Invalid, "the payload does not decode")
                 .with("type", std::any::type_name::<E>())
-                .because(e)
+                .because(JsonError::from(e))
         })
     }
 }

@@ -1,8 +1,10 @@
 //! Typed events, and their way into a [`Message`].
 
 mod codec;
+mod json_error;
 
 pub use codec::{Codec, Json};
+pub use json_error::JsonError;
 
 use crate::{Message, Result, Topic};
 use std::{any::Any, borrow::Cow, fmt};

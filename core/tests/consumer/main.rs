@@ -11,6 +11,7 @@ mod middleware;
 mod never;
 mod outages;
 mod policies;
+mod privacy;
 mod transactional;
 #[path = "../world/mod.rs"]
 mod world;

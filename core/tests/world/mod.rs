@@ -2,6 +2,8 @@
 
 #![allow(dead_code, clippy::unwrap_used, clippy::panic)]
 
+pub(crate) mod logs;
+
 use async_trait::async_trait;
 use postrider_core::{
     Bus, EventLog, Mailbox, Message, Outcomes, Publisher, Reachability, Topic, Transport,

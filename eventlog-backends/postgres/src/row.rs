@@ -2,8 +2,8 @@
 
 use bytes::Bytes;
 use postrider_core::{
-    Error, ErrorKind, Message, MessageId, MessageParts, Result, Topic, clock::Timestamp, log::AttemptError,
-    message::Text,
+    Error, ErrorKind, Message, MessageId, MessageParts, Result, Topic, clock::Timestamp, event::JsonError,
+    log::AttemptError, message::Text,
 };
 use sqlx::{Row as _, ValueRef as _, postgres::PgRow};
 use std::{sync::Arc, time::Duration};
@@ -88,7 +88,7 @@ impl Reader {
             key: key.map(Into::into),
             headers: match headers {
                 "[]" => Vec::new(),
-                text => serde_json::from_str(text)?,
+                text => serde_json::from_str(text).map_err(JsonError::from)?,
             },
             content_type: shared(&mut self.content_type, content_type),
             time,
@@ -103,13 +103,14 @@ pub(crate) fn headers_to_text(message: &Message) -> Result<String> {
         return Ok("[]".to_owned());
     }
     serde_json::to_string(message.headers())
-        .map_err(|e| Error::new(ErrorKind::Invalid, "the headers cannot be stored").because(e))
+        .map_err(|e| Error::new(ErrorKind::Invalid, "the headers cannot be stored").because(JsonError::from(e)))
 }
 
 pub(crate) fn errors_to_text(errors: &[AttemptError]) -> Result<String> {
     let kept = &errors[errors.len().saturating_sub(AttemptError::KEPT)..];
-    serde_json::to_string(kept)
-        .map_err(|e| Error::new(ErrorKind::Unexpected, "the errors of a record cannot be stored").because(e))
+    serde_json::to_string(kept).map_err(|e| {
+        Error::new(ErrorKind::Unexpected, "the errors of a record cannot be stored").because(JsonError::from(e))
+    })
 }
 
 /// The errors kept; what is none counts as no errors, since nothing depends on them.

@@ -2,8 +2,8 @@
 
 use bytes::Bytes;
 use postrider_core::{
-    Error, ErrorKind, Message, MessageId, MessageParts, Result, Topic, clock::Timestamp, log::AttemptError,
-    message::Text,
+    Error, ErrorKind, Message, MessageId, MessageParts, Result, Topic, clock::Timestamp, event::JsonError,
+    log::AttemptError, message::Text,
 };
 use sqlx::{Row as _, sqlite::SqliteRow};
 use std::{borrow::Cow, sync::Arc};
@@ -61,7 +61,7 @@ impl Packed<'_> {
 
 /// The events of one row of `fresh`, each with its payload.
 pub(crate) fn unpack(text: &str, payloads: Vec<u8>) -> Result<Vec<(Packed<'_>, Bytes)>> {
-    let packed: Vec<Packed<'_>> = serde_json::from_str(text).map_err(|e| unreadable().because(e))?;
+    let packed: Vec<Packed<'_>> = serde_json::from_str(text).map_err(|e| unreadable().because(JsonError::from(e)))?;
     let mut payloads = Bytes::from(payloads);
     let lengths: usize = packed.iter().map(|event| event.10).sum();
     if lengths != payloads.len() {
@@ -154,11 +154,11 @@ impl Reader {
     }
 }
 
-fn headers_from_text(text: &str) -> serde_json::Result<Vec<(String, String)>> {
+fn headers_from_text(text: &str) -> std::result::Result<Vec<(String, String)>, JsonError> {
     if text == "[]" {
         Ok(Vec::new())
     } else {
-        serde_json::from_str(text)
+        Ok(serde_json::from_str(text)?)
     }
 }
 
@@ -168,12 +168,13 @@ pub(crate) fn headers(message: &Message) -> Result<String> {
         return Ok("[]".to_owned());
     }
     serde_json::to_string(message.headers())
-        .map_err(|e| Error::new(ErrorKind::Invalid, "the headers cannot be stored").because(e))
+        .map_err(|e| Error::new(ErrorKind::Invalid, "the headers cannot be stored").because(JsonError::from(e)))
 }
 
 pub(crate) fn errors_to_text(errors: &[AttemptError]) -> Result<String> {
-    serde_json::to_string(errors)
-        .map_err(|e| Error::new(ErrorKind::Unexpected, "the errors of a record cannot be stored").because(e))
+    serde_json::to_string(errors).map_err(|e| {
+        Error::new(ErrorKind::Unexpected, "the errors of a record cannot be stored").because(JsonError::from(e))
+    })
 }
 
 /// The errors kept; a text that is none counts as no errors, since nothing depends on them.
