@@ -36,6 +36,12 @@
 //! handlers need more than some seconds for one message, the broker's `consumer_timeout` (30 minutes) has to be longer than
 //! they need for 256, or it ends the channel, and what was not settled comes again, in order.
 //!
+//! # Payloads in log lines
+//! lapin logs every message that RabbitMQ returns, payload included, as a WARN of the target `lapin::returned_messages`: each
+//! probe of a topic that leads nowhere is one. It does so in a thread of its own, before this crate sees the message, so only
+//! the application's filter can silence it: `RUST_LOG=info,lapin::returned_messages=off`. Nothing is lost by that. The relay
+//! reports the topic and the broker's reason itself. Debug lines of lapin print frames and their payloads, too.
+//!
 //! # The choices behind it
 //! The recipe for order and the traps it avoids are those found by trying: handing over with `basic.cancel`, with a nack, or
 //! to a consumer with a smaller prefetch puts messages behind those that follow them.
