@@ -4,8 +4,8 @@ use async_trait::async_trait;
 use postrider::{
     EventLog, GroupName, Mailbox, MessageId, Result, Topic,
     log::{
-        Admission, Arrival, Claim, Claimed, EventLogStore, InboxLog, Lent, LogTransaction, NewRecord, Note, Purge,
-        Savepoint, Session, SessionOptions, SettleReport, Settled, TransactionalLog,
+        Admission, Arrival, Claim, Claimed, EventLogStore, GroupMember, InboxLog, Lent, LogTransaction, NewRecord,
+        Note, Purge, RegisteredMember, Savepoint, Session, SessionOptions, SettleReport, Settled, TransactionalLog,
     },
 };
 use std::{
@@ -192,5 +192,11 @@ impl InboxLog for Inbox {
         let written = self.inner.write_note(tx, group, id, expected, text).await;
         self.fate.decides("noted");
         written
+    }
+    async fn register(&self, group: &GroupName, member: &GroupMember, retention: Duration) -> Result<()> {
+        self.inner.register(group, member, retention).await
+    }
+    async fn members(&self, group: &GroupName, retention: Duration) -> Result<Vec<RegisteredMember>> {
+        self.inner.members(group, retention).await
     }
 }

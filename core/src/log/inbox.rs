@@ -1,7 +1,7 @@
-use super::Lent;
+use super::{GroupMember, Lent, RegisteredMember};
 use crate::{GroupName, Message, MessageId, Result, Topic};
 use async_trait::async_trait;
-use std::{fmt::Debug, sync::Arc};
+use std::{fmt::Debug, sync::Arc, time::Duration};
 
 /// A message that has reached a group, as [`InboxLog::admit`] asks about it.
 #[derive(Debug, Clone, PartialEq)]
@@ -138,6 +138,35 @@ pub trait InboxLog: Debug + Send + Sync + 'static {
         expected: u64,
         text: &str,
     ) -> Result<bool>;
+
+    /// Registers a member of the group, or renews its registration, and forgets the members of the group that have been
+    /// unseen for longer than `retention`.
+    ///
+    /// # Contract
+    /// - Committed when it returns: every later call of [`members`](InboxLog::members), on any handle, sees it.
+    /// - A member is known by its [`Owner`](super::Owner) within the group. Registering again replaces its types and
+    ///   topics and sets its last-seen time by the log's clock; the time of its first registration stays. A member that
+    ///   was unseen for longer than `retention` starts anew.
+    /// - Groups do not see each other's members.
+    /// - Cancelled, it has happened or it has not.
+    ///
+    /// Held by `log::members_know_each_other`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable) if the log cannot be reached; the call may be repeated.
+    async fn register(&self, group: &GroupName, member: &GroupMember, retention: Duration) -> Result<()>;
+
+    /// Lists the members of the group that were seen within `retention`, oldest registration first.
+    ///
+    /// # Contract
+    /// Answers for what is committed when it is called, with one cheap read: a consumer asks it for a batch that
+    /// contains a type it does not handle.
+    ///
+    /// Held by `log::members_know_each_other`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable) if the log cannot be reached.
+    async fn members(&self, group: &GroupName, retention: Duration) -> Result<Vec<RegisteredMember>>;
 }
 
 macro_rules! forward {
@@ -162,6 +191,12 @@ macro_rules! forward {
                 text: &str,
             ) -> Result<bool> {
                 (**self).write_note(tx, group, id, expected, text).await
+            }
+            async fn register(&self, group: &GroupName, member: &GroupMember, retention: Duration) -> Result<()> {
+                (**self).register(group, member, retention).await
+            }
+            async fn members(&self, group: &GroupName, retention: Duration) -> Result<Vec<RegisteredMember>> {
+                (**self).members(group, retention).await
             }
         }
     };

@@ -167,6 +167,11 @@ impl Owner {
     pub fn new() -> Self {
         Self(Uuid::now_v7())
     }
+    /// An owner as a log has stored it.
+    #[must_use]
+    pub const fn from_uuid(uuid: Uuid) -> Self {
+        Self(uuid)
+    }
     /// The UUID it is stored as.
     #[must_use]
     pub const fn as_uuid(&self) -> &Uuid {

@@ -4,8 +4,8 @@ use crate::{
     Deliveries, DeliveryTag, Disposition, Error, ErrorKind, EventLog, Feed, GroupName, Incoming, Mailbox, Message,
     MessageId, PublishError, Publisher, Reachability, Result, Settler, Subscriber, Subscription, Topic, Transport,
     log::{
-        Admission, Arrival, Claim, Claimed, EventLogStore, InboxLog, Lent, LogTransaction, NewRecord, Note, Purge,
-        Savepoint, Session, SessionOptions, SettleReport, Settled, TransactionalLog,
+        Admission, Arrival, Claim, Claimed, EventLogStore, GroupMember, InboxLog, Lent, LogTransaction, NewRecord,
+        Note, Purge, RegisteredMember, Savepoint, Session, SessionOptions, SettleReport, Settled, TransactionalLog,
     },
     publisher::{Outcomes, PublisherExt as _},
 };
@@ -204,6 +204,12 @@ impl InboxLog for Mortal<Arc<dyn InboxLog>> {
         text: &str,
     ) -> Result<bool> {
         self.reach()?.write_note(tx, group, id, expected, text).await
+    }
+    async fn register(&self, group: &GroupName, member: &GroupMember, retention: Duration) -> Result<()> {
+        self.reach()?.register(group, member, retention).await
+    }
+    async fn members(&self, group: &GroupName, retention: Duration) -> Result<Vec<RegisteredMember>> {
+        self.reach()?.members(group, retention).await
     }
 }
 

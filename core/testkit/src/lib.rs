@@ -61,6 +61,7 @@ macro_rules! log_conformance {
             a_look_writes_nothing
             notes_are_compared_and_set
             notes_are_kept_while_their_message_waits
+            members_know_each_other
             a_savepoint_undoes_a_part
             claims_are_bounded_by_bytes
             random_histories_lose_nothing_and_keep_order

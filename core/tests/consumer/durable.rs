@@ -9,12 +9,15 @@ use async_trait::async_trait;
 use postrider_core::{
     Bus, EventLog, GroupName, HandlerError, HandlerResult, MessageId, OnFailure, RelayOptions, Result, Retry, Running,
     Transport,
-    log::{Admission, Arrival, InboxLog, Lent, Note},
+    log::{Admission, Arrival, GroupMember, InboxLog, Lent, Note, RegisteredMember},
     relay::Backoff,
 };
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
 };
 
 /// An inbox that answers so many calls, and then dies: before the call has its effect, or after.
@@ -68,6 +71,12 @@ impl InboxLog for Mortal {
             std::future::pending::<()>().await;
         }
         written
+    }
+    async fn register(&self, group: &GroupName, member: &GroupMember, retention: Duration) -> Result<()> {
+        self.inner.register(group, member, retention).await
+    }
+    async fn members(&self, group: &GroupName, retention: Duration) -> Result<Vec<RegisteredMember>> {
+        self.inner.members(group, retention).await
     }
 }
 

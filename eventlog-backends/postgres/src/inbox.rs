@@ -4,10 +4,10 @@ use crate::{PostgresLog, error::doing, log::unexpected};
 use async_trait::async_trait;
 use postrider_core::{
     GroupName, Mailbox, MessageId, Result,
-    log::{Admission, Arrival, InboxLog, Lent, Note},
+    log::{Admission, Arrival, GroupMember, InboxLog, Lent, Note, RegisteredMember},
 };
 use sqlx::{Connection as _, PgConnection, Row as _, types::Uuid};
-use std::collections::HashSet;
+use std::{collections::HashSet, time::Duration};
 
 /// Arrivals as the statements take them.
 struct Asked<'a> {
@@ -185,5 +185,13 @@ impl InboxLog for PostgresLog {
         let is_written = self.set_note(&mut tx, mailbox, id, expected, text).await?;
         tx.commit().await.map_err(failed)?;
         Ok(is_written)
+    }
+
+    async fn register(&self, group: &GroupName, member: &GroupMember, retention: Duration) -> Result<()> {
+        self.register_member(group, member, retention).await
+    }
+
+    async fn members(&self, group: &GroupName, retention: Duration) -> Result<Vec<RegisteredMember>> {
+        self.list_members(group, retention).await
     }
 }

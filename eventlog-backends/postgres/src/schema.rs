@@ -51,7 +51,7 @@ pub(crate) fn grants(names: &Names, role: &str) -> String {
     };
     let functions = ["bytea", "text", "jsonb"].map(append).join(", ");
     names.fill(&format!(
-        "GRANT SELECT, INSERT, UPDATE, DELETE ON {{mailbox}}, {{lane}}, {{relay}}, {{event}}, {{parked}}, {{scheduled}}, {{done}}, {{receipt}}, {{note}} TO {role};\n\
+        "GRANT SELECT, INSERT, UPDATE, DELETE ON {{mailbox}}, {{lane}}, {{relay}}, {{event}}, {{parked}}, {{scheduled}}, {{done}}, {{receipt}}, {{note}}, {{member}} TO {role};\n\
          GRANT SELECT, UPDATE ON {{settings}} TO {role};\n\
          GRANT SELECT, TRUNCATE ON {done} TO {role};\n\
          GRANT SELECT, USAGE ON SEQUENCE {{position}} TO {role};\n\

@@ -414,6 +414,14 @@ statements! {
     note: "SELECT version, body FROM {note} WHERE mailbox = $1 AND message_id = $2";
     add_note: "INSERT INTO {note} (mailbox, message_id, version, body, written_at) VALUES ($1, $2, 1, $3, {clock}()) ON CONFLICT DO NOTHING";
     set_note: "UPDATE {note} SET version = version + 1, body = $3, written_at = {clock}() WHERE mailbox = $1 AND message_id = $2 AND version = $4";
+    /// ?1 group, ?2 owner, ?3 types, ?4 topics, ?5 the retention. A member that was unseen for longer starts anew.
+    register_member: "WITH gone AS (DELETE FROM {member} WHERE group_name = $1 AND owner IN (SELECT owner FROM {member} \
+            WHERE group_name = $1 AND owner <> $2 AND seen_at < {clock}() - make_interval(secs => $5) FOR UPDATE SKIP LOCKED)) \
+        INSERT INTO {member} AS m (group_name, owner, types, topics, registered_at, seen_at) SELECT $1, $2, $3, $4, c, c FROM {clock}() c \
+        ON CONFLICT (group_name, owner) DO UPDATE SET types = EXCLUDED.types, topics = EXCLUDED.topics, seen_at = EXCLUDED.seen_at, registered_at = \
+            CASE WHEN m.seen_at < EXCLUDED.seen_at - make_interval(secs => $5) THEN EXCLUDED.registered_at ELSE m.registered_at END";
+    members: "SELECT owner, types, topics, extract(epoch FROM c - registered_at)::float8, extract(epoch FROM c - seen_at)::float8 \
+        FROM {clock}() c, {member} WHERE group_name = $1 AND seen_at >= c - make_interval(secs => $2) ORDER BY registered_at, owner";
     purge_notes: "DELETE FROM {note} r USING (SELECT n.mailbox, n.message_id FROM {note} n WHERE n.mailbox = $1 AND n.written_at <= {clock}() - make_interval(secs => $2) \
         AND NOT EXISTS (SELECT 1 FROM {parked} p WHERE p.message_id = n.message_id AND p.mailbox + 0 = n.mailbox) ORDER BY written_at LIMIT $3 FOR UPDATE SKIP LOCKED) o WHERE r.mailbox = o.mailbox AND r.message_id = o.message_id";
     purge_receipts: "DELETE FROM {receipt} r USING (SELECT mailbox, message_id FROM {receipt} WHERE mailbox = $1 AND seen_at <= {clock}() - make_interval(secs => $2) \

@@ -4,9 +4,10 @@ use crate::{SqliteLog, error::doing, row::micros};
 use async_trait::async_trait;
 use postrider_core::{
     GroupName, Mailbox, MessageId, Result,
-    log::{Admission, Arrival, InboxLog, Lent, Note},
+    log::{Admission, Arrival, GroupMember, InboxLog, Lent, Note, RegisteredMember},
 };
 use sqlx::{Row as _, SqliteConnection};
+use std::time::Duration;
 
 impl SqliteLog {
     /// What is known of every arrival.
@@ -150,5 +151,13 @@ impl InboxLog for SqliteLog {
         let is_written = self.set_note(&mut tx, mailbox, id, expected, text).await?;
         tx.commit().await.map_err(failed)?;
         Ok(is_written)
+    }
+
+    async fn register(&self, group: &GroupName, member: &GroupMember, retention: Duration) -> Result<()> {
+        self.register_member(group, member, retention).await
+    }
+
+    async fn members(&self, group: &GroupName, retention: Duration) -> Result<Vec<RegisteredMember>> {
+        self.list_members(group, retention).await
     }
 }

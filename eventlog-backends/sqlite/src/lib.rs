@@ -25,6 +25,7 @@ mod config;
 mod error;
 mod inbox;
 mod log;
+mod members;
 mod purge;
 mod row;
 mod schema;

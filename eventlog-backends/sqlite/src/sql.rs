@@ -50,7 +50,7 @@ impl Names {
 
     /// Puts the names into `{table}`s.
     pub(crate) fn fill(&self, template: &str) -> SqlStr {
-        const NAMES: [&str; 18] = [
+        const NAMES: [&str; 19] = [
             "meta",
             "mailbox",
             "event_mailbox",
@@ -66,6 +66,7 @@ impl Names {
             "receipt_seen",
             "note_written",
             "note",
+            "member",
             "receipt",
             "done_finished",
             "done",
@@ -223,6 +224,12 @@ statements! {
         (SELECT mailbox, message_id FROM {note} INDEXED BY {note_written} WHERE mailbox = ?1 AND written_at <= ?2 \
         AND NOT EXISTS (SELECT 1 FROM {parked} p WHERE p.mailbox = ?1 AND p.message_id = {note}.message_id) ORDER BY written_at LIMIT ?3)";
     add_receipts: "INSERT INTO {receipt} (mailbox, message_id, seen_at) SELECT ?1, unhex(value), ?3 FROM json_each(?2)";
+
+    // The members of groups: ?1 group. Registering forgets those unseen since ?2 first.
+    forget_members: "DELETE FROM {member} WHERE group_name = ?1 AND seen_at < ?2";
+    register_member: "INSERT INTO {member} (group_name, owner, types, topics, registered_at, seen_at) VALUES (?1, ?2, ?3, ?4, ?5, ?5) \
+        ON CONFLICT (group_name, owner) DO UPDATE SET types = excluded.types, topics = excluded.topics, seen_at = excluded.seen_at";
+    members: "SELECT owner, types, topics, registered_at, seen_at FROM {member} WHERE group_name = ?1 AND seen_at >= ?2 ORDER BY registered_at, owner";
 
     // Cleaning up.
     purge_receipts: "DELETE FROM {receipt} WHERE (mailbox, message_id) IN \

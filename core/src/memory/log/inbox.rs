@@ -4,10 +4,10 @@ use super::{MemoryConnection, MemoryLog, queue::Queue};
 use crate::{
     GroupName, Mailbox, MessageId, Result,
     clock::Timestamp,
-    log::{Admission, Arrival, InboxLog, Lent, Note},
+    log::{Admission, Arrival, GroupMember, InboxLog, Lent, Note, RegisteredMember},
 };
 use async_trait::async_trait;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 /// The receipts and notes of a transaction, until it commits. Dropped, they were never there.
 #[derive(Debug, Default)]
@@ -194,4 +194,30 @@ impl InboxLog for MemoryLog {
         }
         Ok(true)
     }
+
+    async fn register(&self, group: &GroupName, member: &GroupMember, retention: Duration) -> Result<()> {
+        let (queue, now) = (self.inbox(group), self.now());
+        let mut rows = queue.rows();
+        rows.members.retain(|_, (_, _, seen)| age(now, *seen) <= retention);
+        let owner = *member.owner.as_uuid();
+        let first = rows.members.get(&owner).map_or(now, |(_, first, _)| *first);
+        rows.members.insert(owner, (member.clone(), first, now));
+        Ok(())
+    }
+
+    async fn members(&self, group: &GroupName, retention: Duration) -> Result<Vec<RegisteredMember>> {
+        let (queue, now) = (self.inbox(group), self.now());
+        let rows = queue.rows();
+        let mut members: Vec<_> = rows.members.values().collect();
+        members.sort_by_key(|(member, first, _)| (*first, *member.owner.as_uuid()));
+        let members = members
+            .into_iter()
+            .map(|(member, first, seen)| RegisteredMember::new(member.clone(), age(now, *first), age(now, *seen)));
+        Ok(members.filter(|member| member.unseen_for <= retention).collect())
+    }
+}
+
+/// How long ago something was; zero if the clock has gone back since.
+fn age(now: Timestamp, then: Timestamp) -> Duration {
+    (now - then).to_std().unwrap_or_default()
 }

@@ -4,7 +4,7 @@ use super::locked;
 use crate::{
     Message, MessageId, Topic,
     clock::{Moment, Timestamp},
-    log::{AttemptError, NewRecord, Note, Owner, Placement, Purge},
+    log::{AttemptError, GroupMember, NewRecord, Note, Owner, Placement, Purge},
 };
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 use tokio::sync::Notify;
+use uuid::Uuid;
 
 #[derive(Debug, Default)]
 pub(super) struct Queue {
@@ -169,6 +170,8 @@ pub(super) struct Rows {
     pub(super) notes: HashMap<MessageId, (Note, Timestamp)>,
     /// The notes that an open transaction has written.
     pub(super) locked_notes: HashSet<MessageId>,
+    /// The members of the group, each with the times it was seen first and last.
+    pub(super) members: BTreeMap<Uuid, (GroupMember, Timestamp, Timestamp)>,
     pub(super) lease: Option<Holder>,
     pub(super) epoch: u64,
 }

@@ -220,6 +220,17 @@ CREATE TABLE {note} (
 );
 CREATE INDEX {note_written!} ON {note} (mailbox, written_at);
 
+-- Which members a group has, and what each handles.
+CREATE TABLE {member} (
+    group_name text NOT NULL,
+    owner uuid NOT NULL,
+    types text[] NOT NULL,
+    topics text[] NOT NULL,
+    registered_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    seen_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (group_name, owner)
+) WITH (fillfactor = 50);
+
 -- An event from any language: SELECT append('orders', 'order.placed.v1', '{"n": 1}', key => 'o-1'), in your transaction.
 CREATE FUNCTION {append}(
     topic text, type text, payload bytea, key text DEFAULT NULL, headers jsonb DEFAULT '[]', not_before timestamptz DEFAULT NULL,

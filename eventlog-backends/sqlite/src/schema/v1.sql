@@ -113,3 +113,14 @@ CREATE TABLE {note} (
     PRIMARY KEY (mailbox, message_id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX {note_written} ON {note} (mailbox, written_at);
+
+-- Which members a group has, and what each handles: types and topics are JSON arrays.
+CREATE TABLE {member} (
+    group_name TEXT NOT NULL,
+    owner BLOB NOT NULL CHECK (length(owner) = 16),
+    types TEXT NOT NULL,
+    topics TEXT NOT NULL,
+    registered_at INTEGER NOT NULL,
+    seen_at INTEGER NOT NULL,
+    PRIMARY KEY (group_name, owner)
+) STRICT, WITHOUT ROWID;
