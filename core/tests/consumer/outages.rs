@@ -9,8 +9,8 @@ use postrider_core::{
     Bus, Context, Error, ErrorKind, EventLog, GroupName, HandlerResult, Mailbox, MessageId, Result, Retry,
     Transactional, Transport,
     log::{
-        Admission, Arrival, EventLogStore, InboxLog, Lent, LogTransaction, NewRecord, Note, Purge, Savepoint, Session,
-        SessionOptions, TransactionalLog,
+        Admission, Arrival, EventLogStore, GroupMember, InboxLog, Lent, LogTransaction, NewRecord, Note, Purge,
+        RegisteredMember, Savepoint, Session, SessionOptions, TransactionalLog,
     },
     relay::Backoff,
 };
@@ -18,6 +18,7 @@ use std::sync::{
     Arc,
     atomic::{AtomicBool, AtomicU32, Ordering},
 };
+use std::time::Duration;
 
 /// Which calls fail: each of these fails so many times, and then works.
 #[derive(Debug, Default)]
@@ -110,6 +111,12 @@ impl InboxLog for Ailing<dyn InboxLog> {
             return Err(error);
         }
         self.0.write_note(tx, group, id, expected, text).await
+    }
+    async fn register(&self, group: &GroupName, member: &GroupMember, retention: Duration) -> Result<()> {
+        self.0.register(group, member, retention).await
+    }
+    async fn members(&self, group: &GroupName, retention: Duration) -> Result<Vec<RegisteredMember>> {
+        self.0.members(group, retention).await
     }
 }
 
