@@ -2,12 +2,13 @@
 
 use super::{
     Context, HandlerError, HandlerErrorKind, HandlerResult, Verdict,
-    chain::{AnyChain, decode},
+    chain::{AnyChain, Tell, decode},
+    gate::Away,
     gathering::Gathering,
     handled::{After, Handled, HandledBy},
     middleware::{Layer, Panicked, ask, tell},
 };
-use crate::{AnyEvent, Event, Message, Topic, log::AttemptError};
+use crate::{AnyEvent, Event, Message, MessageId, Topic, log::AttemptError};
 use async_trait::async_trait;
 use futures_util::{FutureExt as _, future::BoxFuture};
 use std::{borrow::Cow, fmt, num::NonZeroUsize, panic::AssertUnwindSafe, time::Duration};
@@ -186,13 +187,16 @@ impl<E: Event> AnyChain for BatchChain<E> {
 
     async fn handle(&self, ctx: &mut Context, by: &HandledBy<'_>) -> Handled {
         let own = Context::new(ctx.message().clone(), ctx.tools().clone());
-        let outcomes = self.handle_together(vec![(own, *by)]).await;
-        outcomes.into_iter().next().unwrap_or(Handled::Released)
+        let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+        self.handle_together(vec![(own, *by)], tell).await;
+        told.try_recv().map_or(Handled::Released, |(_, handled)| handled)
     }
 
     /// Those that fail are tried again in place, without the others, and then wait one by one.
-    async fn handle_together(&self, batch: Vec<(Context, HandledBy<'_>)>) -> Vec<Handled> {
-        let mut outcomes: Vec<Option<Handled>> = batch.iter().map(|_| None).collect();
+    async fn handle_together(&self, batch: Vec<(Context, HandledBy<'_>)>, told: Tell) {
+        let ended = |place: usize, handled: Handled| {
+            let _ = told.send((place, handled));
+        };
         let mut left = Vec::with_capacity(batch.len());
         for (place, (mut ctx, by)) in batch.into_iter().enumerate() {
             match decode::<E>(ctx.message()) {
@@ -208,7 +212,7 @@ impl<E: Event> AnyChain for BatchChain<E> {
                     let error = HandlerError::permanent(why);
                     let errors = vec![AttemptError::new(by.tools.clock.now(), by.attempts, error.to_chain())];
                     let verdict = self.verdict(&mut ctx, &error, Verdict::DeadLetter).await;
-                    outcomes[place] = Some(by.carry_out_undecoded(verdict, errors));
+                    ended(place, by.carry_out_undecoded(verdict, errors));
                 }
             }
         }
@@ -238,23 +242,45 @@ impl<E: Event> AnyChain for BatchChain<E> {
             let results: BatchResult = judged
                 .map(|(result, ctx)| result.map_err(|error| ctx.judged(error)))
                 .collect();
-            let away = results.iter().find_map(|result| match result {
+            // A service that answered for one event of the call is not away: those that miss it wait by themselves.
+            let ids: Vec<MessageId> = ctx.messages().map(Message::id).collect();
+            let is_away = |result: &HandlerResult| match result {
                 Err(error) if error.kind() == HandlerErrorKind::Unavailable => Some(error.to_chain()),
                 _ => None,
-            });
-            match away {
-                Some(why) => pass.unavailable(&*by.tools.clock, why),
-                None => pass.answered(),
-            }
+            };
+            let all_wait = match results.iter().position(|result| is_away(result).is_none()) {
+                Some(answered) => {
+                    pass.answered(ids[answered]);
+                    None
+                }
+                None => results
+                    .first()
+                    .and_then(is_away)
+                    .map(|why| pass.unavailable(&*by.tools.clock, ids[0], why)),
+            };
             let mut longest = Duration::ZERO;
             for (((result, event), mut ctx), (place, by, mut attempts, mut errors)) in
                 results.into_iter().zip(events).zip(ctx.contexts).zip(items)
             {
                 let Err(error) = result else {
-                    outcomes[place] = Some(Handled::Done);
+                    ended(place, Handled::Done);
                     continue;
                 };
-                if error.kind() != HandlerErrorKind::Unavailable {
+                if error.kind() == HandlerErrorKind::Unavailable {
+                    let wait = match all_wait {
+                        Some(Away::All) => None,
+                        Some(Away::Alone(wait)) => Some(wait),
+                        None => Some(by.gate.alone(ctx.message().id())),
+                    };
+                    match wait.map(|wait| by.after_unavailable(wait, attempts, error.to_chain())) {
+                        None => {}
+                        Some(After::Here(wait)) => longest = longest.max(wait),
+                        Some(After::Ends(handled)) => {
+                            ended(place, handled);
+                            continue;
+                        }
+                    }
+                } else {
                     attempts += 1;
                     errors.push(AttemptError::new(by.tools.clock.now(), attempts, error.to_chain()));
                     tell(&self.for_all, &mut ctx, &error, attempts).await;
@@ -269,7 +295,7 @@ impl<E: Event> AnyChain for BatchChain<E> {
                     match by.after_failure(&error, attempts, &mut errors, verdict) {
                         After::Here(wait) => longest = longest.max(wait),
                         After::Ends(handled) => {
-                            outcomes[place] = Some(handled);
+                            ended(place, handled);
                             continue;
                         }
                     }
@@ -293,10 +319,6 @@ impl<E: Event> AnyChain for BatchChain<E> {
                 break;
             }
         }
-        outcomes
-            .into_iter()
-            .map(|outcome| outcome.unwrap_or(Handled::Released))
-            .collect()
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::{
     Context, HandlerError, HandlerErrorKind, HandlerResult, Verdict, durable,
+    gate::Away,
     gathering::Gathering,
     handled::{After, Handled, HandledBy},
     middleware::{Endpoint, Layer, Next, Panicked, ask, tell},
@@ -11,6 +12,9 @@ use crate::{AnyEvent, Codec as _, Error, ErrorKind, Event, Message, Result, Topi
 use async_trait::async_trait;
 use futures_util::{FutureExt as _, future::BoxFuture};
 use std::{any::type_name, borrow::Cow, fmt, num::NonZeroUsize, panic::AssertUnwindSafe, time::Duration};
+
+/// Where the outcomes of a batch go, with their places.
+pub(super) type Tell = tokio::sync::mpsc::UnboundedSender<(usize, Handled)>;
 
 /// A chain as a subscription holds it.
 #[async_trait]
@@ -33,13 +37,11 @@ pub(super) trait AnyChain: fmt::Debug + Send + Sync {
     }
     /// Decodes the message and takes it through the steps, until they have succeeded, or it has to wait, or it is dead.
     async fn handle(&self, ctx: &mut Context, by: &HandledBy<'_>) -> Handled;
-    /// Several together: one outcome each.
-    async fn handle_together(&self, batch: Vec<(Context, HandledBy<'_>)>) -> Vec<Handled> {
-        let mut outcomes = Vec::with_capacity(batch.len());
-        for (mut ctx, by) in batch {
-            outcomes.push(self.handle(&mut ctx, &by).await);
+    /// Several together: one outcome each, told by its place as soon as it is known.
+    async fn handle_together(&self, batch: Vec<(Context, HandledBy<'_>)>, tell: Tell) {
+        for (at, (mut ctx, by)) in batch.into_iter().enumerate() {
+            let _ = tell.send((at, self.handle(&mut ctx, &by).await));
         }
-        outcomes
     }
 }
 
@@ -184,17 +186,32 @@ impl<E: Event> Chain<E> {
                 return Handled::Released;
             };
             ctx.begin_attempt(tried.attempts + 1);
+            let message = ctx.message().id();
             let Err(error) = self.attempt(&event, ctx).await else {
-                pass.answered();
-                return Handled::Done;
+                pass.answered(message);
+                return if ctx.was_dropped {
+                    Handled::Dropped
+                } else {
+                    Handled::Done
+                };
             };
-            match error.kind() {
-                HandlerErrorKind::Unavailable => {
-                    pass.unavailable(&*by.tools.clock, error.to_chain());
-                    continue;
+            if error.kind() == HandlerErrorKind::Unavailable {
+                let why = error.to_chain();
+                match pass.unavailable(&*by.tools.clock, message, why.clone()) {
+                    Away::All => continue,
+                    Away::Alone(wait) => match by.after_unavailable(wait, tried.attempts, why) {
+                        After::Ends(handled) => return handled,
+                        After::Here(wait) => {
+                            let slept = Box::pin(by.stop.run_until_cancelled(by.tools.clock.sleep(wait)));
+                            if slept.await.is_none() {
+                                return Handled::Released;
+                            }
+                            continue;
+                        }
+                    },
                 }
-                _ => pass.answered(),
             }
+            pass.answered(message);
             match Box::pin(self.failed(ctx, by, &event, &error, &mut tried)).await {
                 After::Here(wait) => {
                     let slept = Box::pin(by.stop.run_until_cancelled(by.tools.clock.sleep(wait)));
@@ -281,7 +298,7 @@ impl<E: Event> Chain<E> {
                     continue;
                 }
                 Admission::Duplicate | Admission::Parked => {
-                    outcomes.push(Handled::Done);
+                    outcomes.push(Handled::Dropped);
                     continue;
                 }
             }
@@ -306,7 +323,9 @@ impl<E: Event> Chain<E> {
             tracing::debug!(group = %tools.group, error = error.to_chain(), "the commit of a batch failed: it is handled one by one");
             return None;
         }
-        pass.answered();
+        if let Some((ctx, _)) = batch.first() {
+            pass.answered(ctx.message().id());
+        }
         Some(outcomes)
     }
 }
@@ -377,17 +396,21 @@ impl<E: Event> AnyChain for Chain<E> {
         self.handle_event(ctx, by).await
     }
 
-    async fn handle_together(&self, mut batch: Vec<(Context, HandledBy<'_>)>) -> Vec<Handled> {
+    async fn handle_together(&self, mut batch: Vec<(Context, HandledBy<'_>)>, tell: Tell) {
         if batch.len() > 1
             && let Some(outcomes) = self.handle_in_one_transaction(&mut batch).await
         {
-            return outcomes;
+            for outcome in outcomes.into_iter().enumerate() {
+                let _ = tell.send(outcome);
+            }
+            return;
         }
-        let each = batch.into_iter().map(|(mut ctx, by)| async move {
+        let tell = &tell;
+        let each = batch.into_iter().enumerate().map(|(at, (mut ctx, by))| async move {
             let _ = ctx.roll_back().await;
-            self.handle(&mut ctx, &by).await
+            let _ = tell.send((at, self.handle(&mut ctx, &by).await));
         });
-        futures_util::future::join_all(each).await
+        futures_util::future::join_all(each).await;
     }
 }
 

@@ -76,6 +76,8 @@ pub struct Context {
     log_was_away: Option<String>,
     /// It was parked in the inbox, and comes from there.
     pub(super) was_parked: bool,
+    /// The inbox knew it: its handlers were not called.
+    pub(super) was_dropped: bool,
     /// The steps that have run and would have to be taken back, in order.
     pub(super) ran: Vec<usize>,
     values: HashMap<TypeId, Box<dyn Any + Send + Sync>>,
@@ -97,6 +99,7 @@ impl Context {
             rolled_back: None,
             log_was_away: None,
             was_parked: false,
+            was_dropped: false,
             ran: Vec::new(),
             values: HashMap::new(),
         }

@@ -1,10 +1,15 @@
 //! Whether a subscription may go on: a person can pause it, and so can an outage.
 
-use crate::clock::{Clock, Moment};
+use crate::{
+    MessageId,
+    clock::{Clock, Moment},
+};
+use rustc_hash::FxHashMap;
 use std::{
+    collections::VecDeque,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -15,13 +20,24 @@ use tokio_util::sync::CancellationToken;
 const FIRST: Duration = Duration::from_millis(500);
 /// The longest.
 const LONGEST: Duration = Duration::from_secs(30);
+/// After so many failed probes a message that waits alone steps aside for others.
+const ALONE: u32 = 3;
+/// How many messages are remembered that found a service away.
+const SUSPECTS: usize = 4096;
 
-/// What every handling passes before each attempt. While a service is away one of them probes, the others wait.
+/// What every handling passes before each attempt. While a service is away one of them probes, in turn, and the others wait.
+///
+/// A message that finds the service away again after another one has found it there is at fault itself: it waits alone, and
+/// the others go on.
 #[derive(Debug, Default)]
 pub(super) struct Gate {
     state: Mutex<State>,
     /// What is read when all is well.
     is_closed: AtomicBool,
+    /// Whether any message is suspected.
+    has_suspects: AtomicBool,
+    /// Attempts that got an answer.
+    answers: AtomicU64,
     changed: Notify,
 }
 
@@ -32,6 +48,11 @@ struct State {
     outage: Option<Outage>,
     /// The event log is away: whoever writes to it tries on.
     log_away: Option<String>,
+    /// Messages that found a service away, each with the answers that others had got by then.
+    suspects: FxHashMap<MessageId, Suspect>,
+    last_ticket: u64,
+    /// Who waits for an outage to end, in the order in which they probe.
+    waiting: VecDeque<u64>,
 }
 
 #[derive(Debug)]
@@ -43,11 +64,26 @@ struct Outage {
     why: String,
 }
 
+#[derive(Debug, Clone, Copy)]
+struct Suspect {
+    answers: u64,
+    times: u32,
+}
+
 /// The right to make one attempt. Dropped without a word, as when the handling is cut off, somebody else may probe.
 #[derive(Debug)]
 pub(super) struct Pass<'a> {
     gate: &'a Gate,
     is_probe: bool,
+}
+
+/// What a message does that finds a service away.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Away {
+    /// It waits at the gate, as all do.
+    All,
+    /// Others are answered: it waits for so long by itself.
+    Alone(Duration),
 }
 
 impl Drop for Pass<'_> {
@@ -64,21 +100,51 @@ impl Drop for Pass<'_> {
 }
 
 impl Pass<'_> {
-    /// The attempt got an answer, be it a failure: nothing is away.
-    pub(super) fn answered(mut self) {
+    /// The attempt on `message` got an answer, be it a failure: nothing is away.
+    pub(super) fn answered(mut self, message: MessageId) {
+        self.gate.answers.fetch_add(1, Ordering::AcqRel);
+        if self.gate.has_suspects.load(Ordering::Acquire) {
+            let mut state = self.gate.state();
+            state.suspects.remove(&message);
+            self.gate
+                .has_suspects
+                .store(!state.suspects.is_empty(), Ordering::Release);
+        }
         if self.is_probe {
             self.is_probe = false;
             self.gate.state().outage = None;
             self.gate.tell();
-            tracing::info!("what the handlers need is back: the subscription goes on");
+            tracing::info!("the services that handlers need are available again: the subscription continues");
         }
     }
 
-    /// What the attempt needs is away.
-    pub(super) fn unavailable(mut self, clock: &dyn Clock, why: String) {
+    /// What the attempt on `message` needs is away.
+    pub(super) fn unavailable(mut self, clock: &dyn Clock, message: MessageId, why: String) -> Away {
         let was_probe = std::mem::take(&mut self.is_probe);
-        self.gate.close(clock, why, was_probe);
+        self.gate.close(clock, message, why, was_probe)
     }
+}
+
+/// A place among those who wait for an outage to end.
+struct Ticket<'a> {
+    gate: &'a Gate,
+    number: u64,
+}
+
+impl Drop for Ticket<'_> {
+    fn drop(&mut self) {
+        let mut state = self.gate.state();
+        let was_first = state.waiting.front() == Some(&self.number);
+        state.waiting.retain(|number| *number != self.number);
+        drop(state);
+        if was_first {
+            self.gate.changed.notify_waiters();
+        }
+    }
+}
+
+fn alone_for(times: u32) -> Duration {
+    FIRST.saturating_mul(1 << times.min(10)).min(LONGEST)
 }
 
 impl Gate {
@@ -99,11 +165,14 @@ impl Gate {
         self.is_closed.load(Ordering::Acquire)
     }
 
-    /// Why nothing goes on, if it is an outage.
+    /// Why nothing goes on, if it is an outage of what handlers need.
     pub(super) fn outage(&self) -> Option<String> {
-        let state = self.state();
-        let of_handlers = state.outage.as_ref().map(|outage| outage.why.clone());
-        of_handlers.or_else(|| state.log_away.clone())
+        self.state().outage.as_ref().map(|outage| outage.why.clone())
+    }
+
+    /// Why the event log counts as away, while it does.
+    pub(super) fn log_away(&self) -> Option<String> {
+        self.state().log_away.clone()
     }
 
     /// Nothing more is begun, or taken from the broker, until the log [is back](Gate::log_is_back).
@@ -114,7 +183,7 @@ impl Gate {
 
     pub(super) fn log_is_back(&self) {
         if self.is_closed() && self.state().log_away.take().is_some() {
-            tracing::info!("the event log is back: the subscription goes on");
+            tracing::info!("the event log is available again: the subscription continues");
             self.tell();
         }
     }
@@ -129,19 +198,41 @@ impl Gate {
         self.tell();
     }
 
-    /// Something is away: an outage begins, or a probe has failed.
-    fn close(&self, clock: &dyn Clock, why: String, was_probe: bool) {
+    /// A message finds a service away: an outage begins, a probe has failed, or the message is at fault itself.
+    fn close(&self, clock: &dyn Clock, message: MessageId, why: String, was_probe: bool) -> Away {
         let mut state = self.state();
+        let answers = self.answers.load(Ordering::Acquire);
+        let before = state.suspects.get(&message).copied();
+        let suspect = Suspect {
+            answers,
+            times: before.map_or(1, |suspect| suspect.times.saturating_add(1)),
+        };
+        if before.is_some() || state.suspects.len() < SUSPECTS {
+            state.suspects.insert(message, suspect);
+            self.has_suspects.store(true, Ordering::Release);
+        }
+        if let Some(before) = before
+            && answers > before.answers
+        {
+            if was_probe && let Some(outage) = &mut state.outage {
+                outage.is_probed = false;
+            }
+            drop(state);
+            self.changed.notify_waiters();
+            let wait = alone_for(before.times);
+            tracing::warn!(%message, error = why, retry_in = ?wait, "a service is unavailable to this message only: it waits, the others continue, and no attempt is counted");
+            return Away::Alone(wait);
+        }
         let wait = match &state.outage {
             None => FIRST,
             Some(outage) if was_probe => (outage.wait * 2).min(LONGEST),
             // One of those that were under way when it began.
-            Some(_) => return,
+            Some(_) => return Away::All,
         };
         if state.outage.is_none() {
             tracing::warn!(
                 error = why,
-                "what the handlers need is away: the subscription waits, and no attempt is counted"
+                "a service that handlers need is unavailable: the subscription waits, and no attempt is counted"
             );
         }
         let jittered = wait / 2 + (wait / 2).mul_f64(fastrand::f64());
@@ -151,8 +242,38 @@ impl Gate {
             is_probed: false,
             why,
         });
+        // With nobody else to probe it steps aside, so that another message can be taken to find out.
+        let steps_aside = was_probe && state.waiting.is_empty() && suspect.times >= ALONE;
         drop(state);
         self.tell();
+        match steps_aside {
+            true => Away::Alone(wait),
+            false => Away::All,
+        }
+    }
+
+    /// A message finds a service away in a call in which others were answered: how long it waits by itself.
+    pub(super) fn alone(&self, message: MessageId) -> Duration {
+        let mut state = self.state();
+        let times = state.suspects.get(&message).map_or(0, |suspect| suspect.times);
+        if times > 0 || state.suspects.len() < SUSPECTS {
+            let answers = self.answers.load(Ordering::Acquire);
+            let times = times.saturating_add(1);
+            state.suspects.insert(message, Suspect { answers, times });
+            self.has_suspects.store(true, Ordering::Release);
+        }
+        alone_for(times)
+    }
+
+    /// While a service is away and no message waits to probe it: how long until one is to be taken from the broker for that.
+    pub(super) fn lacks_probe(&self, clock: &dyn Clock) -> Option<Duration> {
+        if !self.is_closed() {
+            return None;
+        }
+        let state = self.state();
+        let outage = state.outage.as_ref()?;
+        let lacks = !outage.is_probed && state.waiting.is_empty() && !state.is_paused && state.log_away.is_none();
+        lacks.then(|| outage.until.saturating_sub(clock.elapsed()))
     }
 
     /// Waits until an attempt may be made; `None` once `stop` has been said.
@@ -168,12 +289,21 @@ impl Gate {
     }
 
     async fn wait(&self, clock: &dyn Clock, stop: &CancellationToken) -> Option<Pass<'_>> {
+        // Whose probe has failed comes again behind the others: one message cannot keep all of them waiting.
+        let ticket = {
+            let mut state = self.state();
+            state.last_ticket += 1;
+            let number = state.last_ticket;
+            state.waiting.push_back(number);
+            Ticket { gate: self, number }
+        };
         loop {
             let mut changed = std::pin::pin!(self.changed.notified());
             changed.as_mut().enable();
             let wait = {
                 let mut state = self.state();
                 let now = clock.elapsed();
+                let is_next = state.waiting.front() == Some(&ticket.number);
                 match (&mut state.outage, self.is_closed()) {
                     (_, false) => {
                         return Some(Pass {
@@ -181,7 +311,7 @@ impl Gate {
                             is_probe: false,
                         });
                     }
-                    (Some(outage), _) if !outage.is_probed => {
+                    (Some(outage), _) if !outage.is_probed && is_next => {
                         let left = outage.until.saturating_sub(now);
                         if left.is_zero() && !state.is_paused && state.log_away.is_none() {
                             if let Some(outage) = &mut state.outage {

@@ -9,6 +9,14 @@ use tokio_util::sync::CancellationToken;
 #[derive(Debug)]
 pub(super) enum Handled {
     Done,
+    /// Not handled: the inbox knew it.
+    Dropped,
+    /// To wait by itself for a service that is away, without an attempt.
+    Deferred {
+        after: Duration,
+        attempts: u32,
+        error: AttemptError,
+    },
     /// Not finished when the subscription was stopped, or asked to go back.
     Released,
     /// To wait in the inbox.
@@ -100,6 +108,18 @@ impl HandledBy<'_> {
                 ..
             }
         )
+    }
+
+    /// What comes after an attempt that found a service away which others can reach.
+    pub(super) fn after_unavailable(&self, wait: Duration, attempts: u32, why: String) -> After {
+        if !self.parks() {
+            return After::Here(wait);
+        }
+        After::Ends(Handled::Deferred {
+            after: wait,
+            attempts,
+            error: AttemptError::new(self.tools.clock.now(), 0, why),
+        })
     }
 
     /// What comes after an attempt that failed with `error`: with a verdict if it was the last.

@@ -13,11 +13,15 @@ use crate::{
 };
 use async_trait::async_trait;
 use std::{sync::Arc, time::Duration};
+use tokio_util::task::AbortOnDropHandle;
 
 /// Between tries to reach a log that failed.
 const PAUSE: Duration = Duration::from_millis(500);
 /// How long a message waits in the inbox of whose type this process knows another version, or none: for one that handles it.
 pub(super) const ANOTHER_VERSION: Duration = Duration::from_secs(5);
+
+/// How long a message waits whose handling panicked outside of its handlers.
+const AFTER_A_PANIC: Duration = Duration::from_secs(30);
 
 /// Takes what is due in the inbox through its chain, one record a call.
 #[derive(Debug)]
@@ -35,7 +39,21 @@ impl Attempts for FromInbox {
 
     async fn attempt(&self, batch: &[Message], attempts: &[u32], _: Duration, _: &Outcomes) -> Result<(), Refusal> {
         match (batch, attempts) {
-            ([message], [attempts]) => self.0.handle_parked(message, *attempts).await,
+            ([message], [attempts]) => {
+                // A task of its own: a handler that computes or blocks does not hold up the relay.
+                let (shared, message, attempts) = (self.0.clone(), message.clone(), *attempts);
+                let handling = async move { shared.handle_parked(&message, attempts).await };
+                match AbortOnDropHandle::new(tokio::spawn(handling)).await {
+                    Ok(outcome) => outcome,
+                    Err(_) => {
+                        self.0.panicked();
+                        Err(Refusal::Deferred {
+                            why: "the handling of the message panicked".to_owned(),
+                            after: AFTER_A_PANIC,
+                        })
+                    }
+                }
+            }
             _ => Err(Refusal::HeldBack),
         }
     }
@@ -73,6 +91,11 @@ impl Shared {
                 self.counters.handled(1);
                 Ok(())
             }
+            Handled::Dropped => {
+                self.counters.dropped(1);
+                Ok(())
+            }
+            Handled::Deferred { after, error, .. } => Err(Refusal::Deferred { why: error.text, after }),
             Handled::Parked { after, errors, .. } => Err(Refusal::Rejected {
                 why: why(errors),
                 after,

@@ -9,6 +9,7 @@ mod barrier;
 mod batch;
 mod chain;
 mod context;
+mod crew;
 mod durable;
 mod error;
 mod gate;

@@ -10,6 +10,9 @@ use std::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+/// How long what was cut off by the deadline of a stop may take to settle and to leave the group.
+const AFTER_THE_DEADLINE: Duration = Duration::from_secs(2);
+
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// What a subscription has done since it was started.
@@ -97,7 +100,7 @@ impl Running {
         if self.shared.stop.is_cancelled() {
             return Flow::Stopped;
         }
-        match gate.outage() {
+        match gate.outage().or_else(|| gate.log_away()) {
             _ if gate.is_paused() => Flow::Paused,
             Some(why) => Flow::Waiting(why),
             None => Flow::Running,
@@ -135,7 +138,8 @@ impl Running {
             () = self.shared.tools.clock.sleep(deadline) => {}
         }
         self.kill.cancel();
-        self.tasks.wait().await;
+        // A handler that blocks its thread cannot be cut off, only left behind.
+        let _ = tokio::time::timeout(AFTER_THE_DEADLINE, self.tasks.wait()).await;
         Err(Error::new(
             ErrorKind::Unavailable,
             "handlers were cut off by the deadline: their messages come again",

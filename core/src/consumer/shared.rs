@@ -111,22 +111,39 @@ impl Shared {
         self.finish(delivery, key, handled).await
     }
 
-    /// Several messages through one chain, together.
+    /// Several messages through one chain, together: `each` is given what became of each, by its place, when it is known.
     pub(super) async fn handle_together(
         &self,
         chain: &dyn AnyChain,
         batch: Vec<(Delivery, Option<u64>)>,
-    ) -> Vec<Finished> {
+        each: impl Fn(usize, Finished),
+    ) {
         let contexts = batch.iter().map(|(delivery, _)| {
             let ctx = Context::new(delivery.message().clone(), self.tools.clone());
             (ctx, self.by(delivery))
         });
-        let outcomes = chain.handle_together(contexts.collect()).await;
-        let mut finished = Vec::with_capacity(batch.len());
-        for ((delivery, key), handled) in batch.into_iter().zip(outcomes) {
-            finished.push(self.finish(delivery, key, handled).await);
+        let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+        let contexts = contexts.collect();
+        let mut batch: Vec<_> = batch.into_iter().map(Some).collect();
+        let finish = async {
+            while let Some((at, handled)) = told.recv().await {
+                if let Some((delivery, key)) = batch.get_mut(at).and_then(Option::take) {
+                    each(at, self.finish(delivery, key, handled).await);
+                }
+            }
+        };
+        futures_util::future::join(chain.handle_together(contexts, tell), finish).await;
+        // Those that nothing was told of were not finished when the subscription was stopped.
+        for (at, left) in batch.into_iter().enumerate() {
+            if let Some((delivery, key)) = left {
+                each(at, self.finish(delivery, key, Handled::Released).await);
+            }
         }
-        finished
+    }
+
+    /// A handling panicked outside of what catches the panics of handlers and middleware: a defect of this crate.
+    pub(super) fn panicked(&self) {
+        tracing::error!(group = %self.group, "the handling of a message panicked: the message is released and comes again");
     }
 
     /// What becomes of a message nobody here handles: `None` if it is not for this group.
@@ -165,6 +182,19 @@ impl Shared {
             Handled::Done => {
                 self.counters.handled(1);
                 delivery.ack()
+            }
+            Handled::Dropped => {
+                self.counters.dropped(1);
+                delivery.ack()
+            }
+            Handled::Deferred { after, attempts, error } => {
+                let errors = vec![error];
+                let placement = Placement::Parked {
+                    after,
+                    attempts,
+                    errors,
+                };
+                return Box::pin(self.park(delivery, key, placement)).await;
             }
             Handled::Released => delivery.release(),
             Handled::Retried { after, attempts } => delivery.retry(after, attempts),

@@ -1,22 +1,24 @@
 //! The loop of a subscription: take → look → handle → settle.
 
 use super::{
+    crew::{Crew, Ended, Job, Run},
     gathering::Gatherings,
     shared::{Finished, Shared},
 };
-use crate::{Delivery, ErrorKind, Intake, Settlement, Settling, Taken, log::Admission};
+use crate::{Delivery, Error, ErrorKind, Intake, Settlement, Settling, Taken, log::Admission};
 use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::{
     collections::VecDeque,
     sync::{Arc, atomic::Ordering},
-    task::{Context as TaskContext, Poll, Waker},
     time::Duration,
 };
 use tokio_util::sync::CancellationToken;
 
 /// The longest a settle or a close may take when there is no other deadline.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+/// And once the deadline of a stop has passed.
+const CUT_OFF: Duration = Duration::from_millis(500);
 /// Between tries to reach a transport that failed.
 const PAUSE: Duration = Duration::from_millis(500);
 /// And while a transport fails to take outcomes, which makes messages come again at once: twice as long each time, up to this.
@@ -28,14 +30,11 @@ pub(super) struct Worker {
     pub(super) kill: CancellationToken,
 }
 
-pub(super) enum Ended {
-    One(Finished),
-    Parked(Vec<Finished>),
-    /// What was gathered and handled together.
-    Gathered(Vec<Finished>),
-}
+/// Parks deliveries of one key behind what waits of it.
+type Parking = BoxFuture<'static, Vec<Finished>>;
 
-type Handling = BoxFuture<'static, Ended>;
+/// The most messages of a key that are handed over at once.
+const RUN: usize = 64;
 
 /// Deliveries the inbox has been asked about.
 struct Looked {
@@ -53,11 +52,16 @@ struct Waiting {
 /// What a worker has in hand.
 #[derive(Default)]
 struct InHand {
-    handling: FuturesUnordered<Handling>,
+    parking: FuturesUnordered<Parking>,
+    /// With the crew, or being parked.
     handled: usize,
     /// The keys being handled, each with what waits behind.
     keys: FxHashMap<u64, VecDeque<Waiting>>,
     waiting: usize,
+    /// Keys whose first message waits to be begun.
+    to_start: Vec<u64>,
+    /// To be handed to the crew.
+    jobs: Vec<Job>,
     /// The inbox is to be asked about them, once it has answered for those before.
     to_look: Vec<Delivery>,
     looked_at: usize,
@@ -84,6 +88,8 @@ impl Worker {
     pub(super) async fn run(mut self) {
         let shared = self.shared.clone();
         let mut hand = InHand::default();
+        let crew = Crew::start(&shared, &self.kill);
+        let mut no_news: Vec<Ended> = Vec::new();
         let mut settle: Option<BoxFuture<'static, bool>> = None;
         let mut looking: Option<BoxFuture<'static, Looked>> = None;
         let mut next_pause = PAUSE;
@@ -116,8 +122,21 @@ impl Worker {
                 let clock = shared.tools.clock.clone();
                 async move { clock.sleep(wait).await }.boxed()
             });
-            let room = shared.max_in_flight.load(Ordering::Relaxed).saturating_sub(hand.len());
-            let takes = room > 0 && !is_stopping && pause.is_none() && !shared.gate.is_closed();
+            if !hand.jobs.is_empty() {
+                crew.add(&mut hand.jobs);
+            }
+            let mut room = shared.max_in_flight.load(Ordering::Relaxed).saturating_sub(hand.len());
+            // While a service is away, one message is taken to find out whether it is back, if none waits for that.
+            let mut probing = shared.gate.lacks_probe(&*shared.tools.clock);
+            let probes = probing.take_if(|wait| wait.is_zero()).is_some() && hand.len() == hand.settlements.len();
+            if probes {
+                room = room.min(1);
+            }
+            let takes = room > 0 && !is_stopping && pause.is_none() && (!shared.gate.is_closed() || probes);
+            let mut probing = probing.map(|wait| {
+                let clock = shared.tools.clock.clone();
+                async move { clock.sleep(wait).await }.boxed()
+            });
             tokio::select! {
                 biased;
                 () = self.kill.cancelled() => break,
@@ -132,12 +151,24 @@ impl Worker {
                         hand.settlements.push(delivery.release());
                         key.and_then(|key| hand.keys.remove(&key));
                     }
+                    for job in crew.take_back() {
+                        self.take_back(&mut hand, job);
+                    }
                 }
-                Some(ended) = hand.handling.next(), if !hand.handling.is_empty() => {
-                    self.ended(&mut hand, ended);
-                    while let Some(Some(ended)) = hand.handling.next().now_or_never() {
+                () = crew.news() => {
+                    let mut news = crew.take(std::mem::take(&mut no_news));
+                    for ended in news.drain(..) {
                         self.ended(&mut hand, ended);
                     }
+                    no_news = news;
+                    self.start_keys(&mut hand);
+                }
+                Some(parked) = hand.parking.next(), if !hand.parking.is_empty() => {
+                    self.parked(&mut hand, parked);
+                    while let Some(Some(parked)) = hand.parking.next().now_or_never() {
+                        self.parked(&mut hand, parked);
+                    }
+                    self.start_keys(&mut hand);
                 }
                 failed = ready(&mut settle), if settle.is_some() => {
                     settle = None;
@@ -158,6 +189,7 @@ impl Worker {
                 }
                 () = ready(&mut pause), if pause.is_some() => pause = None,
                 () = ready(&mut gathering), if gathering.is_some() => {}
+                () = ready(&mut probing), if probing.is_some() => {}
                 () = changed => {}
                 taken = self.intake.next(room), if takes => match taken {
                     Ok(Taken::Batch(batch)) => {
@@ -168,6 +200,7 @@ impl Worker {
                             for delivery in batch {
                                 self.begin(&mut hand, delivery, Admission::New);
                             }
+                            self.start_keys(&mut hand);
                         }
                     }
                     Ok(Taken::Gone(assignment)) => drop_gone(&mut hand, assignment),
@@ -183,10 +216,17 @@ impl Worker {
         // What is still being handled is dropped, and with it its delivery, which releases it.
         drop(hand);
         drop(looking);
+        let last_words = if self.kill.is_cancelled() { CUT_OFF } else { LAST_WORDS };
+        crew.end(last_words).await;
         if let Some(settle) = settle {
-            let _ = tokio::time::timeout(LAST_WORDS, settle).await;
+            let _ = tokio::time::timeout(last_words, settle).await;
         }
-        if let Err(error) = self.settling.close(LAST_WORDS).await {
+        // The limit is the driver's to keep; one that does not is not waited for.
+        let close = self.settling.close(last_words);
+        let closed = tokio::time::timeout(last_words + CUT_OFF, close).await;
+        let closed =
+            closed.unwrap_or_else(|_| Err(Error::new(ErrorKind::Unavailable, "the feed did not close in time")));
+        if let Err(error) = closed {
             tracing::warn!(group = %shared.group, error = error.to_chain(), "the subscription was not closed cleanly: messages may come again");
         }
     }
@@ -225,6 +265,7 @@ impl Worker {
             }
             self.begin(hand, delivery, answer);
         }
+        self.start_keys(hand);
     }
 
     /// Handles a delivery now, or behind those of its key.
@@ -239,134 +280,185 @@ impl Worker {
         } else {
             None
         };
-        if let Some(key) = key {
-            match hand.keys.entry(key) {
-                std::collections::hash_map::Entry::Occupied(mut busy) => {
-                    let is_held_back = answer == Admission::HeldBack;
-                    busy.get_mut().push_back(Waiting { delivery, is_held_back });
-                    hand.waiting += 1;
-                    return;
-                }
-                std::collections::hash_map::Entry::Vacant(free) => {
-                    free.insert(VecDeque::new());
+        let is_held_back = answer == Admission::HeldBack;
+        let Some(key) = key else {
+            match is_held_back {
+                true => self.park(hand, vec![delivery], None),
+                false => self.start(hand, delivery, None),
+            }
+            return;
+        };
+        let queue = hand.keys.entry(key).or_insert_with(|| {
+            hand.to_start.push(key);
+            VecDeque::new()
+        });
+        queue.push_back(Waiting { delivery, is_held_back });
+        hand.waiting += 1;
+    }
+
+    /// Begins the keys whose turn has come.
+    fn start_keys(&self, hand: &mut InHand) {
+        // Starting a key puts none in line.
+        let mut keys = std::mem::take(&mut hand.to_start);
+        for key in keys.drain(..) {
+            self.start_key(hand, key);
+        }
+        hand.to_start = keys;
+    }
+
+    /// Begins what waits of a key of which nothing is in work: all of it as one run, as far as it is of one kind.
+    fn start_key(&self, hand: &mut InHand, key: u64) {
+        let Some(waiting) = hand.keys.get_mut(&key) else { return };
+        let mut deliveries = VecDeque::new();
+        let takes_part =
+            |waiting: &Waiting| !waiting.is_held_back && self.shared.gathers(waiting.delivery.message()).is_none();
+        while deliveries.len() < RUN
+            && let Some(Waiting { delivery, .. }) = waiting.pop_front_if(|waiting| takes_part(waiting))
+        {
+            deliveries.push_back(delivery);
+        }
+        hand.waiting -= deliveries.len();
+        if !deliveries.is_empty() {
+            hand.handled += deliveries.len();
+            let key = Some(key);
+            hand.jobs.push(Job::Run(Run { key, deliveries }));
+            return;
+        }
+        match waiting.pop_front() {
+            Some(Waiting { delivery, is_held_back }) => {
+                hand.waiting -= 1;
+                match is_held_back {
+                    true => self.park(hand, vec![delivery], Some(key)),
+                    false => self.start(hand, delivery, Some(key)),
                 }
             }
-        }
-        if answer == Admission::HeldBack {
-            self.park(hand, vec![delivery], key);
-        } else {
-            self.start(hand, delivery, key);
+            None => {
+                hand.keys.remove(&key);
+            }
         }
     }
 
-    /// Handles a delivery, and those of its key behind it for as long as handlers have nothing to wait for.
+    /// Begins one delivery.
     fn start(&self, hand: &mut InHand, delivery: Delivery, key: Option<u64>) {
-        let mut next = Some(delivery);
-        while let Some(delivery) = next.take() {
-            if let Some(chain) = self.shared.gathers(delivery.message()) {
-                hand.gatherings.add(chain, delivery, key, &*self.shared.tools.clock);
-                return;
-            }
-            let shared = self.shared.clone();
-            let mut handling: Handling = Box::pin(async move { Ended::One(shared.handle(delivery, key).await) });
-            // Most handlers of a busy group are quick: the set of futures, which costs more than they do, is for those
-            // that wait. What is put in it is polled again, so the waker of this first poll need not wake anybody.
-            match handling.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())) {
-                Poll::Ready(Ended::One(finished)) => next = self.settled(hand, finished),
-                Poll::Ready(_) => {}
-                Poll::Pending => {
-                    hand.handled += 1;
-                    hand.handling.push(handling);
-                }
-            }
+        if let Some(chain) = self.shared.gathers(delivery.message()) {
+            hand.gatherings.add(chain, delivery, key, &*self.shared.tools.clock);
+            return;
         }
+        hand.handled += 1;
+        let deliveries = VecDeque::from([delivery]);
+        hand.jobs.push(Job::Run(Run { key, deliveries }));
     }
 
     /// Parks deliveries of one key behind what waits of it.
     fn park(&self, hand: &mut InHand, deliveries: Vec<Delivery>, key: Option<u64>) {
         hand.handled += deliveries.len();
         let shared = self.shared.clone();
-        hand.handling.push(Box::pin(async move {
-            Ended::Parked(shared.park_behind(deliveries, key).await)
-        }));
+        hand.parking
+            .push(Box::pin(async move { shared.park_behind(deliveries, key).await }));
     }
 
     /// Handles what has been gathered, as far as it is enough; gives how long it may still gather.
     fn start_gathered(&self, hand: &mut InHand) -> Option<Duration> {
         while let Some((chain, batch)) = hand.gatherings.next(&*self.shared.tools.clock) {
             hand.handled += batch.len();
-            let shared = self.shared.clone();
-            hand.handling.push(Box::pin(async move {
-                Ended::Gathered(shared.handle_together(&*chain, batch).await)
-            }));
+            hand.jobs.push(Job::Together(chain, batch));
         }
         hand.gatherings.wait(&*self.shared.tools.clock)
     }
 
     fn ended(&self, hand: &mut InHand, ended: Ended) {
         match ended {
-            Ended::One(finished) => self.one_ended(hand, finished),
-            // Of one key, parked together: the last one frees it.
-            Ended::Parked(mut several) => {
-                let last = several.pop();
-                hand.handled -= several.len();
-                hand.settlements
-                    .extend(several.into_iter().map(|finished| finished.settlement));
-                if let Some(last) = last {
-                    self.one_ended(hand, last);
-                }
+            Ended::Part(finished) => {
+                hand.handled -= 1;
+                hand.settlements.push(finished.settlement);
             }
-            Ended::Gathered(several) => {
+            Ended::One(finished) => {
+                hand.handled -= 1;
+                self.settled(hand, finished.key, Some(finished), VecDeque::new());
+            }
+            Ended::Run { key, last, left } => {
+                hand.handled -= 1 + left.len();
+                self.settled(hand, key, last, left);
+            }
+            Ended::Together { lost } => {
                 hand.gatherings.ended();
-                for finished in several {
-                    self.one_ended(hand, finished);
+                for key in lost {
+                    hand.handled -= 1;
+                    self.settled(hand, key, None, VecDeque::new());
                 }
             }
         }
     }
 
-    fn one_ended(&self, hand: &mut InHand, finished: Finished) {
-        hand.handled -= 1;
-        let key = finished.key;
-        if let Some(next) = self.settled(hand, finished) {
-            self.start(hand, next, key);
+    /// Of one key, parked together: the last one frees it.
+    fn parked(&self, hand: &mut InHand, mut several: Vec<Finished>) {
+        let last = several.pop();
+        hand.handled -= several.len() + usize::from(last.is_some());
+        hand.settlements
+            .extend(several.into_iter().map(|finished| finished.settlement));
+        if let Some(last) = last {
+            self.settled(hand, last.key, Some(last), VecDeque::new());
         }
     }
 
-    /// Notes the outcome, and gives the next of the key.
-    fn settled(&self, hand: &mut InHand, finished: Finished) -> Option<Delivery> {
-        let comes_again = finished.settlement.comes_again();
-        hand.settlements.push(finished.settlement);
-        let key = finished.key?;
-        if finished.is_parked && self.shared.asks_the_inbox {
+    /// Takes back what the crew has not begun: the subscription is stopping.
+    fn take_back(&self, hand: &mut InHand, job: Job) {
+        let deliveries: Vec<(Delivery, Option<u64>)> = match job {
+            Job::Run(Run { key, deliveries }) => deliveries.into_iter().map(|delivery| (delivery, key)).collect(),
+            Job::Together(_, batch) => {
+                hand.gatherings.ended();
+                batch
+            }
+        };
+        for (delivery, key) in deliveries {
+            hand.handled -= 1;
+            hand.settlements.push(delivery.release());
+            key.and_then(|key| hand.keys.remove(&key));
+        }
+    }
+
+    /// Notes the outcome of the last message of a key, and what comes next of it: first what is `left` of its run. Without an
+    /// outcome it was released.
+    fn settled(&self, hand: &mut InHand, key: Option<u64>, last: Option<Finished>, left: VecDeque<Delivery>) {
+        let (mut comes_again, mut is_parked) = (true, false);
+        if let Some(last) = last {
+            comes_again = last.settlement.comes_again();
+            is_parked = last.is_parked;
+            hand.settlements.push(last.settlement);
+        }
+        let Some(key) = key else { return };
+        if is_parked && self.shared.asks_the_inbox {
             hand.parked_meanwhile.insert(key);
         }
-        let waiting = hand.keys.get_mut(&key)?;
-        if comes_again {
+        let Some(waiting) = hand.keys.get_mut(&key) else {
+            hand.settlements.extend(left.into_iter().map(Delivery::release));
+            return;
+        };
+        hand.waiting += left.len();
+        for delivery in left.into_iter().rev() {
+            waiting.push_front(Waiting {
+                delivery,
+                is_held_back: false,
+            });
+        }
+        if comes_again || self.shared.stop.is_cancelled() {
             // What waits behind it comes again behind it.
             hand.waiting -= waiting.len();
             hand.settlements
                 .extend(waiting.drain(..).map(|waiting| waiting.delivery.release()));
         }
-        if finished.is_parked && !waiting.is_empty() {
+        if is_parked && !waiting.is_empty() {
             let behind: Vec<Delivery> = waiting.drain(..).map(|waiting| waiting.delivery).collect();
             hand.waiting -= behind.len();
             self.park(hand, behind, Some(key));
-            return None;
+            return;
         }
-        match waiting.pop_front() {
-            Some(Waiting { delivery, is_held_back }) => {
-                hand.waiting -= 1;
-                if !is_held_back {
-                    return Some(delivery);
-                }
-                self.park(hand, vec![delivery], Some(key));
-            }
-            None => {
+        match waiting.is_empty() {
+            true => {
                 hand.keys.remove(&key);
             }
+            false => hand.to_start.push(key),
         }
-        None
     }
 }
 

@@ -1,11 +1,11 @@
 //! Pausing, resuming, more or less at once, options from a configuration.
 
 use crate::{
-    Diary, OrderPlaced, placed,
+    Diary, OrderPlaced, pending, placed,
     world::{World, options, secs},
 };
 use postrider_core::{
-    Bus, ErrorKind, EventLog, Retry, SubscriptionOptions, Transport,
+    Bus, ErrorKind, EventLog, HandlerError, Retry, SubscriptionOptions, Transport,
     consumer::{Flow, OnExhausted, Unknown},
     relay::Backoff,
 };
@@ -252,4 +252,49 @@ async fn events_come_from_other_topics_too_by_name_or_by_pattern() {
             "5 from region.south"
         ]
     );
+}
+
+/// A message whose handler always finds its service away does not stop the others: one of them probes next, and it waits by
+/// itself, without an attempt.
+#[tokio::test]
+async fn one_message_that_misses_a_service_stops_no_other() {
+    for max_in_flight in [1, 256] {
+        let world = World::start(options()).await;
+        let diary = Diary::default();
+        let running = world
+            .bus
+            .subscribe::<OrderPlaced>("g")
+            .max_in_flight(max_in_flight)
+            .state(diary.clone())
+            .handler(async |diary: &Diary, order, ctx| {
+                if order.id == 0 {
+                    return Err(HandlerError::unavailable("this tenant's bank is closed"));
+                }
+                diary.note(format!("{} {}", order.id, ctx.attempt()));
+                Ok(())
+            })
+            .start()
+            .await
+            .unwrap();
+        for id in 0..300 {
+            let customer = if id == 299 { "c0".to_owned() } else { format!("c{id}") };
+            world.bus.publish(&placed(id, &customer)).await.unwrap();
+        }
+        for _ in 0..90 {
+            world.pass(secs(1)).await;
+        }
+        let report = running.report();
+        assert_eq!(
+            (report.handled, report.dead_lettered),
+            (298, 0),
+            "{max_in_flight}: {report:?}"
+        );
+        assert!(
+            !diary.lines().iter().any(|line| line.starts_with("299 ")),
+            "what is behind it in its key waits"
+        );
+        let waiting = pending(&world, "g").await;
+        assert_eq!(waiting.len(), 2);
+        assert!(waiting.iter().all(|stored| stored.attempts == 0), "{waiting:?}");
+    }
 }

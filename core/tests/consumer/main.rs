@@ -12,6 +12,7 @@ mod never;
 mod outages;
 mod policies;
 mod privacy;
+mod threads;
 mod transactional;
 #[path = "../world/mod.rs"]
 mod world;
@@ -86,6 +87,13 @@ impl Diary {
 pub(crate) async fn dead(world: &World, group: &'static str) -> Vec<Stored> {
     let admin = world.bus.log().unwrap().admin().unwrap();
     let inbox = Filter::of(Mailbox::Inbox(GroupName::new(group))).with_state(RecordState::Failed);
+    admin.list(&inbox, &Page::default()).await.unwrap().entries
+}
+
+/// What waits in a group's inbox.
+pub(crate) async fn pending(world: &World, group: &'static str) -> Vec<Stored> {
+    let admin = world.bus.log().unwrap().admin().unwrap();
+    let inbox = Filter::of(Mailbox::Inbox(GroupName::new(group))).with_state(RecordState::Pending);
     admin.list(&inbox, &Page::default()).await.unwrap().entries
 }
 

@@ -66,6 +66,7 @@ impl<E: Sync + 'static> Middleware<E> for Transactional {
             Some(Admission::Duplicate | Admission::Parked) | None => {
                 tracing::debug!(message = %ctx.message().id(), group = %ctx.group(), "handled before, or waiting already: dropped");
                 let _ = tx.rollback().await;
+                ctx.was_dropped = true;
                 return Ok(());
             }
         }
