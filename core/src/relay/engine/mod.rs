@@ -191,6 +191,8 @@ impl Engine {
             }
             let until = self.next_timer().saturating_sub(now);
             let is_idle = self.jobs.is_empty();
+            // A claim that cannot be made now is none to hear of again and again.
+            let listens = is_idle && !self.wants_claim;
             tokio::select! {
                 biased;
                 () = kill.cancelled() => break,
@@ -203,7 +205,7 @@ impl Engine {
                     }
                 }
                 to_come = self.wake.called() => self.called(to_come),
-                () = wait(&self.session, &self.clock, until, is_idle) => self.wants_claim |= is_idle,
+                () = wait(&self.session, &self.clock, until, listens) => self.wants_claim |= listens,
             }
         }
         // What the client still has is given up: the future is dropped, and with it the right to send.
@@ -345,8 +347,8 @@ impl Engine {
 }
 
 /// Waits for time to pass, or, when there is nothing else to do, for news from the log.
-async fn wait(session: &Arc<dyn Session>, clock: &Arc<dyn Clock>, until: Duration, is_idle: bool) {
-    if is_idle && session.wait(until).await.is_ok() {
+async fn wait(session: &Arc<dyn Session>, clock: &Arc<dyn Clock>, until: Duration, listens: bool) {
+    if listens && session.wait(until).await.is_ok() {
         return;
     }
     clock.sleep(until).await;
