@@ -257,7 +257,7 @@ impl World {
 
     async fn act(&self, step: &'static str, ctx: &mut Context) -> HandlerResult {
         self.fate.decides("step");
-        if ctx.barrier(step).forward(ctx.transaction()?).await? {
+        if ctx.barrier(step).await?.forward(ctx.transaction()?).await? {
             let id = ctx.message().id().to_string();
             self.store.effect(ctx, &id, step).await?;
         }
@@ -267,7 +267,7 @@ impl World {
 
     async fn undo(&self, step: &'static str, ctx: &mut Context) -> HandlerResult {
         self.fate.decides("undo");
-        if ctx.barrier(step).compensate(ctx.transaction()?).await? {
+        if ctx.barrier(step).await?.compensate(ctx.transaction()?).await? {
             self.store.take_back(ctx, step).await?;
         }
         self.fate.decides("undone");

@@ -18,13 +18,14 @@ use serde::{Deserialize, Serialize};
 ///
 /// ```ignore
 /// async fn charge(order: &OrderPlaced, ctx: &mut Context) -> HandlerResult {
-///     if ctx.barrier("charge").forward(ctx.transaction()?).await? {
+///     if ctx.barrier("charge").await?.forward(ctx.transaction()?).await? {
 ///         // the effects, with ctx.tx()
 ///     }
 ///     Ok(())
 /// }
 /// ```
 ///
+/// Attempts are told apart by a counter kept with that state, never by a clock: the first barrier of an attempt reads it.
 /// The state is a small note in the group's inbox, kept as long as receipts are. The name and the accidents are those of
 /// the `dtm` project's sub-transaction barrier.
 #[derive(Debug, Clone)]
@@ -37,7 +38,7 @@ pub struct Barrier {
 
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 struct State {
-    /// The round of the last call that counted.
+    /// The round of the last call that counted: attempts in which one did.
     round: u64,
     is_done: bool,
 }
@@ -45,18 +46,35 @@ struct State {
 /// How often a state is read again that somebody else has changed meanwhile.
 const TRIES: usize = 10;
 
+/// Rounds of durable chains, which count their beginnings themselves, are above all others: of the two, a chain that has become
+/// durable, or is so no longer, is the later one.
+const DURABLE: u64 = 1 << 40;
+
 impl Context {
-    /// The barrier of a step: of this message, this group and the name given.
-    #[must_use]
-    pub fn barrier(&mut self, step: &str) -> Barrier {
-        let round = self.round();
+    /// The barrier of a step: of this message, this group and the name given. Ask for it before the effects: what comes later
+    /// than its attempt is told by when it was asked for.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] without a log that has an inbox; otherwise of the log.
+    pub async fn barrier(&mut self, step: &str) -> Result<Barrier> {
         let tools = self.tools();
-        Barrier {
+        let mut barrier = Barrier {
             log: tools.log.clone(),
             group: tools.group.clone(),
             id: MessageId::foreign(&format!("barrier of {step}"), &self.message().id().to_string()),
-            round,
-        }
+            round: 0,
+        };
+        barrier.round = match (self.beginnings, self.rounds.get(step)) {
+            (_, Some(round)) => *round,
+            (Some(beginnings), None) => DURABLE + beginnings,
+            (None, None) => {
+                let tx = self.lent().as_mut().map(TransactionOf::lend_connection);
+                let (_, last) = barrier.read(tx).await?;
+                last.map_or(0, |last| last.round) + 1
+            }
+        };
+        self.rounds.insert(step.to_owned(), barrier.round);
+        Ok(barrier)
     }
 }
 
@@ -68,7 +86,7 @@ impl Barrier {
     /// transaction is of another database than the log; [`ErrorKind::Unsupported`] without an inbox.
     pub async fn forward<L: ?Sized, T: TransactionOf<L> + ?Sized>(&self, tx: &mut T) -> Result<bool> {
         for _ in 0..TRIES {
-            let (version, state) = self.read(tx.lend_connection()).await?;
+            let (version, state) = self.read(Some(tx.lend_connection())).await?;
             match state {
                 Some(State { is_done: true, .. }) => return Ok(false),
                 Some(State { round, .. }) if round >= self.round => {
@@ -88,7 +106,7 @@ impl Barrier {
     /// As [`forward`](Barrier::forward), but for `Conflict`.
     pub async fn compensate<L: ?Sized, T: TransactionOf<L> + ?Sized>(&self, tx: &mut T) -> Result<bool> {
         for _ in 0..TRIES {
-            let (version, state) = self.read(tx.lend_connection()).await?;
+            let (version, state) = self.read(Some(tx.lend_connection())).await?;
             let (has_effect, round) = match state {
                 Some(State { is_done: true, round }) => (true, round.max(self.round)),
                 Some(State { round, .. }) if round >= self.round => return Ok(false),
@@ -101,8 +119,8 @@ impl Barrier {
         Err(self.contended())
     }
 
-    async fn read(&self, tx: Lent<'_>) -> Result<(u64, Option<State>)> {
-        let note = self.log()?.inbox()?.note(Some(tx), &self.group, self.id).await?;
+    async fn read(&self, tx: Option<Lent<'_>>) -> Result<(u64, Option<State>)> {
+        let note = self.log()?.inbox()?.note(tx, &self.group, self.id).await?;
         let Some(note) = note else { return Ok((0, None)) };
         let state = serde_json::from_str(&note.text).map_err(|e| {
             Error::new(ErrorKind::Storage, "the state of a barrier cannot be read").because(JsonError::from(e))

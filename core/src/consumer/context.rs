@@ -57,8 +57,10 @@ pub struct Context {
     message: Message,
     tools: Arc<Tools>,
     attempt: u32,
-    /// Grows with each new beginning of the chain; `None` before somebody asks.
-    round: Option<u64>,
+    /// The beginnings of the chain, where it counts them itself.
+    pub(super) beginnings: Option<u64>,
+    /// The rounds of this attempt's barriers, by step.
+    pub(super) rounds: HashMap<String, u64>,
     /// What publishes just now: its events have ids of their own.
     author: Author,
     /// How many it has published.
@@ -89,7 +91,8 @@ impl Context {
             message,
             tools,
             attempt: 0,
-            round: None,
+            beginnings: None,
+            rounds: HashMap::new(),
             author: Author::default(),
             published: 0,
             tx: Mutex::new(None),
@@ -107,7 +110,8 @@ impl Context {
 
     pub(super) fn begin_attempt(&mut self, attempt: u32) {
         self.attempt = attempt;
-        self.round = None;
+        self.beginnings = None;
+        self.rounds.clear();
         self.publishes_as(Author::default());
         self.ran.clear();
         self.is_in_batch = false;
@@ -130,18 +134,6 @@ impl Context {
     pub(super) fn publishes_as(&mut self, author: Author) {
         self.author = author;
         self.published = 0;
-    }
-
-    pub(super) fn set_round(&mut self, round: u64) {
-        self.round = Some(round);
-    }
-
-    /// What a barrier tells attempts by: the time of this one, unless the chain counts for itself.
-    pub(super) fn round(&mut self) -> u64 {
-        let clock = &self.tools.clock;
-        *self
-            .round
-            .get_or_insert_with(|| u64::try_from(clock.now().timestamp_micros()).unwrap_or(0))
     }
 
     pub(super) fn tools(&self) -> &Arc<Tools> {
@@ -198,7 +190,7 @@ impl Context {
         self.has_tx
     }
 
-    fn lent(&mut self) -> &mut Option<LogTx> {
+    pub(super) fn lent(&mut self) -> &mut Option<LogTx> {
         self.tx.get_mut().unwrap_or_else(PoisonError::into_inner)
     }
 

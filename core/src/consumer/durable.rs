@@ -126,7 +126,7 @@ pub(super) async fn run<E: Sync + 'static>(steps: &Steps<E>, ctx: &mut Context, 
 impl<E: Sync + 'static> Run<'_, E> {
     async fn go_on(&mut self, ctx: &mut Context, event: &E) -> HandlerResult {
         loop {
-            ctx.set_round(self.progress.round);
+            ctx.beginnings = Some(self.progress.round);
             match self.progress.phase.clone() {
                 Phase::Done => return Ok(()),
                 Phase::Forward {

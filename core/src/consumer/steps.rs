@@ -90,6 +90,8 @@ impl<E: Sync + 'static> Steps<E> {
             return Box::pin(durable::run(self, ctx, event)).await;
         }
         ctx.ran.clear();
+        // A middleware may run the steps again within an attempt, when they have been taken back.
+        ctx.rounds.clear();
         for (at, step) in self.steps.iter().enumerate() {
             ctx.publishes_as(Author::step(at, 0));
             let is_optional = step.on_failure == OnFailure::Ignore;

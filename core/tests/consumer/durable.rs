@@ -296,58 +296,6 @@ async fn a_compensation_that_fails_leaves_it_to_a_person_whose_redrive_tries_it_
 }
 
 #[tokio::test]
-async fn a_barrier_lets_each_call_have_its_effect_once_whatever_the_order() {
-    use postrider_core::consumer::Barrier;
-    let world = World::start(options()).await;
-    let barriers: Arc<std::sync::Mutex<Vec<Barrier>>> = Arc::default();
-    let running = world
-        .bus
-        .subscribe::<OrderPlaced>("g")
-        .retry(Retry::default().with_in_place(3))
-        .state(Arc::new((barriers.clone(),)))
-        .handler(async |(barriers,), _, ctx| {
-            barriers.lock().unwrap().push(ctx.barrier("charge"));
-            if ctx.attempt() < 3 { Err("once more")? } else { Ok(()) }
-        })
-        .start()
-        .await
-        .unwrap();
-    world.bus.publish(&placed(1, "ada")).await.unwrap();
-    world.pass(secs(2)).await;
-    world.until(|_| running.report().handled == 1).await;
-    let attempts = barriers.lock().unwrap().clone();
-    let [first, second, third] = &attempts[..] else {
-        panic!("{}", attempts.len())
-    };
-    let forward = async |barrier: &Barrier| {
-        let mut tx = world.bus.begin().await.unwrap();
-        let go = barrier.forward(&mut tx).await;
-        tx.commit().await.unwrap();
-        go
-    };
-    let compensate = async |barrier: &Barrier| {
-        let mut tx = world.bus.begin().await.unwrap();
-        let go = barrier.compensate(&mut tx).await.unwrap();
-        tx.commit().await.unwrap();
-        go
-    };
-    // The compensation comes first: empty, and remembered.
-    assert!(!compensate(first).await && !compensate(first).await);
-    let late = forward(first).await.unwrap_err();
-    assert!(late.to_string().contains("too late"), "{late}");
-    // The next attempt is another matter; each call has its effect once.
-    assert!(forward(second).await.unwrap() && !forward(second).await.unwrap());
-    assert!(!forward(third).await.unwrap(), "it is in force already");
-    assert!(compensate(third).await && !compensate(third).await && !compensate(second).await);
-    assert!(forward(second).await.is_err());
-    // What is rolled back has not happened.
-    let mut tx = world.bus.begin().await.unwrap();
-    let later = attempts[2].clone();
-    assert!(later.forward(&mut tx).await.is_err());
-    tx.rollback().await.unwrap();
-}
-
-#[tokio::test]
 async fn a_durable_chain_waits_as_a_step_says_and_is_taken_back_before_it_may_be_dead() {
     use postrider_core::consumer::Timeout;
     let world = World::start(options()).await;

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
+mod barrier;
 mod batches;
 mod chains;
 mod control;
