@@ -212,7 +212,7 @@ impl<E: Event> AnyChain for BatchChain<E> {
                     let error = HandlerError::permanent(why);
                     let errors = vec![AttemptError::new(by.tools.clock.now(), by.attempts, error.to_chain())];
                     let verdict = self.verdict(&mut ctx, &error, Verdict::DeadLetter).await;
-                    ended(place, by.carry_out_undecoded(verdict, errors));
+                    ended(place, by.carry_out_undecoded(ctx.message(), &error, verdict, errors));
                 }
             }
         }
@@ -263,6 +263,7 @@ impl<E: Event> AnyChain for BatchChain<E> {
                 results.into_iter().zip(events).zip(ctx.contexts).zip(items)
             {
                 let Err(error) = result else {
+                    by.tell_of_recovery(ctx.message(), attempts);
                     ended(place, Handled::Done);
                     continue;
                 };
@@ -292,7 +293,7 @@ impl<E: Event> AnyChain for BatchChain<E> {
                         Some(otherwise) => Some(self.verdict(&mut ctx, &error, otherwise).await),
                         None => None,
                     };
-                    match by.after_failure(&error, attempts, &mut errors, verdict) {
+                    match by.after_failure(ctx.message(), &error, attempts, &mut errors, verdict) {
                         After::Here(wait) => longest = longest.max(wait),
                         After::Ends(handled) => {
                             ended(place, handled);

@@ -189,11 +189,11 @@ impl<E: Event> Chain<E> {
             let message = ctx.message().id();
             let Err(error) = self.attempt(&event, ctx).await else {
                 pass.answered(message);
-                return if ctx.was_dropped {
-                    Handled::Dropped
-                } else {
-                    Handled::Done
-                };
+                if ctx.was_dropped {
+                    return Handled::Dropped;
+                }
+                by.tell_of_recovery(ctx.message(), tried.attempts);
+                return Handled::Done;
             };
             if error.kind() == HandlerErrorKind::Unavailable {
                 let why = error.to_chain();
@@ -227,7 +227,7 @@ impl<E: Event> Chain<E> {
     async fn undecoded(&self, ctx: &mut Context, by: &HandledBy<'_>, error: HandlerError) -> Handled {
         let errors = vec![AttemptError::new(by.tools.clock.now(), by.attempts, error.to_chain())];
         let verdict = self.verdict(ctx, None, &error, Verdict::DeadLetter).await;
-        by.carry_out_undecoded(verdict, errors)
+        by.carry_out_undecoded(ctx.message(), &error, verdict, errors)
     }
 
     /// What comes after an attempt that failed.
@@ -256,11 +256,13 @@ impl<E: Event> Chain<E> {
         if is_permanent || attempts >= by.retry.max_attempts {
             if self.steps.is_durable && !durable::is_settled(&self.steps, ctx).await {
                 // Cut off in the middle: it comes once more, to be taken back, before it may be a dead letter.
-                return After::Ends(Handled::Parked {
-                    after: None,
+                let parked = Handled::Parked {
+                    after: Some(by.backoff(attempts)),
                     attempts,
                     errors: std::mem::take(&mut tried.errors),
-                });
+                };
+                by.tell_of_waiting(ctx.message(), &parked, error);
+                return After::Ends(parked);
             }
             let otherwise = match is_permanent {
                 true => Verdict::DeadLetter,
@@ -268,7 +270,7 @@ impl<E: Event> Chain<E> {
             };
             verdict = Some(self.verdict(ctx, Some(event), error, otherwise).await);
         }
-        by.after_failure(error, attempts, &mut tried.errors, verdict)
+        by.after_failure(ctx.message(), error, attempts, &mut tried.errors, verdict)
     }
 
     /// Several deliveries in one transaction. `None` if that failed, and they are to be handled one by one.
@@ -325,6 +327,11 @@ impl<E: Event> Chain<E> {
         }
         if let Some((ctx, _)) = batch.first() {
             pass.answered(ctx.message().id());
+        }
+        for ((ctx, by), outcome) in batch.iter().zip(&outcomes) {
+            if matches!(outcome, Handled::Done) {
+                by.tell_of_recovery(ctx.message(), by.attempts);
+            }
         }
         Some(outcomes)
     }

@@ -1,7 +1,11 @@
 //! What becomes of a message, and where it can wait.
 
 use super::{HandlerError, HandlerErrorKind, Retry, Verdict, context::Tools, gate::Gate};
-use crate::{clock::Timestamp, log::AttemptError};
+use crate::{
+    Message,
+    clock::{Timestamp, later},
+    log::AttemptError,
+};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
@@ -122,9 +126,45 @@ impl HandledBy<'_> {
         })
     }
 
+    /// Tells of a message that waits: an operator sees it before it is a dead letter.
+    pub(super) fn tell_of_waiting(&self, message: &Message, handled: &Handled, error: &HandlerError) {
+        let (after, attempt, what) = match handled {
+            Handled::Parked {
+                after: Some(after),
+                attempts,
+                ..
+            } => (
+                *after,
+                *attempts,
+                "an attempt failed: the message waits in the inbox for the next one",
+            ),
+            Handled::Retried { after, attempts } => {
+                let what = "an attempt failed: the message waits with the broker for the next one";
+                (*after, *attempts, what)
+            }
+            _ => return,
+        };
+        let due = later(self.tools.clock.now(), after);
+        tracing::warn!(
+            message = %message.id(), topic = %message.topic(), group = %self.tools.group, attempt,
+            of = self.retry.max_attempts, due = %due.to_rfc3339(), error = error.to_chain(), "{what}"
+        );
+    }
+
+    /// Tells of a message that was handled after it had waited for that.
+    pub(super) fn tell_of_recovery(&self, message: &Message, failed: u32) {
+        if self.attempts > 0 {
+            tracing::info!(
+                message = %message.id(), topic = %message.topic(), group = %self.tools.group, attempt = failed + 1,
+                of = self.retry.max_attempts, "the message was handled, after attempts that failed"
+            );
+        }
+    }
+
     /// What comes after an attempt that failed with `error`: with a verdict if it was the last.
     pub(super) fn after_failure(
         &self,
+        message: &Message,
         error: &HandlerError,
         attempts: u32,
         errors: &mut Vec<AttemptError>,
@@ -139,7 +179,7 @@ impl HandledBy<'_> {
             None => match self.wait(attempts, told) {
                 Ok(wait) => return After::Here(wait),
                 Err(Elsewhere::Inbox) => Handled::Parked {
-                    after: told,
+                    after: Some(told.unwrap_or_else(|| self.backoff(attempts))),
                     attempts,
                     errors: std::mem::take(errors),
                 },
@@ -154,8 +194,15 @@ impl HandledBy<'_> {
                 *errors = kept;
                 After::Here(after.unwrap_or(self.retry.max_wait))
             }
-            ends => After::Ends(ends),
+            ends => {
+                self.tell_of_waiting(message, &ends, error);
+                After::Ends(ends)
+            }
         }
+    }
+
+    pub(super) fn backoff(&self, attempts: u32) -> Duration {
+        self.retry.backoff.after(attempts, &mut fastrand::Rng::new())
     }
 
     /// How long to wait in place, or where else.
@@ -172,7 +219,7 @@ impl HandledBy<'_> {
                 ordered: false,
                 ..
             } => {
-                let after = told.unwrap_or_else(|| retry.backoff.after(attempts, &mut fastrand::Rng::new()));
+                let after = told.unwrap_or_else(|| self.backoff(attempts));
                 Err(Elsewhere::Broker(after))
             }
             Origin::Broker { .. } => Ok(wait),
@@ -198,7 +245,7 @@ impl HandledBy<'_> {
             (Verdict::Requeue | Verdict::Retry { .. }, _) => Handled::Parked {
                 after: match verdict {
                     Verdict::Retry { after } => Some(after),
-                    _ => None,
+                    _ => Some(self.backoff(attempts)),
                 },
                 attempts,
                 errors,
@@ -207,13 +254,21 @@ impl HandledBy<'_> {
     }
 
     /// The same of a message that cannot be decoded, which it will no better for waiting in place.
-    pub(super) fn carry_out_undecoded(&self, verdict: Verdict, errors: Vec<AttemptError>) -> Handled {
-        match verdict {
+    pub(super) fn carry_out_undecoded(
+        &self,
+        message: &Message,
+        error: &HandlerError,
+        verdict: Verdict,
+        errors: Vec<AttemptError>,
+    ) -> Handled {
+        let handled = match verdict {
             Verdict::Retry { .. } | Verdict::Requeue if !self.parks() && !self.waits_with_broker() => Handled::Dead {
                 attempts: self.attempts,
                 errors,
             },
             verdict => self.carry_out(verdict, self.attempts, errors),
-        }
+        };
+        self.tell_of_waiting(message, &handled, error);
+        handled
     }
 }

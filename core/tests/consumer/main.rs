@@ -15,6 +15,7 @@ mod policies;
 mod privacy;
 mod threads;
 mod transactional;
+mod visible;
 #[path = "../world/mod.rs"]
 mod world;
 

@@ -14,11 +14,13 @@ use postrider_core::{
     },
     relay::Backoff,
 };
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU32, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    time::Duration,
 };
-use std::time::Duration;
 
 /// Which calls fail: each of these fails so many times, and then works.
 #[derive(Debug, Default)]
