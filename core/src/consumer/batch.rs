@@ -3,6 +3,7 @@
 use super::{
     Context, HandlerError, HandlerErrorKind, HandlerResult, Verdict,
     chain::{AnyChain, Tell, decode},
+    context::NoTransaction,
     gate::Away,
     gathering::Gathering,
     handled::{After, Handled, HandledBy},
@@ -232,6 +233,7 @@ impl<E: Event> AnyChain for BatchChain<E> {
             } in left.drain(..)
             {
                 ctx.begin_attempt(attempts + 1);
+                ctx.no_transaction = NoTransaction::BatchHandler;
                 events.push(event);
                 contexts.push(ctx);
                 items.push((place, by, attempts, errors));

@@ -52,6 +52,27 @@ impl Author {
     }
 }
 
+/// Why no transaction is lent.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum NoTransaction {
+    NotAskedFor,
+    IsOver,
+    BatchHandler,
+}
+
+impl NoTransaction {
+    fn text(self) -> &'static str {
+        match self {
+            Self::NotAskedFor => "add the `Transactional` middleware to this subscription",
+            Self::IsOver => {
+                "it has been rolled back, and with it what the steps wrote in it. Compensations run after that, for effects \
+                 outside of it; for writes of their own, begin one with `ctx.bus().begin()`"
+            }
+            Self::BatchHandler => "batch handlers are not run in one; begin one with `ctx.bus().begin()`",
+        }
+    }
+}
+
 /// What a handler knows beside the event.
 pub struct Context {
     message: Message,
@@ -68,6 +89,8 @@ pub struct Context {
     /// Never locked, only reached through `&mut`: so that a context can be shared by reference, which a transaction cannot.
     tx: Mutex<Option<LogTx>>,
     has_tx: bool,
+    /// Why there is none, where there is none.
+    pub(super) no_transaction: NoTransaction,
     /// The transaction is the batch's, which has admitted this message and commits.
     pub(super) is_in_batch: bool,
     /// A run in the batch's transaction has failed, whatever became of its error: all of it is to be rolled back.
@@ -97,6 +120,7 @@ impl Context {
             published: 0,
             tx: Mutex::new(None),
             has_tx: false,
+            no_transaction: NoTransaction::NotAskedFor,
             is_in_batch: false,
             has_failed_in_batch: false,
             rolled_back: None,
@@ -117,6 +141,7 @@ impl Context {
         self.is_in_batch = false;
         self.has_failed_in_batch = false;
         self.log_was_away = None;
+        self.no_transaction = NoTransaction::NotAskedFor;
     }
 
     /// The error of an attempt: that of the log where the log was away, though a handler may have made a text of it.
@@ -167,8 +192,8 @@ impl Context {
     /// message and what [`publish`](Context::publish) publishes, or not at all.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] without that middleware; [`ErrorKind::WrongTransaction`] if the log's database uses
-    /// another type of connection.
+    /// [`ErrorKind::Unsupported`] without that middleware, and in compensations, which run after the rollback;
+    /// [`ErrorKind::WrongTransaction`] if the log's database uses another type of connection.
     pub fn tx<C: Any>(&mut self) -> Result<&mut C> {
         self.transaction()?.connection()
     }
@@ -178,9 +203,12 @@ impl Context {
     /// # Errors
     /// [`ErrorKind::Unsupported`] if there is none.
     pub fn transaction(&mut self) -> Result<&mut LogTx> {
+        let why = self.no_transaction;
         self.lent().as_mut().ok_or_else(|| {
-            let text = "there is no transaction: add the `Transactional` middleware to this subscription";
-            Error::new(ErrorKind::Unsupported, text)
+            Error::new(
+                ErrorKind::Unsupported,
+                format!("there is no transaction: {}", why.text()),
+            )
         })
     }
 
@@ -281,6 +309,7 @@ impl Context {
         let Some(tx) = self.take_transaction() else {
             return Ok(());
         };
+        self.no_transaction = NoTransaction::IsOver;
         let rolled_back = tx.rollback().await;
         if let Err(error) = &rolled_back {
             tracing::debug!(message = %self.message.id(), error = error.to_chain(), "the rollback failed: the transaction is gone all the same");

@@ -423,3 +423,61 @@ async fn a_database_that_is_away_costs_no_attempt() {
         .until(|_| one_by_one.report().handled == 20 && together.report().handled == 20)
         .await;
 }
+
+/// Where there is no transaction, the error says why, and what to do.
+#[tokio::test]
+async fn an_error_about_a_missing_transaction_says_the_true_reason() {
+    let world = World::start(options()).await;
+    let diary = Diary::default();
+    let plain = world
+        .bus
+        .subscribe::<OrderPlaced>("plain")
+        .state(diary.clone())
+        .handler(async |diary: &Diary, _, ctx| diary.did(ctx.tx::<u8>().unwrap_err().to_string()))
+        .start()
+        .await
+        .unwrap();
+    let batches = world
+        .bus
+        .subscribe::<OrderPlaced>("batches")
+        .batch_handler(postrider_core::consumer::Batch::default(), async |orders, ctx| {
+            assert!(ctx.of(0).tx::<u8>().unwrap_err().to_string().contains("batch handlers"));
+            orders.iter().map(|_| Ok(())).collect()
+        })
+        .start()
+        .await
+        .unwrap();
+    let compensated = world
+        .bus
+        .subscribe::<OrderPlaced>("compensated")
+        .middleware(Transactional::new())
+        .retry(Retry::none())
+        .state(diary.clone())
+        .handler(async |_, _, _| Ok(()))
+        .compensate(async |diary: &Diary, _, ctx| diary.did(ctx.tx::<u8>().unwrap_err().to_string()))
+        .handler(async |_, _, _| Err("no")?)
+        .start()
+        .await
+        .unwrap();
+    world.bus.publish(&placed(1, "ada")).await.unwrap();
+    // The batch gathers for a moment.
+    world.pass(secs(1)).await;
+    world
+        .until(|_| {
+            plain.report().handled == 1 && batches.report().handled == 1 && compensated.report().dead_lettered == 1
+        })
+        .await;
+    let lines = diary.lines();
+    let [one, other] = &lines[..] else { panic!("{lines:?}") };
+    let (plain, over) = if one.contains("middleware") {
+        (one, other)
+    } else {
+        (other, one)
+    };
+    assert!(plain.contains("add the `Transactional` middleware"), "{plain}");
+    assert!(
+        over.contains("it has been rolled back") && over.contains("bus().begin()"),
+        "{over}"
+    );
+    assert!(!over.contains("add the `Transactional`"), "{over}");
+}

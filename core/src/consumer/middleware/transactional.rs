@@ -1,6 +1,6 @@
 use super::{Context, HandlerError, HandlerResult, Middleware, Next, Sharing};
 use crate::{
-    consumer::error::is_outage,
+    consumer::{context::NoTransaction, error::is_outage},
     log::{Admission, Arrival},
 };
 use std::num::NonZeroUsize;
@@ -80,6 +80,7 @@ impl<E: Sync + 'static> Middleware<E> for Transactional {
                 // Cut off in the middle of the commit, nothing is taken back: nobody knows whether it was committed, and
                 // the next attempt finds out by the receipt.
                 let ran = std::mem::take(&mut ctx.ran);
+                ctx.no_transaction = NoTransaction::IsOver;
                 match tx.commit().await {
                     Ok(()) => return Ok(()),
                     Err(error) if is_outage(&error) => return Err(error.into()),
