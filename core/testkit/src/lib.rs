@@ -51,6 +51,7 @@ macro_rules! log_conformance {
             what_succeeded_is_kept_only_if_asked
             purge_is_bounded_and_takes_only_what_is_due
             bytes_come_back_as_they_were
+            an_append_after_a_cancelled_begin_is_durable
             errors_are_kept_the_last_ten
             stats_count
             pages_are_stable_under_writes

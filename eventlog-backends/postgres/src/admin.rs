@@ -11,7 +11,7 @@ use postrider_core::{
     Error, ErrorKind, Mailbox, MessageId, Result,
     log::{Cursor, Filter, Listing, LogAdmin, Page, RecordState, Stats, Stored},
 };
-use sqlx::{Row as _, postgres::PgRow};
+use sqlx::{Connection as _, Row as _, postgres::PgRow};
 use std::{collections::BTreeMap, time::Duration};
 use uuid::Uuid;
 
@@ -59,6 +59,7 @@ impl PostgresLog {
             Some(_) => return Ok(Vec::new()),
         };
         let (part, id) = after.unwrap_or((0, i64::MIN));
+        let mut connection = self.own("listing records").await?;
         sqlx::query(self.sql().list.clone())
             .bind(mailbox)
             .bind(part)
@@ -69,7 +70,7 @@ impl PostgresLog {
             .bind(ids(filter))
             .bind(state)
             .bind(i64::try_from(limit).unwrap_or(i64::MAX))
-            .fetch_all(self.pool())
+            .fetch_all(&mut *connection)
             .await
             .map_err(doing("listing records"))
     }
@@ -79,7 +80,8 @@ impl PostgresLog {
             return Ok(0);
         };
         let failed = doing("changing dead letters");
-        let mut tx = self.pool().begin_with(READ_COMMITTED).await.map_err(&failed)?;
+        let mut own = self.own_guarded("changing dead letters").await?;
+        let mut tx = own.begin_with(READ_COMMITTED).await.map_err(&failed)?;
         let found = sqlx::query_as(self.sql().failed.clone())
             .bind(mailbox)
             .bind(filter.topic.as_ref().map(|topic| topic.as_str()))
@@ -92,6 +94,7 @@ impl PostgresLog {
             .map_err(&failed)?;
         let changed = self.change_failed(&mut tx, mailbox, found, statement).await?;
         tx.commit().await.map_err(failed)?;
+        own.give_back();
         Ok(changed)
     }
 }
@@ -127,19 +130,21 @@ impl LogAdmin for PostgresLog {
         let Some(mailbox) = self.find_mailbox(&filter.mailbox).await? else {
             return Ok(0);
         };
+        let mut connection = self.own("counting dead letters").await?;
         let count = sqlx::query_scalar::<_, i64>(self.sql().count_failed.clone())
             .bind(mailbox)
             .bind(filter.topic.as_ref().map(|topic| topic.as_str()))
             .bind(filter.kind.as_deref())
             .bind(filter.key.as_deref())
             .bind(ids(filter))
-            .fetch_one(self.pool())
+            .fetch_one(&mut *connection)
             .await;
         Ok(u64::try_from(count.map_err(doing("counting dead letters"))?).unwrap_or(0))
     }
 
     async fn stats(&self) -> Result<BTreeMap<Mailbox, Stats>> {
-        let all = sqlx::query(self.sql().stats.clone()).fetch_all(self.pool());
+        let mut connection = self.own("counting records").await?;
+        let all = sqlx::query(self.sql().stats.clone()).fetch_all(&mut *connection);
         let rows = all.await.map_err(doing("counting records"))?;
         let count = |row: &PgRow, column: usize| u64::try_from(row.get::<i64, _>(column)).unwrap_or(0);
         rows.iter()

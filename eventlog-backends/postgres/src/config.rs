@@ -9,8 +9,8 @@ pub struct PostgresOptions {
     pub schema: String,
     /// What the names of its tables begin with; nothing unless set. Quoted.
     pub prefix: String,
-    /// The most connections of the pool that appends and transactions use; 10 unless set. Relays have their own beside
-    /// it: two a mailbox, and one for all.
+    /// The most connections of each of two pools: the one that transactions use, and the one that the log appends and reads
+    /// on by itself. Relays have their own beside them: two a mailbox, and one for all. Default: 10.
     pub max_connections: u32,
     /// How long a caller waits for a connection of the pool; 5 s unless set.
     pub acquire_timeout: Duration,

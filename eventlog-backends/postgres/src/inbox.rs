@@ -147,7 +147,7 @@ impl InboxLog for PostgresLog {
         let Some(mailbox) = self.find_mailbox(&inbox(group)).await? else {
             return Ok(vec![Admission::New; arrivals.len()]);
         };
-        let mut connection = self.pool().acquire().await.map_err(doing("asking the inbox"))?;
+        let mut connection = self.own("asking the inbox").await?;
         self.known(&mut connection, mailbox, arrivals).await
     }
 
@@ -160,7 +160,7 @@ impl InboxLog for PostgresLog {
         let Some(mailbox) = self.find_mailbox(&inbox(group)).await? else {
             return Ok(None);
         };
-        let mut connection = self.pool().acquire().await.map_err(doing("reading a note"))?;
+        let mut connection = self.own("reading a note").await?;
         self.read_note(&mut connection, mailbox, id).await
     }
 
@@ -179,11 +179,12 @@ impl InboxLog for PostgresLog {
             return self.set_note(connection, mailbox, id, expected, text).await;
         }
         let failed = doing("writing a note");
-        let mut connection = self.pool().acquire().await.map_err(&failed)?;
+        let mut connection = self.own_guarded("writing a note").await?;
         let mut tx = connection.begin().await.map_err(&failed)?;
         let mailbox = self.mailbox_in(&mut tx, &inbox(group)).await?;
         let is_written = self.set_note(&mut tx, mailbox, id, expected, text).await?;
         tx.commit().await.map_err(failed)?;
+        connection.give_back();
         Ok(is_written)
     }
 

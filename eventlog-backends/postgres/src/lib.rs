@@ -29,8 +29,16 @@
 //!   are then repeats. Your own commits are as durable as you have them.
 //!
 //! # Connections
-//! Publishing uses the pool. A relay has connections of its own: one to claim and one to settle for each mailbox, and one for
-//! all leases and looks of the process, so that no lease waits for the application's pool. With one outbox that is three.
+//! Your transactions and those of handlers (`bus.begin`, `Transactional`) use the pool. Everything that the log commits by itself
+//! (`bus.publish`, parking, dead letters, notes, administration) goes over a second pool of its own, of as many connections at most, which
+//! are opened when needed and closed when idle for a minute. A relay has connections of its own: one to claim and one to settle for each
+//! mailbox, and one for all leases and looks of the process, so that no lease waits for a pool. With one outbox that is three.
+//!
+//! The second pool is there because of what a cancelled `BEGIN` does to a pool (sqlx 0.9.0, launchbadge/sqlx#4385). If the future of
+//! `pool.begin()` is dropped while the `BEGIN` is on its way, as when the client of an HTTP handler disconnects, the connection goes back
+//! with a transaction open on the server. The next statement on it that runs without a transaction of its own answers `Ok`, and is rolled
+//! back when the connection closes. The log is safe from that, on [`on_pool`](PostgresLog::on_pool) too; your own statements are safe if
+//! the pool checks what comes back, as the pool of [`connect`](PostgresLog::connect) does: see [`is_idle`].
 //!
 //! They need sessions: behind PgBouncer give relays a pool in session mode, or the server itself. Any pool needs
 //! `ignore_startup_parameters = extra_float_digits`, which sqlx sends (tried with 1.18 in session mode: all tests of this
@@ -85,6 +93,7 @@ mod error;
 mod inbox;
 mod log;
 mod members;
+mod own;
 mod purge;
 mod row;
 mod schema;
@@ -96,3 +105,4 @@ mod watch;
 
 pub use config::PostgresOptions;
 pub use log::PostgresLog;
+pub use own::is_idle;

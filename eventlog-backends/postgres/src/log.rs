@@ -1,7 +1,7 @@
 use crate::{
     PostgresOptions,
     error::doing,
-    schema,
+    own, schema,
     session::PostgresSession,
     sql::{Names, Sql},
     watch::Watch,
@@ -31,6 +31,8 @@ pub struct PostgresLog(Arc<Inner>);
 
 struct Inner {
     pool: PgPool,
+    /// What the log reads and writes on: see `own`.
+    own: PgPool,
     connect: PgConnectOptions,
     names: Names,
     sql: Sql,
@@ -84,13 +86,17 @@ impl PostgresLog {
         let pool = PgPoolOptions::new()
             .max_connections(options.max_connections)
             .acquire_timeout(options.acquire_timeout)
+            .after_release(|connection, _| Box::pin(own::is_idle(connection)))
             .connect_with(connect)
             .await
             .map_err(doing("connecting to Postgres"))?;
         Self::on_pool(pool, options)
     }
 
-    /// The log in the database of a pool of yours. A relay opens connections of its own with the pool's options.
+    /// The log in the database of a pool of yours. The log opens connections of its own with the pool's options.
+    ///
+    /// Transactions begin on your pool. Let it check what is released, so that a `BEGIN` that was cut off does no harm to
+    /// your own statements: see [`is_idle`](crate::is_idle).
     ///
     /// # Errors
     /// [`ErrorKind::Config`] if the options make no sense.
@@ -101,6 +107,7 @@ impl PostgresLog {
         Ok(Self(Arc::new(Inner {
             sql: Sql::new(&names),
             names,
+            own: own::pool(&connect, &options),
             pool,
             connect,
             options,
@@ -139,6 +146,10 @@ impl PostgresLog {
 
     pub(crate) fn count_history_failure(&self) -> u64 {
         self.0.history_failures.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn own_pool(&self) -> &PgPool {
+        &self.0.own
     }
 
     pub(crate) fn sql(&self) -> &Sql {
@@ -241,7 +252,8 @@ impl PostgresLog {
             return Ok(Some(id));
         }
         let found = sqlx::query_scalar(self.sql().find_mailbox.clone()).bind(mailbox.to_string());
-        let found = found.fetch_optional(self.pool()).await;
+        let mut connection = self.own("looking for a mailbox").await?;
+        let found = found.fetch_optional(&mut *connection).await;
         found.map_err(doing("looking for a mailbox"))
     }
 }
@@ -280,14 +292,16 @@ impl EventLogStore for PostgresLog {
             .all(|record| record.placement == postrider_core::log::Placement::Due);
         if let (true, Some(id)) = (is_plain, self.known_mailbox(mailbox)) {
             // One statement is a transaction by itself.
-            let mut connection = self.pool().acquire().await.map_err(failed)?;
+            let mut connection = self.own("appending events").await?;
             return self.insert(&mut connection, id, batch).await;
         }
-        let begun = self.pool().begin_with(crate::append::READ_COMMITTED).await;
+        let mut own = self.own_guarded("appending events").await?;
+        let begun = own.begin_with(crate::append::READ_COMMITTED).await;
         let mut tx = begun.map_err(&failed)?;
         let id = self.mailbox_in(&mut tx, mailbox).await?;
         self.insert(&mut tx, id, batch).await?;
         tx.commit().await.map_err(failed)?;
+        own.give_back();
         self.remember_mailbox(mailbox, id);
         Ok(())
     }
@@ -323,7 +337,7 @@ impl LogSchema for PostgresLog {
     }
 
     async fn check(&self) -> Result<()> {
-        let mut connection = self.pool().acquire().await.map_err(doing("checking the event log"))?;
+        let mut connection = self.own("checking the event log").await?;
         schema::check(&mut connection, &self.0.names, &self.0.options).await
     }
 }

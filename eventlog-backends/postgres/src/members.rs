@@ -16,7 +16,7 @@ impl PostgresLog {
         retention: Duration,
     ) -> Result<()> {
         let failed = doing("registering a member of a group");
-        let mut connection = self.pool().acquire().await.map_err(&failed)?;
+        let mut connection = self.own("registering a member of a group").await?;
         let register = sqlx::query(self.sql().register_member.clone())
             .bind(group.as_str())
             .bind(*member.owner.as_uuid())
@@ -29,7 +29,7 @@ impl PostgresLog {
 
     pub(crate) async fn list_members(&self, group: &GroupName, retention: Duration) -> Result<Vec<RegisteredMember>> {
         let failed = doing("listing the members of a group");
-        let mut connection = self.pool().acquire().await.map_err(&failed)?;
+        let mut connection = self.own("listing the members of a group").await?;
         let list = sqlx::query(self.sql().members.clone())
             .bind(group.as_str())
             .bind(secs(retention));

@@ -20,7 +20,7 @@ impl PostgresLog {
         let Some(mailbox) = self.find_mailbox(&request.mailbox).await? else {
             return Ok(0);
         };
-        let mut connection = self.pool().acquire().await.map_err(doing("cleaning up"))?;
+        let mut connection = self.own_guarded("cleaning up").await?;
         let mut removed = 0;
         if let Some(age) = request.succeeded_after {
             removed += self.purge_history(&mut connection, mailbox, age, request.max).await?;
@@ -38,6 +38,7 @@ impl PostgresLog {
             let notes = &self.sql().purge_notes;
             removed += self.execute(&mut connection, notes, mailbox, age, left).await?;
         }
+        connection.give_back();
         Ok(removed)
     }
 

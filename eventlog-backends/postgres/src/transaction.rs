@@ -59,7 +59,15 @@ impl LogTransaction for PostgresTransaction {
 #[async_trait]
 impl TransactionalLog for PostgresLog {
     async fn begin(&self) -> Result<Box<dyn LogTransaction>> {
-        let tx = self.pool().begin().await.map_err(doing("beginning a transaction"))?;
+        // In a task, which runs to its end: cut off in the middle of a BEGIN, the connection would go back to the pool in a
+        // transaction that the driver knows nothing of. What nobody takes is rolled back.
+        let pool = self.pool().clone();
+        let begun = tokio::spawn(async move { pool.begin().await }).await;
+        let begun = begun.map_err(|error| {
+            let text = "beginning a transaction failed: the runtime is shutting down";
+            Error::new(ErrorKind::Unavailable, text).because(error)
+        })?;
+        let tx = begun.map_err(doing("beginning a transaction"))?;
         Ok(Box::new(PostgresTransaction(tx)))
     }
 

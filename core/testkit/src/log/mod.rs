@@ -1,6 +1,7 @@
 //! What an event log has to show.
 
 mod admin;
+mod cancelled;
 mod fixture;
 mod histories;
 mod inbox;
@@ -11,6 +12,7 @@ mod records;
 mod retention;
 
 pub use admin::*;
+pub use cancelled::*;
 pub use fixture::{ClockedLog, LogFixture};
 pub use histories::*;
 pub use inbox::*;

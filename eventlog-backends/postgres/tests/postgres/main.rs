@@ -7,6 +7,7 @@
     clippy::disallowed_methods
 )]
 
+mod cancelled;
 mod conformance;
 mod fixture;
 mod history;
