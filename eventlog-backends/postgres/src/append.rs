@@ -7,7 +7,7 @@ use crate::{
 };
 use md5::{Digest as _, Md5};
 use postrider_core::{
-    Error, ErrorKind, Message, Result,
+    Error, ErrorKind, Mailbox, Message, Result,
     clock::Timestamp,
     log::{NewRecord, Placement},
 };
@@ -83,11 +83,39 @@ impl<'a> Columns<'a> {
 
 impl PostgresLog {
     /// Writes records in the connection's transaction; those of one placement keep their order.
-    pub(crate) async fn insert(&self, connection: &mut PgConnection, mailbox: i16, batch: &[NewRecord]) -> Result<()> {
+    pub(crate) async fn insert(
+        &self,
+        connection: &mut PgConnection,
+        mailbox: &Mailbox,
+        batch: &[NewRecord],
+    ) -> Result<()> {
+        if self.try_insert(connection, mailbox, batch).await? {
+            return Ok(());
+        }
+        // The mailbox is missing: new, or lost with a failover or by hand.
+        self.mailbox_in(connection, mailbox).await?;
+        if self.try_insert(connection, mailbox, batch).await? {
+            return Ok(());
+        }
+        let error = Error::new(
+            ErrorKind::Unavailable,
+            "appending events failed: the mailbox was removed meanwhile; try again",
+        );
+        Err(error.with("mailbox", mailbox))
+    }
+
+    /// `false` if there is no such mailbox: then nothing was written.
+    pub(crate) async fn try_insert(
+        &self,
+        connection: &mut PgConnection,
+        mailbox: &Mailbox,
+        batch: &[NewRecord],
+    ) -> Result<bool> {
+        let name = mailbox.to_string();
         if let [record] = batch
             && record.placement == Placement::Due
         {
-            return self.insert_one(connection, mailbox, &record.message).await;
+            return self.insert_one(connection, &name, &record.message).await;
         }
         let (mut due, mut later, mut parked) = (Columns::default(), Columns::default(), Columns::default());
         let (mut delays, mut parked_rest) = (Vec::new(), ParkedColumns::default());
@@ -114,26 +142,28 @@ impl PostgresLog {
             }
         }
         if !due.lane.is_empty() {
-            let many = due.bind(sqlx::query(self.sql().append_many.clone()).bind(mailbox));
-            many.execute(&mut *connection)
-                .await
-                .map_err(doing("appending events"))?;
+            let many = due.bind(sqlx::query(self.sql().append_many.clone()).bind(&name));
+            let appended = many.execute(&mut *connection).await;
+            if appended.map_err(doing("appending events"))?.rows_affected() == 0 {
+                return Ok(false);
+            }
         }
         if !later.lane.is_empty() {
-            let many = later.bind(sqlx::query(self.sql().schedule.clone()).bind(mailbox));
-            many.bind(delays)
-                .execute(&mut *connection)
-                .await
-                .map_err(doing("appending delayed events"))?;
+            let many = later.bind(sqlx::query(self.sql().schedule.clone()).bind(&name));
+            let appended = many.bind(delays).execute(&mut *connection).await;
+            if appended.map_err(doing("appending delayed events"))?.rows_affected() == 0 {
+                return Ok(false);
+            }
         }
         if !parked.lane.is_empty() {
-            self.insert_parked(connection, mailbox, parked, parked_rest).await?;
+            let id = self.mailbox_in(connection, mailbox).await?;
+            self.insert_parked(connection, id, parked, parked_rest).await?;
         }
-        Ok(())
+        Ok(true)
     }
 
-    async fn insert_one(&self, connection: &mut PgConnection, mailbox: i16, message: &Message) -> Result<()> {
-        sqlx::query(self.sql().append_one.clone())
+    async fn insert_one(&self, connection: &mut PgConnection, mailbox: &str, message: &Message) -> Result<bool> {
+        let appended = sqlx::query(self.sql().append_one.clone())
             .bind(mailbox)
             .bind(lane_of(message.key(), message.id()))
             .bind(message.id().as_uuid())
@@ -148,7 +178,7 @@ impl PostgresLog {
             .execute(connection)
             .await
             .map_err(doing("appending an event"))?;
-        Ok(())
+        Ok(appended.rows_affected() > 0)
     }
 
     async fn insert_parked(

@@ -31,18 +31,27 @@ impl PostgresLog {
     async fn write_receipts(
         &self,
         connection: &mut PgConnection,
-        mailbox: i16,
+        mailbox: &Mailbox,
         arrivals: &[Arrival],
     ) -> Result<Vec<Admission>> {
         let own: Vec<bool> = arrivals.iter().map(|a| a.was_parked).collect();
         let Asked { ids, topics, keys } = Asked::of(arrivals);
-        let ask = sqlx::query_scalar::<_, i32>(self.sql().admit.clone())
-            .bind(mailbox)
-            .bind(ids)
-            .bind(topics)
-            .bind(keys)
-            .bind(own);
-        let answers = ask.fetch_all(connection).await.map_err(doing("asking the inbox"))?;
+        let (name, mut is_known) = (mailbox.to_string(), false);
+        let answers = loop {
+            let ask = sqlx::query_scalar::<_, i32>(self.sql().admit.clone())
+                .bind(&name)
+                .bind(&ids)
+                .bind(&topics)
+                .bind(&keys)
+                .bind(&own);
+            let answers = ask.fetch_all(&mut *connection).await;
+            let answers = answers.map_err(doing("asking the inbox"))?;
+            if is_known || !answers.is_empty() {
+                break answers;
+            }
+            self.mailbox_in(connection, mailbox).await?;
+            is_known = true;
+        };
         if answers.len() != arrivals.len() {
             return Err(unexpected("the inbox did not answer for every message"));
         }
@@ -56,10 +65,15 @@ impl PostgresLog {
     }
 
     /// Asks what is known of arrivals, which is little.
-    async fn known(&self, connection: &mut PgConnection, mailbox: i16, arrivals: &[Arrival]) -> Result<Vec<Admission>> {
+    async fn known(
+        &self,
+        connection: &mut PgConnection,
+        mailbox: &Mailbox,
+        arrivals: &[Arrival],
+    ) -> Result<Vec<Admission>> {
         let Asked { ids, topics, keys } = Asked::of(arrivals);
         let ask = sqlx::query(self.sql().look.clone())
-            .bind(mailbox)
+            .bind(mailbox.to_string())
             .bind(ids)
             .bind(topics)
             .bind(keys);
@@ -93,8 +107,10 @@ impl PostgresLog {
         Ok(arrivals.iter().map(admission).collect())
     }
 
-    async fn read_note(&self, connection: &mut PgConnection, mailbox: i16, id: MessageId) -> Result<Option<Note>> {
-        let read = sqlx::query(self.sql().note.clone()).bind(mailbox).bind(*id.as_uuid());
+    async fn read_note(&self, connection: &mut PgConnection, mailbox: &Mailbox, id: MessageId) -> Result<Option<Note>> {
+        let read = sqlx::query(self.sql().note.clone())
+            .bind(mailbox.to_string())
+            .bind(*id.as_uuid());
         let found = read.fetch_optional(connection).await.map_err(doing("reading a note"))?;
         Ok(found.map(|row| Note {
             version: u64::try_from(row.get::<i64, _>(0)).unwrap_or(0),
@@ -105,25 +121,40 @@ impl PostgresLog {
     async fn set_note(
         &self,
         connection: &mut PgConnection,
-        mailbox: i16,
+        mailbox: &Mailbox,
         id: MessageId,
         expected: u64,
         text: &str,
     ) -> Result<bool> {
-        let write = match i64::try_from(expected) {
-            Ok(0) => sqlx::query(self.sql().add_note.clone())
-                .bind(mailbox)
-                .bind(*id.as_uuid())
-                .bind(text),
-            Ok(expected) => sqlx::query(self.sql().set_note.clone())
-                .bind(mailbox)
-                .bind(*id.as_uuid())
-                .bind(text)
-                .bind(expected),
-            Err(_) => return Ok(false),
+        let failed = doing("writing a note");
+        let Ok(version) = i64::try_from(expected) else {
+            return Ok(false);
         };
-        let written = write.execute(connection).await.map_err(doing("writing a note"))?;
-        Ok(written.rows_affected() > 0)
+        let name = mailbox.to_string();
+        let statement = if version == 0 {
+            &self.sql().add_note
+        } else {
+            &self.sql().set_note
+        };
+        for is_known in [false, true] {
+            let mut write = sqlx::query(statement.clone())
+                .bind(&name)
+                .bind(*id.as_uuid())
+                .bind(text);
+            if version > 0 {
+                write = write.bind(version);
+            }
+            let written = write.execute(&mut *connection).await.map_err(&failed)?;
+            if written.rows_affected() > 0 {
+                return Ok(true);
+            }
+            if version > 0 || is_known {
+                break;
+            }
+            // There is one, or there is no mailbox yet.
+            self.mailbox_in(connection, mailbox).await?;
+        }
+        Ok(false)
     }
 }
 
@@ -139,29 +170,21 @@ impl InboxLog for PostgresLog {
         if arrivals.is_empty() {
             return Ok(Vec::new());
         }
-        let mailbox = self.mailbox_in(connection, &inbox(group)).await?;
-        self.write_receipts(connection, mailbox, arrivals).await
+        self.write_receipts(connection, &inbox(group), arrivals).await
     }
 
     async fn look(&self, group: &GroupName, arrivals: &[Arrival]) -> Result<Vec<Admission>> {
-        let Some(mailbox) = self.find_mailbox(&inbox(group)).await? else {
-            return Ok(vec![Admission::New; arrivals.len()]);
-        };
         let mut connection = self.own("asking the inbox").await?;
-        self.known(&mut connection, mailbox, arrivals).await
+        self.known(&mut connection, &inbox(group), arrivals).await
     }
 
     async fn note(&self, tx: Option<Lent<'_>>, group: &GroupName, id: MessageId) -> Result<Option<Note>> {
         if let Some(tx) = tx {
             let connection: &mut PgConnection = tx.get_mut()?;
-            let mailbox = self.mailbox_in(connection, &inbox(group)).await?;
-            return self.read_note(connection, mailbox, id).await;
+            return self.read_note(connection, &inbox(group), id).await;
         }
-        let Some(mailbox) = self.find_mailbox(&inbox(group)).await? else {
-            return Ok(None);
-        };
         let mut connection = self.own("reading a note").await?;
-        self.read_note(&mut connection, mailbox, id).await
+        self.read_note(&mut connection, &inbox(group), id).await
     }
 
     async fn write_note(
@@ -175,14 +198,12 @@ impl InboxLog for PostgresLog {
         if let Some(tx) = tx {
             let connection: &mut PgConnection = tx.get_mut()?;
             crate::transaction::check(connection).await?;
-            let mailbox = self.mailbox_in(connection, &inbox(group)).await?;
-            return self.set_note(connection, mailbox, id, expected, text).await;
+            return self.set_note(connection, &inbox(group), id, expected, text).await;
         }
         let failed = doing("writing a note");
         let mut connection = self.own_guarded("writing a note").await?;
         let mut tx = connection.begin().await.map_err(&failed)?;
-        let mailbox = self.mailbox_in(&mut tx, &inbox(group)).await?;
-        let is_written = self.set_note(&mut tx, mailbox, id, expected, text).await?;
+        let is_written = self.set_note(&mut tx, &inbox(group), id, expected, text).await?;
         tx.commit().await.map_err(failed)?;
         connection.give_back();
         Ok(is_written)

@@ -17,10 +17,9 @@ use sqlx::{
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use std::{
-    collections::HashMap,
     fmt,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -42,8 +41,6 @@ struct Inner {
     /// Whether the schema was found to be one this program can work with.
     is_checked: AtomicBool,
     history_failures: AtomicU64,
-    /// The ids of mailboxes that are known to be committed.
-    mailboxes: Mutex<HashMap<Mailbox, i16>>,
 }
 
 /// What a relay's own connection does.
@@ -115,7 +112,6 @@ impl PostgresLog {
             watch: Watch::default(),
             is_checked: AtomicBool::new(false),
             history_failures: AtomicU64::new(0),
-            mailboxes: Mutex::new(HashMap::from([(Mailbox::outbox(), 1)])),
         })))
     }
 
@@ -213,22 +209,11 @@ impl PostgresLog {
         Ok(())
     }
 
-    pub(crate) fn known_mailbox(&self, mailbox: &Mailbox) -> Option<i16> {
-        let known = self.0.mailboxes.lock().unwrap_or_else(PoisonError::into_inner);
-        known.get(mailbox).copied()
-    }
-
-    /// The mailbox's id is committed.
-    pub(crate) fn remember_mailbox(&self, mailbox: &Mailbox, id: i16) {
-        let mut known = self.0.mailboxes.lock().unwrap_or_else(PoisonError::into_inner);
-        known.insert(mailbox.clone(), id);
-    }
-
     /// The id of a mailbox, which comes into being in the connection's transaction.
+    ///
+    /// It is asked for each time: the row may go while this process lives, by a failover to a standby that is behind, a
+    /// restore, or a test that empties the tables.
     pub(crate) async fn mailbox_in(&self, connection: &mut PgConnection, mailbox: &Mailbox) -> Result<i16> {
-        if let Some(id) = self.known_mailbox(mailbox) {
-            return Ok(id);
-        }
         let failed = doing("opening a mailbox");
         let name = mailbox.to_string();
         let find = || sqlx::query_scalar(self.sql().find_mailbox.clone()).bind(&name);
@@ -248,9 +233,6 @@ impl PostgresLog {
 
     /// The id of a mailbox, if there is one of this name.
     pub(crate) async fn find_mailbox(&self, mailbox: &Mailbox) -> Result<Option<i16>> {
-        if let Some(id) = self.known_mailbox(mailbox) {
-            return Ok(Some(id));
-        }
         let found = sqlx::query_scalar(self.sql().find_mailbox.clone()).bind(mailbox.to_string());
         let mut connection = self.own("looking for a mailbox").await?;
         let found = found.fetch_optional(&mut *connection).await;
@@ -290,19 +272,19 @@ impl EventLogStore for PostgresLog {
         let is_plain = batch
             .iter()
             .all(|record| record.placement == postrider_core::log::Placement::Due);
-        if let (true, Some(id)) = (is_plain, self.known_mailbox(mailbox)) {
+        if is_plain {
             // One statement is a transaction by itself.
             let mut connection = self.own("appending events").await?;
-            return self.insert(&mut connection, id, batch).await;
+            if self.try_insert(&mut connection, mailbox, batch).await? {
+                return Ok(());
+            }
         }
         let mut own = self.own_guarded("appending events").await?;
         let begun = own.begin_with(crate::append::READ_COMMITTED).await;
         let mut tx = begun.map_err(&failed)?;
-        let id = self.mailbox_in(&mut tx, mailbox).await?;
-        self.insert(&mut tx, id, batch).await?;
+        self.insert(&mut tx, mailbox, batch).await?;
         tx.commit().await.map_err(failed)?;
         own.give_back();
-        self.remember_mailbox(mailbox, id);
         Ok(())
     }
 
@@ -314,9 +296,9 @@ impl EventLogStore for PostgresLog {
         let mut tx = connection.begin().await.map_err(&failed)?;
         let id = self.mailbox_in(&mut tx, mailbox).await?;
         tx.commit().await.map_err(failed)?;
-        self.remember_mailbox(mailbox, id);
         Ok(Box::new(PostgresSession::new(
             self.clone(),
+            mailbox.clone(),
             id,
             options.clone(),
             connection,

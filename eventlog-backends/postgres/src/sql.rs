@@ -250,20 +250,21 @@ macro_rules! last_errors {
 
 statements! {
     add_mailbox: "INSERT INTO {mailbox} (name) VALUES ($1) ON CONFLICT (name) DO NOTHING RETURNING id";
-    add_lanes: "INSERT INTO {lane} (mailbox, lane) SELECT $1, generate_series(0, 63)";
+    add_lanes: "INSERT INTO {lane} (mailbox, lane) SELECT $1, generate_series(0, 63) ON CONFLICT DO NOTHING";
     find_mailbox: "SELECT id FROM {mailbox} WHERE name = $1";
 
-    // Appending. One row has a statement of its own, which is cheaper to run.
+    // Appending, by the name of the mailbox: its row may have gone since anybody looked, and then this inserts nothing. One
+    // row has a statement of its own, which is cheaper to run.
     append_one: "INSERT INTO {event} (mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at) \
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, {clock}())";
+        SELECT id, $2::int2, $3::uuid, $4::text, $5::text, $6::text, $7::text, $8::text, $9::text, $10::timestamptz, $11::bytea, {clock}() FROM {mailbox} WHERE name = $1";
     append_many: "INSERT INTO {event} (mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at) \
-        SELECT $1, lane, message_id, topic, type, source, key, content_type, headers, time, payload, {clock}() \
-        FROM unnest($2::int2[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::timestamptz[], $11::bytea[]) \
-        WITH ORDINALITY u (lane, message_id, topic, type, source, key, content_type, headers, time, payload, n) ORDER BY n";
+        SELECT m.id, lane, message_id, topic, type, source, key, content_type, headers, time, payload, {clock}() \
+        FROM {mailbox} m CROSS JOIN unnest($2::int2[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::timestamptz[], $11::bytea[]) \
+        WITH ORDINALITY u (lane, message_id, topic, type, source, key, content_type, headers, time, payload, n) WHERE m.name = $1 ORDER BY n";
     schedule: "INSERT INTO {scheduled} (mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at, due_at) \
-        SELECT $1, lane, message_id, topic, type, source, key, content_type, headers, time, payload, {clock}(), {clock}() + make_interval(secs => after) \
-        FROM unnest($2::int2[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::timestamptz[], $11::bytea[], $12::float8[]) \
-        WITH ORDINALITY u (lane, message_id, topic, type, source, key, content_type, headers, time, payload, after, n) ORDER BY n";
+        SELECT m.id, lane, message_id, topic, type, source, key, content_type, headers, time, payload, {clock}(), {clock}() + make_interval(secs => after) \
+        FROM {mailbox} m CROSS JOIN unnest($2::int2[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::timestamptz[], $11::bytea[], $12::float8[]) \
+        WITH ORDINALITY u (lane, message_id, topic, type, source, key, content_type, headers, time, payload, after, n) WHERE m.name = $1 ORDER BY n";
     /// Parks what is not parked yet: unique by message id, whose lock the transaction holds.
     park_new: concat!(
         "INSERT INTO {parked} (", parked_columns!(), ") ",
@@ -294,7 +295,7 @@ statements! {
     free: "UPDATE {lane} SET owner = NULL, freed_at = {clock}() WHERE mailbox = $1 AND owner = $2 AND lane = ANY($3)";
     free_all: "UPDATE {lane} SET owner = NULL, freed_at = {clock}() WHERE mailbox = $1 AND owner = $2";
     renew: "UPDATE {relay} SET expires_at = {clock}() + make_interval(secs => $3) WHERE mailbox = $1 AND owner = $2 AND expires_at > {clock}() \
-        RETURNING (SELECT count(*) FROM {relay} WHERE mailbox = $1 AND expires_at > {clock}())";
+        AND EXISTS (SELECT 1 FROM {mailbox} m WHERE m.id = $1 AND m.name = $4) RETURNING (SELECT count(*) FROM {relay} WHERE mailbox = $1 AND expires_at > {clock}())";
 
     // The settled floor (of a transaction the number of the outermost, which is the oldest): the position first, then who might still commit one below it. Two statements in one message.
     probe: "SELECT last_value - (NOT is_called)::int4, {clock}(), pg_postmaster_start_time()::text FROM {position}; \
@@ -406,14 +407,14 @@ statements! {
     resume: "UPDATE {parked} p SET state = 0, next_at = {clock}() FROM (SELECT r.ctid AS at FROM {parked} r WHERE r.mailbox = $1 AND r.topic = $2 AND r.state = 2 AND r.lane = ANY($3) \
         ORDER BY r.id LIMIT $4) u WHERE p.ctid = u.at AND p.state = 2";
 
-    // The inbox.
+    // The inbox, by the name of its mailbox.
     /// ?2 message ids, ?3 topics, ?4 keys, ?5 whether it is what is parked itself. Gives for each, in order: 0 new, 1 duplicate, 2 parked, 3 held back.
-    admit: "SELECT * FROM {admit}($1, $2, $3, $4, $5)";
+    admit: "SELECT a.answer FROM {mailbox} m CROSS JOIN LATERAL {admit}(m.id, $2, $3, $4, $5) WITH ORDINALITY a (answer, n) WHERE m.name = $1 ORDER BY a.n";
     /// ?2 message ids, ?3 topics, ?4 keys. Gives what is known of them: 1 a duplicate and its id, 2 parked and its id, 3 a topic and key that hold back.
-    look: "SELECT * FROM {look}($1, $2, $3, $4)";
-    note: "SELECT version, body FROM {note} WHERE mailbox = $1 AND message_id = $2";
-    add_note: "INSERT INTO {note} (mailbox, message_id, version, body, written_at) VALUES ($1, $2, 1, $3, {clock}()) ON CONFLICT DO NOTHING";
-    set_note: "UPDATE {note} SET version = version + 1, body = $3, written_at = {clock}() WHERE mailbox = $1 AND message_id = $2 AND version = $4";
+    look: "SELECT l.* FROM {mailbox} m CROSS JOIN LATERAL {look}(m.id, $2, $3, $4) l WHERE m.name = $1";
+    note: "SELECT version, body FROM {note} WHERE mailbox = (SELECT id FROM {mailbox} WHERE name = $1) AND message_id = $2";
+    add_note: "INSERT INTO {note} (mailbox, message_id, version, body, written_at) SELECT id, $2::uuid, 1, $3::text, {clock}() FROM {mailbox} WHERE name = $1 ON CONFLICT DO NOTHING";
+    set_note: "UPDATE {note} SET version = version + 1, body = $3, written_at = {clock}() WHERE mailbox = (SELECT id FROM {mailbox} WHERE name = $1) AND message_id = $2 AND version = $4";
     /// ?1 group, ?2 owner, ?3 types, ?4 topics, ?5 the retention. A member that was unseen for longer starts anew.
     register_member: "WITH gone AS (DELETE FROM {member} WHERE group_name = $1 AND owner IN (SELECT owner FROM {member} \
             WHERE group_name = $1 AND owner <> $2 AND seen_at < {clock}() - make_interval(secs => $5) FOR UPDATE SKIP LOCKED)) \

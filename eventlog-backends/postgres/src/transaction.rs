@@ -77,8 +77,7 @@ impl TransactionalLog for PostgresLog {
         if batch.is_empty() {
             return Ok(());
         }
-        let id = self.mailbox_in(connection, mailbox).await?;
-        self.insert(connection, id, batch).await
+        self.insert(connection, mailbox, batch).await
     }
 }
 

@@ -98,7 +98,7 @@ impl Watch {
             let outlook = session.outlook();
             for (of, behind) in &outlook.cursors {
                 n.push(at);
-                mailbox.push(session.mailbox);
+                mailbox.push(session.mailbox());
                 lane.push(*of);
                 cursor.push(*behind);
                 parked.push(outlook.parked_from);
@@ -106,7 +106,7 @@ impl Watch {
             }
             if outlook.cursors.len() < 64 {
                 wanting.push(at);
-                wanted.push(session.mailbox);
+                wanted.push(session.mailbox());
             }
         }
         self.with_connection(log, Duration::from_secs(3), async |connection| {

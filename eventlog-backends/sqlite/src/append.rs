@@ -2,11 +2,11 @@
 
 use crate::{
     SqliteLog,
-    error::doing,
+    error::{NOT_NULL, code, doing},
     row::{errors_to_text, headers, micros},
 };
 use postrider_core::{
-    Message, Result,
+    Mailbox, Message, Result,
     log::{AttemptError, NewRecord, Placement},
 };
 use sqlx::{Sqlite, SqliteConnection, query::Query, sqlite::SqliteArguments};
@@ -43,7 +43,7 @@ impl SqliteLog {
     pub(crate) async fn insert(
         &self,
         connection: &mut SqliteConnection,
-        mailbox: i64,
+        mailbox: &Mailbox,
         batch: &[NewRecord],
     ) -> Result<()> {
         let now = micros(self.clock().now());
@@ -55,7 +55,8 @@ impl SqliteLog {
                 rest = &rest[due..];
                 continue;
             }
-            self.insert_placed(connection, mailbox, first, now).await?;
+            let id = self.mailbox_in(connection, mailbox).await?;
+            self.insert_placed(connection, id, first, now).await?;
             rest = &rest[1..];
         }
         Ok(())
@@ -65,12 +66,12 @@ impl SqliteLog {
     async fn insert_due(
         &self,
         connection: &mut SqliteConnection,
-        mailbox: i64,
+        mailbox: &Mailbox,
         batch: &[NewRecord],
         now: i64,
     ) -> Result<()> {
-        let sql = self.sql();
-        let mut rest = batch;
+        let (sql, name) = (self.sql(), mailbox.to_string());
+        let (mut rest, mut is_known) = (batch, false);
         while !rest.is_empty() {
             let (statement, rows) = match rest.len() {
                 64.. => (&sql.append_64, 64),
@@ -80,13 +81,17 @@ impl SqliteLog {
             };
             let mut query = sqlx::query(statement.clone());
             for record in &rest[..rows] {
-                query = bind(query.bind(mailbox), &record.message, now)?;
+                query = bind(query.bind(&name), &record.message, now)?;
             }
-            query
-                .execute(&mut *connection)
-                .await
-                .map_err(doing("appending events"))?;
-            rest = &rest[rows..];
+            match query.execute(&mut *connection).await {
+                Ok(_) => rest = &rest[rows..],
+                // The mailbox is missing: new, or lost with a restored copy or by hand. The statement has done nothing.
+                Err(error) if !is_known && code(&error) == Some(NOT_NULL) => {
+                    self.mailbox_in(connection, mailbox).await?;
+                    is_known = true;
+                }
+                Err(error) => return Err(doing("appending events")(error)),
+            }
         }
         Ok(())
     }

@@ -12,6 +12,8 @@ const FULL: i32 = 13;
 const CANTOPEN: i32 = 14;
 const NOTADB: i32 = 26;
 const BUSY_SNAPSHOT: i32 = 517;
+/// A column that may not be null was to be.
+pub(crate) const NOT_NULL: i32 = 1299;
 
 /// The extended result code, where the error is SQLite's own.
 pub(crate) fn code(error: &sqlx::Error) -> Option<i32> {

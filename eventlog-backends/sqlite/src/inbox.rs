@@ -14,7 +14,7 @@ impl SqliteLog {
     async fn ask(
         &self,
         connection: &mut SqliteConnection,
-        mailbox: i64,
+        mailbox: &str,
         arrivals: &[Arrival],
     ) -> Result<Vec<Admission>> {
         let asked = arrivals.iter().map(|arrival| {
@@ -35,7 +35,7 @@ impl SqliteLog {
         Ok(answers.into_iter().map(admission).collect())
     }
 
-    async fn read_note(&self, connection: &mut SqliteConnection, mailbox: i64, id: MessageId) -> Result<Option<Note>> {
+    async fn read_note(&self, connection: &mut SqliteConnection, mailbox: &str, id: MessageId) -> Result<Option<Note>> {
         let read = sqlx::query(self.sql().note.clone()).bind(mailbox).bind(bytes(id));
         let found = read.fetch_optional(connection).await.map_err(doing("reading a note"))?;
         Ok(found.map(|row| Note {
@@ -47,27 +47,37 @@ impl SqliteLog {
     async fn set_note(
         &self,
         connection: &mut SqliteConnection,
-        mailbox: i64,
+        mailbox: &Mailbox,
         id: MessageId,
         expected: u64,
         text: &str,
     ) -> Result<bool> {
-        let now = micros(self.clock().now());
+        let (now, name) = (micros(self.clock().now()), mailbox.to_string());
         let statement = if expected == 0 {
             &self.sql().add_note
         } else {
             &self.sql().set_note
         };
-        let mut write = sqlx::query(statement.clone())
-            .bind(mailbox)
-            .bind(bytes(id))
-            .bind(text)
-            .bind(now);
-        if expected > 0 {
-            write = write.bind(i64::try_from(expected).unwrap_or(i64::MAX));
+        for is_known in [false, true] {
+            let mut write = sqlx::query(statement.clone())
+                .bind(&name)
+                .bind(bytes(id))
+                .bind(text)
+                .bind(now);
+            if expected > 0 {
+                write = write.bind(i64::try_from(expected).unwrap_or(i64::MAX));
+            }
+            let written = write.execute(&mut *connection).await;
+            if written.map_err(doing("writing a note"))?.rows_affected() > 0 {
+                return Ok(true);
+            }
+            if expected > 0 || is_known {
+                break;
+            }
+            // There is one, or there is no mailbox yet.
+            self.mailbox_in(connection, mailbox).await?;
         }
-        let written = write.execute(connection).await.map_err(doing("writing a note"))?;
-        Ok(written.rows_affected() > 0)
+        Ok(false)
     }
 }
 
@@ -91,8 +101,8 @@ impl InboxLog for SqliteLog {
         if arrivals.is_empty() {
             return Ok(Vec::new());
         }
-        let mailbox = self.mailbox_in(connection, &inbox(group)).await?;
-        let answers = self.ask(connection, mailbox, arrivals).await?;
+        let mailbox = inbox(group);
+        let answers = self.ask(connection, &mailbox.to_string(), arrivals).await?;
         // One writer at a time: nothing comes between the answers and the receipts.
         let new = arrivals.iter().zip(&answers);
         let new: Vec<String> = new
@@ -100,35 +110,35 @@ impl InboxLog for SqliteLog {
             .map(|(arrival, _)| hex(arrival.id()))
             .collect();
         if !new.is_empty() {
-            let receipts = sqlx::query(self.sql().add_receipts.clone()).bind(mailbox);
-            let receipts = receipts
-                .bind(serde_json::json!(new).to_string())
-                .bind(micros(self.clock().now()));
-            let written = receipts.execute(connection).await;
-            written.map_err(doing("admitting messages"))?;
+            let ids = serde_json::json!(new).to_string();
+            for is_known in [false, true] {
+                let receipts = sqlx::query(self.sql().add_receipts.clone())
+                    .bind(mailbox.to_string())
+                    .bind(&ids)
+                    .bind(micros(self.clock().now()));
+                let written = receipts.execute(&mut *connection).await;
+                let written = written.map_err(doing("admitting messages"))?;
+                if is_known || written.rows_affected() > 0 {
+                    break;
+                }
+                self.mailbox_in(connection, &mailbox).await?;
+            }
         }
         Ok(answers)
     }
 
     async fn look(&self, group: &GroupName, arrivals: &[Arrival]) -> Result<Vec<Admission>> {
-        let Some(mailbox) = self.find_mailbox(&inbox(group)).await? else {
-            return Ok(vec![Admission::New; arrivals.len()]);
-        };
         let mut connection = self.pool().acquire().await.map_err(doing("asking the inbox"))?;
-        self.ask(&mut connection, mailbox, arrivals).await
+        self.ask(&mut connection, &inbox(group).to_string(), arrivals).await
     }
 
     async fn note(&self, tx: Option<Lent<'_>>, group: &GroupName, id: MessageId) -> Result<Option<Note>> {
         if let Some(tx) = tx {
             let connection: &mut SqliteConnection = tx.get_mut()?;
-            let mailbox = self.mailbox_in(connection, &inbox(group)).await?;
-            return self.read_note(connection, mailbox, id).await;
+            return self.read_note(connection, &inbox(group).to_string(), id).await;
         }
-        let Some(mailbox) = self.find_mailbox(&inbox(group)).await? else {
-            return Ok(None);
-        };
         let mut connection = self.pool().acquire().await.map_err(doing("reading a note"))?;
-        self.read_note(&mut connection, mailbox, id).await
+        self.read_note(&mut connection, &inbox(group).to_string(), id).await
     }
 
     async fn write_note(
@@ -142,13 +152,11 @@ impl InboxLog for SqliteLog {
         if let Some(tx) = tx {
             let connection: &mut SqliteConnection = tx.get_mut()?;
             crate::transaction::check(connection)?;
-            let mailbox = self.mailbox_in(connection, &inbox(group)).await?;
-            return self.set_note(connection, mailbox, id, expected, text).await;
+            return self.set_note(connection, &inbox(group), id, expected, text).await;
         }
         let failed = doing("writing a note");
         let mut tx = self.pool().begin_with("BEGIN IMMEDIATE").await.map_err(&failed)?;
-        let mailbox = self.mailbox_in(&mut tx, &inbox(group)).await?;
-        let is_written = self.set_note(&mut tx, mailbox, id, expected, text).await?;
+        let is_written = self.set_note(&mut tx, &inbox(group), id, expected, text).await?;
         tx.commit().await.map_err(failed)?;
         Ok(is_written)
     }

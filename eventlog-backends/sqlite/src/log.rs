@@ -16,10 +16,9 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 use std::{
-    collections::HashMap,
     fmt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -33,8 +32,6 @@ struct Inner {
     relay: SqliteConnectOptions,
     sql: Sql,
     options: SqliteOptions,
-    /// The ids of mailboxes that are known to be committed.
-    mailboxes: Mutex<HashMap<Mailbox, i64>>,
 }
 
 impl SqliteLog {
@@ -120,7 +117,6 @@ impl SqliteLog {
             pool,
             relay,
             options,
-            mailboxes: Mutex::new(HashMap::from([(Mailbox::outbox(), 1)])),
         })))
     }
 
@@ -148,38 +144,27 @@ impl SqliteLog {
         connected.map_err(doing("opening a connection for the relay"))
     }
 
-    pub(crate) fn known_mailbox(&self, mailbox: &Mailbox) -> Option<i64> {
-        let known = self.0.mailboxes.lock().unwrap_or_else(PoisonError::into_inner);
-        known.get(mailbox).copied()
-    }
-
-    /// The mailbox's id is committed.
-    pub(crate) fn remember_mailbox(&self, mailbox: &Mailbox, id: i64) {
-        let mut known = self.0.mailboxes.lock().unwrap_or_else(PoisonError::into_inner);
-        known.insert(mailbox.clone(), id);
-    }
-
     /// The id of a mailbox, which comes into being in the connection's transaction.
+    ///
+    /// It is asked for each time: the row may go while this process lives, by a restored copy or a test that empties the
+    /// tables.
     pub(crate) async fn mailbox_in(&self, connection: &mut SqliteConnection, mailbox: &Mailbox) -> Result<i64> {
-        if let Some(id) = self.known_mailbox(mailbox) {
-            return Ok(id);
-        }
         let failed = doing("opening a mailbox");
         let name = mailbox.to_string();
+        let find = || sqlx::query_scalar(self.sql().find_mailbox.clone()).bind(&name);
+        if let Some(id) = find().fetch_optional(&mut *connection).await.map_err(&failed)? {
+            return Ok(id);
+        }
         sqlx::query(self.sql().add_mailbox.clone())
             .bind(&name)
             .execute(&mut *connection)
             .await
             .map_err(&failed)?;
-        let found = sqlx::query_scalar(self.sql().find_mailbox.clone()).bind(&name);
-        found.fetch_one(connection).await.map_err(failed)
+        find().fetch_one(connection).await.map_err(failed)
     }
 
     /// The id of a mailbox, if there is one of this name.
     pub(crate) async fn find_mailbox(&self, mailbox: &Mailbox) -> Result<Option<i64>> {
-        if let Some(id) = self.known_mailbox(mailbox) {
-            return Ok(Some(id));
-        }
         let found = sqlx::query_scalar(self.sql().find_mailbox.clone()).bind(mailbox.to_string());
         found
             .fetch_optional(self.pool())
@@ -214,11 +199,8 @@ impl EventLogStore for SqliteLog {
         }
         let failed = doing("appending events");
         let mut tx = self.pool().begin_with("BEGIN IMMEDIATE").await.map_err(&failed)?;
-        let id = self.mailbox_in(&mut tx, mailbox).await?;
-        self.insert(&mut tx, id, batch).await?;
-        tx.commit().await.map_err(failed)?;
-        self.remember_mailbox(mailbox, id);
-        Ok(())
+        self.insert(&mut tx, mailbox, batch).await?;
+        tx.commit().await.map_err(failed)
     }
 
     async fn open(&self, mailbox: &Mailbox, options: &SessionOptions) -> Result<Box<dyn Session>> {
@@ -228,9 +210,9 @@ impl EventLogStore for SqliteLog {
         let mut tx = connection.begin_with("BEGIN IMMEDIATE").await.map_err(&failed)?;
         let id = self.mailbox_in(&mut tx, mailbox).await?;
         tx.commit().await.map_err(failed)?;
-        self.remember_mailbox(mailbox, id);
         Ok(Box::new(SqliteSession::new(
             self.clone(),
+            mailbox.clone(),
             id,
             options.clone(),
             connection,

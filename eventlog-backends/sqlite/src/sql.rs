@@ -101,7 +101,7 @@ statements! {
     add_mailbox: "INSERT INTO {mailbox} (name) VALUES (?1) ON CONFLICT (name) DO NOTHING";
     find_mailbox: "SELECT id FROM {mailbox} WHERE name = ?1";
 
-    // Appending: eleven values a row.
+    // Appending: eleven values a row, of which the first is the name of the mailbox. Where its row has gone, this violates NOT NULL.
     append_1: &insert_events(1);
     append_4: &insert_events(4);
     append_16: &insert_events(16);
@@ -118,10 +118,10 @@ statements! {
     );
 
     // The lease.
-    read_lease: "SELECT owner, epoch, beat, lease_ms FROM {mailbox} WHERE id = ?1";
+    read_lease: "SELECT owner, epoch, beat, lease_ms, id FROM {mailbox} WHERE name = ?1";
     take_lease:
-        "UPDATE {mailbox} SET owner = ?2, epoch = epoch + 1, beat = beat + 1, lease_ms = ?3 WHERE id = ?1 RETURNING epoch";
-    renew_lease: "UPDATE {mailbox} SET beat = beat + 1 WHERE id = ?1 AND owner = ?2 AND epoch = ?3";
+        "UPDATE {mailbox} SET owner = ?2, epoch = max(epoch, ?4) + 1, beat = beat + 1, lease_ms = ?3 WHERE id = ?1 RETURNING epoch";
+    renew_lease: "UPDATE {mailbox} SET beat = beat + 1 WHERE id = ?1 AND owner = ?2 AND epoch = ?3 AND name = ?4";
     free_lease: "UPDATE {mailbox} SET owner = NULL WHERE id = ?1 AND owner = ?2 AND epoch = ?3";
     fence: "SELECT 1 FROM {mailbox} WHERE id = ?1 AND owner = ?2 AND epoch = ?3";
 
@@ -209,21 +209,21 @@ statements! {
     resume: "UPDATE {parked} SET state = 0, due_at = ?4 WHERE id IN \
         (SELECT id FROM {parked} INDEXED BY {parked_topic} WHERE mailbox = ?1 AND topic = ?2 AND state = 2 ORDER BY id LIMIT ?3)";
 
-    // The inbox. ?2 is a JSON array of [id, topic, key, whether it is what is parked itself]. Gives for each, in order: 0 new,
+    // The inbox, by the name of its mailbox. ?2 is a JSON array of [id, topic, key, whether it is what is parked itself]. Gives for each, in order: 0 new,
     // 1 duplicate, 2 parked, 3 held back.
     admit: "SELECT CASE \
-        WHEN EXISTS (SELECT 1 FROM {receipt} WHERE mailbox = ?1 AND message_id = unhex(a.value ->> 0)) THEN 1 \
-        WHEN NOT a.value ->> 3 AND EXISTS (SELECT 1 FROM {parked} WHERE mailbox = ?1 AND message_id = unhex(a.value ->> 0)) THEN 2 \
-        WHEN NOT a.value ->> 3 AND EXISTS (SELECT 1 FROM {parked} INDEXED BY {parked_key} WHERE mailbox = ?1 AND topic = a.value ->> 1 AND key = a.value ->> 2 \
+        WHEN EXISTS (SELECT 1 FROM {receipt} WHERE mailbox = m.id AND message_id = unhex(a.value ->> 0)) THEN 1 \
+        WHEN NOT a.value ->> 3 AND EXISTS (SELECT 1 FROM {parked} WHERE mailbox = m.id AND message_id = unhex(a.value ->> 0)) THEN 2 \
+        WHEN NOT a.value ->> 3 AND EXISTS (SELECT 1 FROM {parked} INDEXED BY {parked_key} WHERE mailbox = m.id AND topic = a.value ->> 1 AND key = a.value ->> 2 \
             AND state <> 3 AND key IS NOT NULL) THEN 3 \
-        WHEN row_number() OVER (PARTITION BY a.value ->> 0 ORDER BY a.key) > 1 THEN 1 ELSE 0 END FROM json_each(?2) a ORDER BY a.key";
-    note: "SELECT version, body FROM {note} WHERE mailbox = ?1 AND message_id = ?2";
-    add_note: "INSERT INTO {note} (mailbox, message_id, version, body, written_at) VALUES (?1, ?2, 1, ?3, ?4) ON CONFLICT DO NOTHING";
-    set_note: "UPDATE {note} SET version = version + 1, body = ?3, written_at = ?4 WHERE mailbox = ?1 AND message_id = ?2 AND version = ?5";
+        WHEN row_number() OVER (PARTITION BY a.value ->> 0 ORDER BY a.key) > 1 THEN 1 ELSE 0 END FROM json_each(?2) a LEFT JOIN {mailbox} m ON m.name = ?1 ORDER BY a.key";
+    note: "SELECT version, body FROM {note} WHERE mailbox = (SELECT id FROM {mailbox} WHERE name = ?1) AND message_id = ?2";
+    add_note: "INSERT INTO {note} (mailbox, message_id, version, body, written_at) SELECT id, ?2, 1, ?3, ?4 FROM {mailbox} WHERE name = ?1 ON CONFLICT DO NOTHING";
+    set_note: "UPDATE {note} SET version = version + 1, body = ?3, written_at = ?4 WHERE mailbox = (SELECT id FROM {mailbox} WHERE name = ?1) AND message_id = ?2 AND version = ?5";
     purge_notes: "DELETE FROM {note} WHERE (mailbox, message_id) IN \
         (SELECT mailbox, message_id FROM {note} INDEXED BY {note_written} WHERE mailbox = ?1 AND written_at <= ?2 \
         AND NOT EXISTS (SELECT 1 FROM {parked} p WHERE p.mailbox = ?1 AND p.message_id = {note}.message_id) ORDER BY written_at LIMIT ?3)";
-    add_receipts: "INSERT INTO {receipt} (mailbox, message_id, seen_at) SELECT ?1, unhex(value), ?3 FROM json_each(?2)";
+    add_receipts: "INSERT INTO {receipt} (mailbox, message_id, seen_at) SELECT m.id, unhex(value), ?3 FROM json_each(?2) CROSS JOIN {mailbox} m WHERE m.name = ?1";
 
     // The members of groups: ?1 group. Registering forgets those unseen since ?2 first.
     forget_members: "DELETE FROM {member} WHERE group_name = ?1 AND seen_at < ?2";
@@ -282,7 +282,7 @@ fn insert_events(rows: usize) -> String {
         message_columns!(),
         ", created_at) VALUES "
     );
-    let values = vec!["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"; rows];
+    let values = vec!["((SELECT id FROM {mailbox} WHERE name = ?), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"; rows];
     columns.to_owned() + &values.join(", ")
 }
 

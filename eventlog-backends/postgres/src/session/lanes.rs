@@ -9,7 +9,10 @@ use postrider_core::{
 };
 use rustc_hash::{FxHashMap, FxHashSet};
 use sqlx::{Connection as _, PgConnection, Row as _, postgres::PgRow};
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
@@ -66,9 +69,17 @@ async fn take(
     owner: Uuid,
     begins: Option<(Moment, Vec<Uuid>)>,
 ) -> Result<()> {
-    let (log, mailbox) = (&shared.log, shared.mailbox);
+    let log = &shared.log;
     let (sql, failed) = (log.sql(), doing("taking lanes"));
     let mut tx = connection.begin().await.map_err(&failed)?;
+    if begins.is_some() {
+        // Whatever has become of it: a failover to a standby that is behind, a restore, a test that empties the tables.
+        let id = log.mailbox_in(&mut tx, &shared.name).await?;
+        shared.mailbox.store(id, Ordering::Release);
+        let restore = sqlx::query(sql.add_lanes.clone()).bind(id);
+        restore.execute(&mut *tx).await.map_err(&failed)?;
+    }
+    let mailbox = shared.mailbox();
     // Those who take lanes take turns, so that one sees what the other has registered and taken.
     let lock = sqlx::query(sql.lock_mailbox.clone()).bind(mailbox);
     lock.execute(&mut *tx).await.map_err(&failed)?;
@@ -138,7 +149,7 @@ struct Loaded {
 
 /// In later snapshots than the one that took the lanes: whoever had them can write nothing that is not in it.
 async fn load(shared: &Shared, connection: &mut PgConnection, lanes: &[i16]) -> Result<Loaded> {
-    let (sql, mailbox, failed) = (shared.log.sql(), shared.mailbox, doing("reading what is parked"));
+    let (sql, mailbox, failed) = (shared.log.sql(), shared.mailbox(), doing("reading what is parked"));
     super::claim::look(shared, connection).await?;
     let certain = shared.held().floor.position();
     let keys = sqlx::query(sql.parked_keys.clone()).bind(mailbox).bind(lanes);
@@ -218,7 +229,7 @@ async fn give_back(shared: &Shared, connection: &mut PgConnection) -> Result<()>
         return Ok(());
     }
     let free = sqlx::query(shared.log.sql().free.clone())
-        .bind(shared.mailbox)
+        .bind(shared.mailbox())
         .bind(owner)
         .bind(leaving);
     if let Err(error) = free.execute(connection).await {
@@ -242,9 +253,13 @@ fn renewal(shared: &Arc<Shared>, lease: &Lease, owner: Uuid) -> AbortOnDropHandl
                 .watch()
                 .with_connection(log, length / 4, async |connection| {
                     let renew = sqlx::query_scalar(log.sql().renew.clone())
-                        .bind(shared.mailbox)
+                        .bind(shared.mailbox())
                         .bind(owner);
-                    let renew = renew.bind(secs(length)).fetch_optional(connection).await;
+                    let renew = renew
+                        .bind(secs(length))
+                        .bind(shared.name.to_string())
+                        .fetch_optional(connection)
+                        .await;
                     renew.map_err(doing("renewing the lease"))
                 })
                 .await?;

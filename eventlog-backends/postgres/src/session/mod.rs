@@ -21,7 +21,7 @@ use crate::{
 use async_trait::async_trait;
 use floor::Floor;
 use postrider_core::{
-    Error, ErrorKind, Message, Result, Topic,
+    Error, ErrorKind, Mailbox, Message, Result, Topic,
     clock::{Moment, Timestamp},
     log::{Claim, Claimed, Holdings, Lease, RecordTag, Session, SessionOptions, SettleReport, Settled},
 };
@@ -31,7 +31,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex as StdMutex, MutexGuard as StdMutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicI16, Ordering},
     },
     time::Duration,
 };
@@ -49,7 +49,9 @@ pub(crate) struct PostgresSession {
 /// What the session shares with the task that renews its lease, and with the look for news.
 pub(crate) struct Shared {
     pub(crate) log: PostgresLog,
-    pub(crate) mailbox: i16,
+    name: Mailbox,
+    /// The mailbox's id, as the tenure that began last found it.
+    mailbox: AtomicI16,
     options: SessionOptions,
     /// Claims and settles overlap, so each has a connection. `None` after it was lost.
     claim: Mutex<Option<PgConnection>>,
@@ -193,7 +195,13 @@ impl Held {
 }
 
 impl PostgresSession {
-    pub(crate) fn new(log: PostgresLog, mailbox: i16, options: SessionOptions, connection: PgConnection) -> Self {
+    pub(crate) fn new(
+        log: PostgresLog,
+        name: Mailbox,
+        mailbox: i16,
+        options: SessionOptions,
+        connection: PgConnection,
+    ) -> Self {
         let held = Held {
             tenure: 0,
             owner: *options.owner.as_uuid(),
@@ -213,7 +221,8 @@ impl PostgresSession {
         };
         let shared = Arc::new(Shared {
             log,
-            mailbox,
+            name,
+            mailbox: AtomicI16::new(mailbox),
             options,
             claim: Mutex::new(Some(connection)),
             settle: Mutex::new(None),
@@ -229,6 +238,10 @@ impl PostgresSession {
 impl Shared {
     fn held(&self) -> StdMutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn mailbox(&self) -> i16 {
+        self.mailbox.load(Ordering::Acquire)
     }
 
     fn elapsed(&self) -> Moment {
@@ -397,7 +410,7 @@ impl Shared {
     async fn hand_back(&self, connection: &mut PgConnection, owners: &[Uuid]) -> Result<()> {
         for owner in owners {
             for statement in [&self.log.sql().free_all, &self.log.sql().unregister] {
-                let free = sqlx::query(statement.clone()).bind(self.mailbox).bind(owner);
+                let free = sqlx::query(statement.clone()).bind(self.mailbox()).bind(owner);
                 let free = free.execute(&mut *connection).await;
                 free.map_err(doing("handing back the lanes"))?;
             }
@@ -432,7 +445,7 @@ impl Drop for Waiting<'_> {
 impl std::fmt::Debug for PostgresSession {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("PostgresSession")
-            .field("mailbox", &self.shared.mailbox)
+            .field("mailbox", &self.shared.name)
             .field("owner", &self.shared.options.owner)
             .finish_non_exhaustive()
     }

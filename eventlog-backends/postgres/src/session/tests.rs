@@ -30,7 +30,7 @@ impl Bench {
             .with_keep_succeeded(false);
         log.open(&Mailbox::outbox(), &options).await.unwrap();
         let connection = log.own_connection(Role::Claim).await.unwrap();
-        let session = PostgresSession::new(log.clone(), 1, options, connection);
+        let session = PostgresSession::new(log.clone(), postrider_core::Mailbox::outbox(), 1, options, connection);
         session.claim(&Claim::new(1)).await.unwrap();
         Self { log, session }
     }

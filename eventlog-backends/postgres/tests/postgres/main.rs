@@ -14,6 +14,7 @@ mod history;
 mod lanes;
 mod order;
 mod outages;
+mod restored;
 mod schema;
 mod settled_floor;
 mod sql_append;

@@ -77,7 +77,7 @@ pub(super) async fn claim(shared: &Arc<Shared>, connection: &mut SqliteConnectio
 }
 
 async fn waiting_topics(shared: &Shared, connection: &mut SqliteConnection) -> Result<Vec<Topic>> {
-    let topics = sqlx::query_scalar(shared.log.sql().waiting_topics.clone()).bind(shared.mailbox);
+    let topics = sqlx::query_scalar(shared.log.sql().waiting_topics.clone()).bind(shared.mailbox());
     let topics: Vec<String> = topics
         .fetch_all(connection)
         .await
@@ -101,7 +101,7 @@ impl Claiming<'_> {
     /// Takes what is due, and says when more will be.
     async fn run(&mut self, max_parked: usize) -> Result<Option<Duration>> {
         let failed = doing("looking for what is due");
-        let due = sqlx::query(self.shared.log.sql().next_due.clone()).bind(self.shared.mailbox);
+        let due = sqlx::query(self.shared.log.sql().next_due.clone()).bind(self.shared.mailbox());
         let due = due.fetch_one(&mut *self.connection).await.map_err(failed)?;
         let mut next_scheduled: Option<i64> = due.get(0);
         let next_head: Option<i64> = due.get(1);
@@ -133,7 +133,7 @@ impl Claiming<'_> {
     /// Moves scheduled rows whose time has come to the end of the hot table; gives when the next one's will.
     async fn enter_scheduled(&mut self) -> Result<Option<i64>> {
         let failed = doing("moving delayed events");
-        let (sql, mailbox) = (self.shared.log.sql(), self.shared.mailbox);
+        let (sql, mailbox) = (self.shared.log.sql(), self.shared.mailbox());
         let at_most = i64::try_from(self.max.max(100)).unwrap_or(i64::MAX);
         let Some(mut tx) = self.shared.fenced(self.connection, self.epoch).await? else {
             return Ok(None);
@@ -160,7 +160,7 @@ impl Claiming<'_> {
         let out = self.shared.held().records.values().filter(|out| out.is_parked).count();
         let at_most = i64::try_from(max_runs.saturating_add(out).saturating_add(1)).unwrap_or(i64::MAX);
         let heads = sqlx::query(self.shared.log.sql().due_heads.clone())
-            .bind(self.shared.mailbox)
+            .bind(self.shared.mailbox())
             .bind(at_most);
         let heads = heads.fetch_all(&mut *self.connection).await.map_err(failed)?;
         let mut runs = 0;
@@ -193,7 +193,7 @@ impl Claiming<'_> {
             return Ok(());
         }
         let run = sqlx::query(sql.run_of_key.clone())
-            .bind(self.shared.mailbox)
+            .bind(self.shared.mailbox())
             .bind(message.topic().as_str())
             .bind(message.key())
             .bind(head)
@@ -308,7 +308,9 @@ impl Claiming<'_> {
             may_read -= wanted;
             let limit = i64::try_from(wanted).unwrap_or(i64::MAX);
             let up_to = self.up_to(cursor, limit).await?;
-            let fresh = sqlx::query_as(statement.clone()).bind(self.shared.mailbox).bind(cursor);
+            let fresh = sqlx::query_as(statement.clone())
+                .bind(self.shared.mailbox())
+                .bind(cursor);
             let fresh = fresh.bind(limit).bind(up_to.unwrap_or(i64::MAX));
             let packed: Vec<(String, Vec<u8>)> = fresh
                 .fetch_all(&mut *self.connection)
@@ -327,7 +329,7 @@ impl Claiming<'_> {
         let Ok(bytes) = i64::try_from(self.bytes) else {
             return Ok(None);
         };
-        let up_to = sqlx::query_scalar(self.shared.log.sql().up_to.clone()).bind(self.shared.mailbox);
+        let up_to = sqlx::query_scalar(self.shared.log.sql().up_to.clone()).bind(self.shared.mailbox());
         let up_to = up_to
             .bind(cursor)
             .bind(limit)
@@ -373,7 +375,7 @@ impl Claiming<'_> {
             for (topic, key) in behind_of {
                 self.shared
                     .log
-                    .right_key(&mut tx, self.shared.mailbox, &topic, &key, self.now)
+                    .right_key(&mut tx, self.shared.mailbox(), &topic, &key, self.now)
                     .await?;
             }
             tx.commit().await.map_err(failed)?;

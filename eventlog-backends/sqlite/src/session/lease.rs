@@ -8,7 +8,10 @@ use postrider_core::{
     log::{Holdings, Lease},
 };
 use sqlx::{Connection as _, Row as _, SqliteConnection};
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 use tokio_util::task::AbortOnDropHandle;
 
 /// Somebody else's lease, and since when it has not moved.
@@ -35,15 +38,21 @@ pub(super) enum Acquired {
 }
 
 impl LeaseRow {
-    async fn read(shared: &Shared, connection: &mut SqliteConnection) -> Result<Self> {
-        let read = sqlx::query(shared.log.sql().read_lease.clone()).bind(shared.mailbox);
-        let row = read.fetch_one(connection).await.map_err(doing("reading the lease"))?;
-        Ok(Self {
+    /// `None` if the mailbox is gone.
+    async fn read(shared: &Shared, connection: &mut SqliteConnection) -> Result<Option<Self>> {
+        let read = sqlx::query(shared.log.sql().read_lease.clone()).bind(shared.name.to_string());
+        let row = read
+            .fetch_optional(connection)
+            .await
+            .map_err(doing("reading the lease"))?;
+        let Some(row) = row else { return Ok(None) };
+        shared.mailbox.store(row.get(4), Ordering::Release);
+        Ok(Some(Self {
             owner: row.get(0),
             epoch: row.get(1),
             beat: row.get(2),
             lease_ms: row.get(3),
-        })
+        }))
     }
 
     fn length(&self) -> Duration {
@@ -57,7 +66,14 @@ pub(super) async fn acquire(shared: &Arc<Shared>, connection: &mut SqliteConnect
     }
     let owner = &shared.options.owner.as_uuid().as_bytes()[..];
     // Looked at without a lock first: a standby does not disturb the writers.
-    let seen = LeaseRow::read(shared, connection).await?;
+    let Some(seen) = LeaseRow::read(shared, connection).await? else {
+        // Lost with a restored copy or by hand: it comes into being again.
+        let failed = doing("opening a mailbox");
+        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await.map_err(&failed)?;
+        shared.log.mailbox_in(&mut tx, &shared.name).await?;
+        tx.commit().await.map_err(failed)?;
+        return Ok(Acquired::NotYet(Duration::ZERO));
+    };
     let is_free = seen.owner.as_deref().is_none_or(|holder| holder == owner);
     if !is_free {
         let now = shared.elapsed();
@@ -78,15 +94,16 @@ pub(super) async fn acquire(shared: &Arc<Shared>, connection: &mut SqliteConnect
     let failed = doing("taking the lease");
     let sent = shared.elapsed();
     let mut tx = connection.begin_with("BEGIN IMMEDIATE").await.map_err(&failed)?;
-    if LeaseRow::read(shared, &mut tx).await? != seen {
+    if LeaseRow::read(shared, &mut tx).await?.as_ref() != Some(&seen) {
         // Somebody was quicker.
         tx.rollback().await.map_err(failed)?;
         return Ok(Acquired::NotYet(Duration::ZERO));
     }
     let take = sqlx::query_scalar(shared.log.sql().take_lease.clone())
-        .bind(shared.mailbox)
+        .bind(shared.mailbox())
         .bind(owner)
-        .bind(i64::try_from(shared.options.lease.as_millis()).unwrap_or(i64::MAX));
+        .bind(i64::try_from(shared.options.lease.as_millis()).unwrap_or(i64::MAX))
+        .bind(shared.held().epoch);
     let epoch: i64 = take.fetch_one(&mut *tx).await.map_err(&failed)?;
     tx.commit().await.map_err(failed)?;
     begin_tenure(shared, &mut shared.held(), epoch, sent);
@@ -116,9 +133,10 @@ fn renewal(shared: &Arc<Shared>, lease: &Lease, epoch: i64) -> AbortOnDropHandle
             shared
                 .with_connection(async |connection| {
                     let renew = sqlx::query(shared.log.sql().renew_lease.clone())
-                        .bind(shared.mailbox)
+                        .bind(shared.mailbox())
                         .bind(&shared.options.owner.as_uuid().as_bytes()[..])
-                        .bind(epoch);
+                        .bind(epoch)
+                        .bind(shared.name.to_string());
                     let renewed = renew.execute(connection).await.map_err(doing("renewing the lease"))?;
                     Ok(renewed.rows_affected() == 1)
                 })

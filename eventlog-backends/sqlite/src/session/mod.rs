@@ -8,14 +8,17 @@ use crate::{SqliteLog, error::doing, log::is_stuck, row::micros};
 use async_trait::async_trait;
 use lease::Observed;
 use postrider_core::{
-    Error, ErrorKind, Message, Result, Topic,
+    Error, ErrorKind, Mailbox, Message, Result, Topic,
     clock::Moment,
     log::{Claim, Claimed, Holdings, Lease, RecordTag, Session, SessionOptions, SettleReport, Settled},
 };
 use sqlx::{Connection as _, Sqlite, SqliteConnection, Transaction};
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex as StdMutex, MutexGuard as StdMutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex as StdMutex, MutexGuard as StdMutexGuard, PoisonError,
+        atomic::{AtomicI64, Ordering},
+    },
     time::Duration,
 };
 use tokio::sync::Mutex;
@@ -28,7 +31,9 @@ pub(crate) struct SqliteSession {
 /// What the session shares with the task that renews its lease.
 struct Shared {
     log: SqliteLog,
-    mailbox: i64,
+    name: Mailbox,
+    /// The mailbox's id, as it was found when the lease was taken.
+    mailbox: AtomicI64,
     options: SessionOptions,
     /// The relay's own connection; whoever has it may change what is held. `None` after it was lost.
     connection: Mutex<Option<SqliteConnection>>,
@@ -77,7 +82,13 @@ fn position(id: i64) -> u64 {
 }
 
 impl SqliteSession {
-    pub(crate) fn new(log: SqliteLog, mailbox: i64, options: SessionOptions, connection: SqliteConnection) -> Self {
+    pub(crate) fn new(
+        log: SqliteLog,
+        name: Mailbox,
+        mailbox: i64,
+        options: SessionOptions,
+        connection: SqliteConnection,
+    ) -> Self {
         let held = Held {
             lease: Lease::none(log.clock().clone()),
             epoch: 0,
@@ -93,7 +104,8 @@ impl SqliteSession {
         Self {
             shared: Arc::new(Shared {
                 log,
-                mailbox,
+                name,
+                mailbox: AtomicI64::new(mailbox),
                 options,
                 connection: Mutex::new(Some(connection)),
                 held: StdMutex::new(held),
@@ -109,6 +121,10 @@ impl Shared {
 
     fn now(&self) -> i64 {
         micros(self.log.clock().now())
+    }
+
+    fn mailbox(&self) -> i64 {
+        self.mailbox.load(Ordering::Acquire)
     }
 
     fn elapsed(&self) -> Moment {
@@ -154,7 +170,7 @@ impl Shared {
         let failed = doing("checking the lease");
         let mut tx = connection.begin_with("BEGIN IMMEDIATE").await.map_err(&failed)?;
         let fence = sqlx::query(self.log.sql().fence.clone())
-            .bind(self.mailbox)
+            .bind(self.mailbox())
             .bind(&self.options.owner.as_uuid().as_bytes()[..])
             .bind(epoch);
         if fence.fetch_optional(&mut *tx).await.map_err(&failed)?.is_some() {
@@ -197,7 +213,7 @@ impl Session for SqliteSession {
                     return Ok(0);
                 };
                 let resume = sqlx::query(shared.log.sql().resume.clone())
-                    .bind(shared.mailbox)
+                    .bind(shared.mailbox())
                     .bind(topic.as_str());
                 let max = i64::try_from(max).unwrap_or(i64::MAX);
                 let resumed = resume
@@ -258,7 +274,7 @@ impl Session for SqliteSession {
         };
         if let Some(mut connection) = connection {
             let free = sqlx::query(shared.log.sql().free_lease.clone())
-                .bind(shared.mailbox)
+                .bind(shared.mailbox())
                 .bind(&shared.options.owner.as_uuid().as_bytes()[..])
                 .bind(epoch);
             free.execute(&mut connection)
@@ -276,7 +292,7 @@ impl Session for SqliteSession {
 impl std::fmt::Debug for SqliteSession {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("SqliteSession")
-            .field("mailbox", &self.shared.mailbox)
+            .field("mailbox", &self.shared.name)
             .field("owner", &self.shared.options.owner)
             .finish_non_exhaustive()
     }

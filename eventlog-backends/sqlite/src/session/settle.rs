@@ -106,13 +106,13 @@ async fn done(shared: &Shared, connection: &mut SqliteConnection, epoch: i64, po
             } else {
                 &sql.delete_done_range
             };
-            let settle = sqlx::query(statement.clone()).bind(shared.mailbox).bind(first);
+            let settle = sqlx::query(statement.clone()).bind(shared.mailbox()).bind(first);
             settle.bind(shared.now()).bind(owner).bind(epoch).bind(last)
         }
         None => {
             let statement = if keep { &sql.keep_done } else { &sql.delete_done };
             let list = ids(positions.iter().map(|p| id(*p)));
-            let settle = sqlx::query(statement.clone()).bind(shared.mailbox).bind(list);
+            let settle = sqlx::query(statement.clone()).bind(shared.mailbox()).bind(list);
             settle.bind(shared.now()).bind(owner).bind(epoch)
         }
     };
@@ -239,7 +239,7 @@ impl Settling<'_> {
     async fn promote(&mut self, message: &Message) -> Result<()> {
         let Some(key) = message.key() else { return Ok(()) };
         let promote = sqlx::query(self.shared.log.sql().promote.clone())
-            .bind(self.shared.mailbox)
+            .bind(self.shared.mailbox())
             .bind(message.topic().as_str())
             .bind(key)
             .bind(self.now);
@@ -253,7 +253,7 @@ impl Settling<'_> {
     async fn is_one(&mut self, statement: &sqlx::SqlStr, message: &Message, before: Option<u64>) -> Result<bool> {
         let Some(key) = message.key() else { return Ok(false) };
         let mut query = sqlx::query_scalar(statement.clone())
-            .bind(self.shared.mailbox)
+            .bind(self.shared.mailbox())
             .bind(message.topic().as_str())
             .bind(key);
         if let Some(before) = before {
@@ -319,7 +319,7 @@ impl Settling<'_> {
             .log
             .right_key(
                 self.connection,
-                shared.mailbox,
+                shared.mailbox(),
                 out.message.topic().as_str(),
                 key,
                 self.now,
@@ -374,7 +374,7 @@ impl Settling<'_> {
                 let (shared, topic) = (self.shared, out.message.topic().as_str());
                 shared
                     .log
-                    .right_key(self.connection, shared.mailbox, topic, key, self.now)
+                    .right_key(self.connection, shared.mailbox(), topic, key, self.now)
                     .await?;
             }
             self.effects.let_go.push(at);

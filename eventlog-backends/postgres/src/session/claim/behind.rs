@@ -31,15 +31,15 @@ impl Claiming<'_> {
             self.shared.held().end_tenure();
             return Ok(BTreeSet::new());
         }
-        let mut keys = log.try_turns(&mut tx, self.shared.mailbox, keys).await?;
+        let mut keys = log.try_turns(&mut tx, self.shared.mailbox(), keys).await?;
         let of_these = behind.iter().filter(|(.., key)| keys.contains(key));
         let (in_lanes, ids): (Vec<i16>, Vec<i64>) = of_these.map(|(lane, at, ..)| (*lane, *at)).unzip();
         let others = log
-            .park_behind(&mut tx, self.shared.mailbox, &in_lanes, &ids, &keys)
+            .park_behind(&mut tx, self.shared.mailbox(), &in_lanes, &ids, &keys)
             .await?;
         keys.extend(others);
         // Whatever they were to wait behind may have gone since.
-        log.right_keys(&mut tx, self.shared.mailbox, &keys).await?;
+        log.right_keys(&mut tx, self.shared.mailbox(), &keys).await?;
         tx.commit().await.map_err(failed)?;
         self.shared.held().due.checked_at = None;
         Ok(keys)
@@ -55,7 +55,7 @@ impl Claiming<'_> {
             let (in_lanes, cursors): (Vec<i16>, Vec<i64>) = known.unzip();
             (held.floor.position(), in_lanes, cursors)
         };
-        let newly = sqlx::query(self.shared.log.sql().newly_parked.clone()).bind(self.shared.mailbox);
+        let newly = sqlx::query(self.shared.log.sql().newly_parked.clone()).bind(self.shared.mailbox());
         let newly = newly
             .bind(&in_lanes)
             .bind(cursors)

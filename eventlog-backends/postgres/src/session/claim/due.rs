@@ -46,7 +46,7 @@ impl Claiming<'_> {
         };
         let (sent, lanes) = (self.shared.elapsed(), self.lanes());
         let due = sqlx::query(self.shared.log.sql().next_due.clone())
-            .bind(self.shared.mailbox)
+            .bind(self.shared.mailbox())
             .bind(&lanes)
             .bind(parked_from)
             .bind(scheduled_from)
@@ -132,7 +132,7 @@ impl Claiming<'_> {
             (held.owner, lanes.iter().map(epoch).collect::<Vec<i64>>())
         };
         let moving = sqlx::query(self.shared.log.sql().enter_scheduled.clone())
-            .bind(self.shared.mailbox)
+            .bind(self.shared.mailbox())
             .bind(owner)
             .bind(lanes)
             .bind(epochs)
@@ -160,7 +160,7 @@ impl Claiming<'_> {
             return Ok(true);
         }
         let heads = sqlx::query(self.shared.log.sql().due_heads.clone())
-            .bind(self.shared.mailbox)
+            .bind(self.shared.mailbox())
             .bind(lanes)
             .bind(from)
             .bind(to)
@@ -198,7 +198,7 @@ impl Claiming<'_> {
         if !ids.is_empty() {
             let each = (self.room() / ids.len()).max(1);
             let runs = sqlx::query(self.shared.log.sql().runs.clone())
-                .bind(self.shared.mailbox)
+                .bind(self.shared.mailbox())
                 .bind(&in_lanes)
                 .bind(&ids)
                 .bind(&topics)

@@ -229,7 +229,7 @@ impl Claiming<'_> {
         if ids.is_empty() {
             return Ok(Vec::new());
         }
-        let events = sqlx::query(self.shared.log.sql().events_by_id.clone()).bind(self.shared.mailbox);
+        let events = sqlx::query(self.shared.log.sql().events_by_id.clone()).bind(self.shared.mailbox());
         let events = events.bind(&in_lanes).bind(&ids).fetch_all(&mut *self.connection).await;
         let rows = events.map_err(doing("reading events"))?;
         let mut found = Vec::with_capacity(rows.len());
@@ -318,7 +318,7 @@ impl Claiming<'_> {
             (false, false) => &sql.fetch_around,
         };
         let mut fetch = sqlx::query(statement.clone())
-            .bind(self.shared.mailbox)
+            .bind(self.shared.mailbox())
             .bind(&in_lanes)
             .bind(&cursors)
             .bind(limit(of_a_lane))

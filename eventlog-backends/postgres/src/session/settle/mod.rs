@@ -24,7 +24,7 @@ pub(super) async fn standing(
     (lanes, epochs): &(Vec<i16>, Vec<i64>),
 ) -> Result<Vec<i16>> {
     let fence = sqlx::query_scalar(shared.log.sql().lock_fence.clone())
-        .bind(shared.mailbox)
+        .bind(shared.mailbox())
         .bind(owner)
         .bind(lanes)
         .bind(epochs);
@@ -51,7 +51,7 @@ pub(super) async fn resume(shared: &Shared, connection: &mut PgConnection, topic
         }
     }
     let resume = sqlx::query(shared.log.sql().resume.clone())
-        .bind(shared.mailbox)
+        .bind(shared.mailbox())
         .bind(topic.as_str())
         .bind(standing);
     let resume = resume
@@ -120,7 +120,7 @@ impl Plan {
             return Ok(None);
         }
         let failed = doing("settling events");
-        let (log, sql, mailbox) = (&shared.log, shared.log.sql(), shared.mailbox);
+        let (log, sql, mailbox) = (&shared.log, shared.log.sql(), shared.mailbox());
         let mut tx = connection.begin().await.map_err(&failed)?;
         if standing(shared, &mut tx, self.owner, &self.fence).await?.len() < self.fence.0.len() {
             tx.rollback().await.map_err(failed)?;
@@ -185,7 +185,7 @@ impl Plan {
         for is_moved in [false, true] {
             let statement = if is_moved { moved } else { in_place };
             let done = sqlx::query(statement.clone())
-                .bind(shared.mailbox)
+                .bind(shared.mailbox())
                 .bind(self.owner)
                 .bind(&self.fence.0)
                 .bind(&self.fence.1)
@@ -201,7 +201,7 @@ impl Plan {
                 return Ok(true);
             }
             let fence = sqlx::query_scalar(sql.fence.clone())
-                .bind(shared.mailbox)
+                .bind(shared.mailbox())
                 .bind(self.owner);
             let fence = fence
                 .bind(&self.fence.0)
