@@ -23,6 +23,8 @@ pub mod partition;
 pub mod subscriber;
 
 pub mod bus;
+pub mod health;
+mod supervise;
 
 pub mod clock;
 pub mod memory;
@@ -37,6 +39,7 @@ pub use consumer::{
 };
 pub use error::{Error, ErrorKind, Result};
 pub use event::{AnyEvent, Codec, DynEvent, Event, IntoMessage, Json};
+pub use health::Health;
 pub use log::{EventLog, Mailbox};
 pub use message::{GroupName, Limits, Message, MessageId, MessageParts, RouteName, Topic};
 #[cfg(feature = "macros")]

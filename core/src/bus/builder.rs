@@ -1,9 +1,10 @@
 use super::{Bus, Inner, lifecycle::Lifecycle, tasks::Task};
 use crate::{
-    AnyEvent, Error, ErrorKind, EventLog, Limits, Message, Result, Topic, Transport,
+    AnyEvent, Error, ErrorKind, EventLog, Limits, Mailbox, Message, Result, Topic, Transport,
     bus::TaskContext,
     clock::{Clock, SystemClock},
     consumer::{Layer, Middleware, SubscriptionOptions},
+    health::{Board, Part, PartState, Status},
     relay::{RelayOptions, Reporter, Wake},
 };
 use std::{collections::HashMap, fmt, sync::Arc};
@@ -140,16 +141,22 @@ impl BusBuilder {
         if !history {
             relay.retention = std::time::Duration::ZERO;
         }
+        let clock = self.clock.unwrap_or_else(SystemClock::shared);
+        let status = Status::new(Part::Relay(Mailbox::outbox()), clock.clone(), PartState::Running);
+        let built_at = clock.now();
         Ok(Bus(Arc::new(Inner {
             log: self.log,
             transport,
-            clock: self.clock.unwrap_or_else(SystemClock::shared),
+            clock,
             limits,
             source: self.source.into(),
             relay: Arc::new(relay),
             seed: self.seed,
             wake: Arc::new(Wake::default()),
-            reporter: Arc::new(Reporter::default()),
+            reporter: Arc::new(Reporter::new(status)),
+            board: Board::default(),
+            groups: Arc::default(),
+            built_at,
             lifecycle: Lifecycle::new(self.tasks),
             layers: self.layers,
             subscriptions: self.subscriptions,

@@ -3,11 +3,16 @@
 use super::{Bus, TaskContext, tasks::Task};
 use crate::{
     Error, ErrorKind, Mailbox, Result,
-    log::{Owner, SessionOptions},
-    relay::{Attempts, Engine, Parts, Publishing, RelayOptions, Reporter, Wake, clean_up},
+    health::{Part, PartState, Status},
+    log::{Owner, Session, SessionOptions},
+    relay::{Attempts, End, Engine, Parts, Publishing, RelayOptions, Reporter, Wake, clean_up},
+    supervise::{self, supervise},
 };
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -19,10 +24,16 @@ pub(super) struct Lifecycle {
     tracker: TaskTracker,
     stop: CancellationToken,
     kill: CancellationToken,
+    has_started: AtomicBool,
 }
 
 /// How long what was cut off by the deadline of a shutdown may take to hand back its lease.
 const AFTER_THE_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Between tries to open a mailbox.
+const REOPEN: Duration = Duration::from_secs(1);
+/// How long a relay leaves its mailbox to another member of the group.
+const ASIDE: Duration = Duration::from_secs(2);
 
 impl Lifecycle {
     pub(super) fn new(tasks: Vec<Task>) -> Self {
@@ -31,6 +42,7 @@ impl Lifecycle {
             tracker: TaskTracker::new(),
             stop: CancellationToken::new(),
             kill: CancellationToken::new(),
+            has_started: AtomicBool::new(false),
         }
     }
 }
@@ -62,8 +74,15 @@ impl Bus {
                 bus: self.clone(),
                 stop: lifecycle.stop.child_token(),
             };
-            self.spawn(task.run(ctx, lifecycle.kill.clone()));
+            let status = Status::new(
+                Part::Task(task.name().to_owned()),
+                inner.clock.clone(),
+                PartState::Running,
+            );
+            inner.board.show(status.clone());
+            self.spawn(task.run(ctx, lifecycle.kill.clone(), status));
         }
+        lifecycle.has_started.store(true, Ordering::Release);
         Ok(())
     }
 
@@ -78,21 +97,25 @@ impl Bus {
             timeout: inner.relay.publish_timeout,
         };
         let options = (*inner.relay).clone();
-        let wake = inner.wake.clone();
-        let parts = self
-            .relay_parts(Mailbox::outbox(), options, Arc::new(publishing), wake)
-            .await?;
         let parts = Parts {
             reporter: inner.reporter.clone(),
-            ..parts
+            ..self.relay_parts(Mailbox::outbox(), options, Arc::new(publishing), inner.wake.clone())?
         };
+        let session = open(&parts).await?;
         let lifecycle = &inner.lifecycle;
-        self.spawn_relay(parts, None, &TaskTracker::new(), &lifecycle.stop, &lifecycle.kill);
+        self.spawn_relay(
+            parts,
+            session,
+            None,
+            &TaskTracker::new(),
+            &lifecycle.stop,
+            &lifecycle.kill,
+        );
         Ok(())
     }
 
-    /// What a relay of `mailbox` works with: with a session of its own.
-    pub(crate) async fn relay_parts(
+    /// What a relay of `mailbox` works with.
+    pub(crate) fn relay_parts(
         &self,
         mailbox: Mailbox,
         options: RelayOptions,
@@ -100,29 +123,29 @@ impl Bus {
         wake: Arc<Wake>,
     ) -> Result<Parts> {
         let inner = &self.0;
-        let log = self.need_log()?.clone();
-        let session_options = SessionOptions::new(Owner::new())
-            .with_lease(options.lease)
-            .with_keep_succeeded(!options.retention.is_zero())
-            .with_poll_interval(options.poll_interval);
-        let session = log.store().open(&mailbox, &session_options).await?;
+        let status = Status::new(Part::Relay(mailbox.clone()), inner.clock.clone(), PartState::Running);
         Ok(Parts {
             mailbox,
             options: Arc::new(options),
-            log,
-            session,
+            log: self.need_log()?.clone(),
             attempts,
             clock: inner.clock.clone(),
             wake,
-            reporter: Arc::new(Reporter::default()),
+            reporter: Arc::new(Reporter::new(status)),
             rng: inner.seed.map_or_else(fastrand::Rng::new, fastrand::Rng::with_seed),
         })
     }
 
-    /// Starts a relay and the cleaning up behind it.
+    /// Opens the first session of a relay.
+    pub(crate) async fn open_session(&self, parts: &Parts) -> Result<Box<dyn Session>> {
+        open(parts).await
+    }
+
+    /// Starts a relay, with its first session, and the cleaning up behind it.
     pub(crate) fn spawn_relay(
         &self,
         parts: Parts,
+        session: Box<dyn Session>,
         receipts: Option<Duration>,
         tasks: &TaskTracker,
         stop: &CancellationToken,
@@ -130,9 +153,28 @@ impl Bus {
     ) {
         let (store, clock) = (parts.log.store().clone(), parts.clock.clone());
         let (mailbox, options) = (parts.mailbox.clone(), parts.options.clone());
-        let engine = Engine::new(parts);
-        self.spawn(tasks.track_future(engine.run(stop.clone(), kill.clone())));
-        self.spawn(tasks.track_future(clean_up(store, mailbox, options, receipts, clock, stop.clone())));
+        let status = parts.reporter.status().clone();
+        self.0.board.show(status.clone());
+        let first = Arc::new(Mutex::new(Some(session)));
+        let tokens = (stop.clone(), kill.clone());
+        let relay = supervise(status, clock.clone(), stop.clone(), move || {
+            let (parts, first, (stop, kill)) = (parts.clone(), first.clone(), tokens.clone());
+            async move { run_relay(parts, &first, stop, kill).await }
+        });
+        self.spawn(tasks.track_future(relay));
+        let name = format!("clean-up of {mailbox}");
+        let status = Status::new(Part::Task(name), clock.clone(), PartState::Running);
+        self.0.board.show(status.clone());
+        let token = stop.clone();
+        let cleaning = supervise(status, clock.clone(), stop.clone(), move || {
+            let (store, mailbox, options) = (store.clone(), mailbox.clone(), options.clone());
+            let (clock, stop) = (clock.clone(), token.clone());
+            async move {
+                clean_up(store, mailbox, options, receipts, clock, stop).await;
+                supervise::Next::Ended
+            }
+        });
+        self.spawn(tasks.track_future(cleaning));
     }
 
     /// Stops everything, within `deadline`: subscriptions take no more messages and finish those in hand, the relay
@@ -183,6 +225,12 @@ impl Bus {
         self.shutdown(deadline).await
     }
 
+    /// Whether the bus has been started and is not shutting down.
+    pub(super) fn is_started(&self) -> bool {
+        let lifecycle = &self.0.lifecycle;
+        lifecycle.has_started.load(Ordering::Acquire) && !lifecycle.stop.is_cancelled()
+    }
+
     /// Tokens for a part that stops with the bus: the first asks it to finish, the second cuts it off.
     pub(crate) fn new_part(&self) -> Result<(CancellationToken, CancellationToken)> {
         let lifecycle = &self.0.lifecycle;
@@ -194,6 +242,47 @@ impl Bus {
 
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.0.lifecycle.tracker.spawn(task);
+    }
+}
+
+/// Opens a session for a relay.
+async fn open(parts: &Parts) -> Result<Box<dyn Session>> {
+    let options = SessionOptions::new(Owner::new())
+        .with_lease(parts.options.lease)
+        .with_keep_succeeded(!parts.options.retention.is_zero())
+        .with_poll_interval(parts.options.poll_interval);
+    parts.log.store().open(&parts.mailbox, &options).await
+}
+
+/// One life of a relay: with the first session, or a fresh one.
+async fn run_relay(
+    parts: Parts,
+    first: &Mutex<Option<Box<dyn Session>>>,
+    stop: CancellationToken,
+    kill: CancellationToken,
+) -> supervise::Next {
+    let first = first.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if first.is_none() && parts.attempts.stands_by().await {
+        return supervise::Next::Again(ASIDE);
+    }
+    let opened = match first {
+        Some(session) => Ok(session),
+        None => match stop.run_until_cancelled(open(&parts)).await {
+            Some(opened) => opened,
+            None => return supervise::Next::Ended,
+        },
+    };
+    let session = match opened {
+        Ok(session) => session,
+        Err(error) => {
+            tracing::warn!(mailbox = %parts.mailbox, error = error.to_chain(), "the relay cannot open its mailbox: it tries again");
+            parts.reporter.log_away(Some(error.to_chain()));
+            return supervise::Next::Again(REOPEN);
+        }
+    };
+    match Engine::new(parts, session).run(stop, kill).await {
+        End::Stopped => supervise::Next::Ended,
+        End::Aside => supervise::Next::Again(ASIDE),
     }
 }
 

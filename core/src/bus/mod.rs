@@ -14,6 +14,7 @@ use crate::{
     Transport,
     clock::{Clock, Timestamp},
     consumer::{Empty, Layer, NoState, Subscribing, SubscriptionOptions},
+    health::{Board, Health, Part, PartHealth, PartState},
     log::{DeadLetters, Filter, Lent, LogTx, NewRecord, TransactionOf},
     message::Text,
     publisher::PublisherExt as _,
@@ -21,7 +22,12 @@ use crate::{
 };
 use async_trait::async_trait;
 use lifecycle::Lifecycle;
-use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 /// The bus. Clones are handles on the same bus.
 ///
@@ -39,6 +45,10 @@ struct Inner {
     seed: Option<u64>,
     wake: Arc<Wake>,
     reporter: Arc<Reporter>,
+    board: Board,
+    /// The groups that have a live subscription on this bus.
+    groups: Arc<Mutex<HashSet<GroupName>>>,
+    built_at: Timestamp,
     lifecycle: Lifecycle,
     layers: Vec<Layer<AnyEvent>>,
     subscriptions: HashMap<String, SubscriptionOptions>,
@@ -203,6 +213,49 @@ impl Bus {
         self.0.reporter.report()
     }
 
+    /// The health of the whole bus: whether it is live and ready, and the state of each part with its last error.
+    ///
+    /// ```
+    /// # use postrider_core::{Bus, memory::{MemoryLog, MemoryTransport}};
+    /// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+    /// let bus = Bus::builder().log(MemoryLog::new()).transport(MemoryTransport::new()).build()?;
+    /// bus.start().await?;
+    /// let health = bus.health();
+    /// assert!(health.live && health.ready);
+    /// for part in &health.parts {
+    ///     println!("{}: {:?} since {}", part.part, part.state, part.since);
+    /// }
+    /// # Ok::<(), postrider_core::Error>(()) }).unwrap();
+    /// ```
+    #[must_use]
+    pub fn health(&self) -> Health {
+        let parts = self.0.board.parts(self.0.log.is_some(), self.0.built_at);
+        let log_answers = |health: &PartHealth| health.part != Part::Log || health.state == PartState::Running;
+        Health {
+            live: parts.iter().all(|health| health.state != PartState::Failed),
+            ready: self.is_started() && parts.iter().all(log_answers),
+            parts,
+        }
+    }
+
+    pub(crate) fn board(&self) -> &Board {
+        &self.0.board
+    }
+
+    /// Notes that a group has a live subscription on this bus, for as long as what it gives is kept; `None` if it has one
+    /// already.
+    pub(crate) fn enter_group(&self, group: &GroupName) -> Option<InGroup> {
+        let groups = self.0.groups.clone();
+        let is_new = groups
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(group.clone());
+        is_new.then(|| InGroup {
+            groups,
+            group: group.clone(),
+        })
+    }
+
     pub(crate) fn layers(&self) -> &[Layer<AnyEvent>] {
         &self.0.layers
     }
@@ -255,6 +308,20 @@ impl Bus {
                 Ok(record)
             })
             .collect()
+    }
+}
+
+/// A group has a live subscription on a bus.
+#[derive(Debug)]
+pub(crate) struct InGroup {
+    groups: Arc<Mutex<HashSet<GroupName>>>,
+    group: GroupName,
+}
+
+impl Drop for InGroup {
+    fn drop(&mut self) {
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        groups.remove(&self.group);
     }
 }
 

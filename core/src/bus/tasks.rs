@@ -1,7 +1,11 @@
 use super::Bus;
-use crate::Result;
+use crate::{
+    Result,
+    health::{PartState, Status, Trouble},
+    supervise,
+};
 use futures_util::future::BoxFuture;
-use std::fmt;
+use std::{fmt, sync::Arc};
 use tokio_util::sync::CancellationToken;
 
 /// What a background task gets.
@@ -34,16 +38,28 @@ impl Task {
     }
 
     /// Runs it to its end, or until `kill`.
-    pub(super) async fn run(self, ctx: TaskContext, kill: CancellationToken) {
+    pub(super) async fn run(self, ctx: TaskContext, kill: CancellationToken, status: Arc<Status>) {
         let name = self.name;
-        match kill.run_until_cancelled((self.run)(ctx)).await {
-            Some(Ok(())) => tracing::debug!(task = name, "a background task has ended"),
-            Some(Err(error)) => tracing::error!(task = name, error = error.to_chain(), "a background task has failed"),
-            None => tracing::warn!(
+        let run = async { kill.run_until_cancelled((self.run)(ctx)).await };
+        // It is not run again: what a second run would do is for the application to say.
+        match supervise::once(&status, run).await {
+            None => return,
+            Some(Some(Ok(()))) => tracing::debug!(task = name, "a background task has ended"),
+            Some(Some(Err(error))) => {
+                tracing::error!(task = name, error = error.to_chain(), "a background task has failed");
+                status.raise(Trouble::Crash, PartState::Failed, error.to_chain(), None);
+                return;
+            }
+            Some(None) => tracing::warn!(
                 task = name,
                 "a background task was cut off by the deadline of the shutdown"
             ),
         }
+        status.is(PartState::Stopped);
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
     }
 }
 

@@ -3,12 +3,13 @@
 use crate::{
     MessageId,
     clock::{Clock, Moment},
+    health::{PartState, Status, Trouble},
 };
 use rustc_hash::FxHashMap;
 use std::{
     collections::VecDeque,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -39,6 +40,7 @@ pub(super) struct Gate {
     /// Attempts that got an answer.
     answers: AtomicU64,
     changed: Notify,
+    status: Option<Arc<Status>>,
 }
 
 #[derive(Debug, Default)]
@@ -148,6 +150,14 @@ fn alone_for(times: u32) -> Duration {
 }
 
 impl Gate {
+    /// A gate that shows in the health of its subscription.
+    pub(super) fn of(status: Arc<Status>) -> Self {
+        Self {
+            status: Some(status),
+            ..Self::default()
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -156,6 +166,17 @@ impl Gate {
         let state = self.state();
         let is_closed = state.is_paused || state.outage.is_some() || state.log_away.is_some();
         self.is_closed.store(is_closed, Ordering::Release);
+        if let Some(status) = &self.status {
+            let outage = state.outage.as_ref().map(|outage| &outage.why);
+            for (trouble, why) in [(Trouble::Services, outage), (Trouble::Log, state.log_away.as_ref())] {
+                match why {
+                    Some(why) => status.raise(trouble, PartState::Degraded, why.clone(), None),
+                    None => {
+                        status.clear(trouble);
+                    }
+                }
+            }
+        }
         drop(state);
         self.changed.notify_waiters();
     }

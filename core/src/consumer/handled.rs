@@ -15,6 +15,8 @@ pub(super) enum Handled {
     Done,
     /// Not handled: the inbox knew it.
     Dropped,
+    /// Not handled: nobody in the group handles its type.
+    Ignored,
     /// To wait by itself for a service that is away, without an attempt.
     Deferred {
         after: Duration,

@@ -3,6 +3,7 @@
 use super::{
     Context,
     handled::{Handled, HandledBy, Origin},
+    members::Who,
     shared::Shared,
 };
 use crate::{
@@ -16,7 +17,7 @@ use std::{sync::Arc, time::Duration};
 use tokio_util::task::AbortOnDropHandle;
 
 /// Between tries to reach a log that failed.
-const PAUSE: Duration = Duration::from_millis(500);
+pub(super) const PAUSE: Duration = Duration::from_millis(500);
 /// How long a message waits in the inbox of whose type this process knows another version, or none: for one that handles it.
 pub(super) const ANOTHER_VERSION: Duration = Duration::from_secs(5);
 
@@ -58,6 +59,13 @@ impl Attempts for FromInbox {
         }
     }
 
+    async fn stands_by(&self) -> bool {
+        match &self.0.members {
+            Some(members) => members.is_outdone().await,
+            None => false,
+        }
+    }
+
     async fn check(&self) -> Reachability {
         Reachability::Unknown
     }
@@ -67,12 +75,7 @@ impl Shared {
     /// The last error, as the relay writes it down; the ones before it it has written already.
     async fn handle_parked(&self, message: &Message, attempts: u32) -> Result<(), Refusal> {
         let Some(chain) = self.chains.get(message.kind()) else {
-            let why = format!("this process has no chain for {}", message.kind());
-            tracing::warn!(group = %self.group, message = %message.id(), "{why}: it waits for one that has");
-            return Err(Refusal::Deferred {
-                why,
-                after: ANOTHER_VERSION,
-            });
+            return Err(self.parked_for_another(message).await);
         };
         let mut ctx = Context::new(message.clone(), self.tools.clone());
         ctx.was_parked = true;
@@ -95,6 +98,7 @@ impl Shared {
                 self.counters.dropped(1);
                 Ok(())
             }
+            Handled::Ignored => Ok(()),
             Handled::Deferred { after, error, .. } => Err(Refusal::Deferred { why: error.text, after }),
             Handled::Parked { after, errors, .. } => Err(Refusal::Rejected {
                 why: why(errors),
@@ -106,6 +110,36 @@ impl Shared {
             }
             // (Nothing that comes from the inbox waits with the broker.)
             Handled::HeldBack | Handled::Released | Handled::Retried { .. } => Err(Refusal::HeldBack),
+        }
+    }
+
+    /// What becomes of a message in the inbox whose type this member lacks.
+    async fn parked_for_another(&self, message: &Message) -> Refusal {
+        let why = format!("this member of the group does not handle {}", message.kind());
+        let Some(members) = &self.members else {
+            return Refusal::Deferred {
+                why,
+                after: ANOTHER_VERSION,
+            };
+        };
+        match self.who_handles(members, message).await {
+            None => Refusal::HeldBack,
+            Some(Who::Running) => Refusal::Elsewhere { why },
+            Some(Who::Recent) => Refusal::Deferred {
+                why,
+                after: ANOTHER_VERSION,
+            },
+            // Another version of a type it handles: the next deploy brings it.
+            Some(Who::Nobody { .. }) if self.another_version(message).is_some() => {
+                self.warn_once(message, "it waits for a member that handles this version of the type");
+                Refusal::Deferred {
+                    why,
+                    after: ANOTHER_VERSION,
+                }
+            }
+            Some(Who::Nobody { .. }) => Refusal::Invalid {
+                why: format!("no member of the group has handled {} for a day", message.kind()),
+            },
         }
     }
 

@@ -17,6 +17,8 @@ mod gathering;
 mod handled;
 mod handler;
 mod inbox;
+mod joining;
+mod members;
 mod middleware;
 mod options;
 mod retry;

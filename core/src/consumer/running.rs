@@ -1,5 +1,5 @@
 use super::shared::Shared;
-use crate::{Error, ErrorKind, GroupName, Result};
+use crate::{Error, ErrorKind, GroupName, Result, health::PartState};
 use std::{
     fmt,
     sync::{
@@ -72,6 +72,8 @@ pub struct Running {
 pub enum Flow {
     /// It takes messages and handles them.
     Running,
+    /// It is not connected to the broker, and keeps trying: why, once it is known.
+    Connecting(Option<String>),
     /// [`pause`](Running::pause) was called.
     Paused,
     /// Something that handlers need is away, or the event log: it waits, and this is why.
@@ -103,6 +105,7 @@ impl Running {
         match gate.outage().or_else(|| gate.log_away()) {
             _ if gate.is_paused() => Flow::Paused,
             Some(why) => Flow::Waiting(why),
+            None if !self.shared.is_joined() => Flow::Connecting(self.shared.broker_away()),
             None => Flow::Running,
         }
     }
@@ -111,11 +114,35 @@ impl Running {
     /// more messages; attempts under way go on. The group's other members go on, too.
     pub fn pause(&self) {
         self.shared.gate.pause(true);
+        self.shared.status.is(PartState::Paused);
     }
 
     /// Goes on after a [`pause`](Running::pause).
     pub fn resume(&self) {
         self.shared.gate.pause(false);
+        self.shared.status.is(match *self.shared.connected.borrow() {
+            true => PartState::Running,
+            false => PartState::Connecting,
+        });
+    }
+
+    /// Waits until the subscription has joined its group for the first time. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unavailable`] after `deadline`, with what the broker said last; [`ErrorKind::Closed`] if the
+    /// subscription is stopped.
+    pub async fn connected(&self, deadline: Duration) -> Result<()> {
+        let mut connected = self.shared.connected.subscribe();
+        let result = tokio::select! {
+            biased;
+            _ = connected.wait_for(|connected| *connected) => return Ok(()),
+            () = self.shared.stop.cancelled() => Err(Error::new(ErrorKind::Closed, "the subscription has been stopped")),
+            () = self.shared.tools.clock.sleep(deadline) => {
+                let text = "the subscription is not connected to the broker yet: it keeps trying";
+                Err(Error::new(ErrorKind::Unavailable, text).with("why", self.shared.broker_away().unwrap_or_default()))
+            }
+        };
+        result.map_err(|error| error.with("group", &self.shared.group))
     }
 
     /// Changes how many messages may be taken from the broker and not yet settled; at least 1. Fewer than are in hand

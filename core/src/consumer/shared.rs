@@ -7,16 +7,18 @@ use super::{
     gate::Gate,
     handled::{Handled, HandledBy, Origin},
     inbox::{ANOTHER_VERSION, behind, record},
+    members::{Members, Who},
     running::Counters,
 };
 use crate::{
-    Delivery, GroupName, Message, Settlement,
+    Delivery, GroupName, Message, Settlement, Topic,
+    health::{PartState, Status, Trouble},
     log::{AttemptError, Placement},
     relay::Wake,
 };
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use std::{
-    sync::{Arc, atomic::AtomicUsize},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicUsize},
     time::Duration,
 };
 use tokio_util::sync::CancellationToken;
@@ -47,7 +49,17 @@ pub(super) struct Shared {
     pub(super) on_exhausted: Verdict,
     /// Messages of types nobody handles become dead letters, in place of being acknowledged.
     pub(super) dead_letter_unknown: bool,
+    /// The group's members, where there is an inbox.
+    pub(super) members: Option<Members>,
+    /// Types and topics that were warned of.
+    pub(super) warned: Mutex<FxHashSet<(String, Topic)>>,
+    pub(super) status: Arc<Status>,
+    /// Whether it has ever been connected.
+    pub(super) connected: tokio::sync::watch::Sender<bool>,
 }
+
+/// The most types and topics that are warned of.
+const MOST_WARNED: usize = 1000;
 
 /// A message that has been handled, and its key.
 pub(super) struct Finished {
@@ -96,17 +108,7 @@ impl Shared {
                 let mut ctx = Context::new(message.clone(), self.tools.clone());
                 chain.handle(&mut ctx, &self.by(&delivery)).await
             }
-            None => match self.without_chain(message) {
-                Some(handled) => handled,
-                None => {
-                    self.counters.ignored(1);
-                    return Finished {
-                        settlement: delivery.ack(),
-                        key,
-                        is_parked: false,
-                    };
-                }
-            },
+            None => Box::pin(self.without_chain(message)).await,
         };
         self.finish(delivery, key, handled).await
     }
@@ -141,38 +143,96 @@ impl Shared {
         }
     }
 
+    /// Whether it is in its group, as far as it knows.
+    pub(super) fn is_joined(&self) -> bool {
+        *self.connected.borrow() && self.status.has(Trouble::Broker).is_none()
+    }
+
+    /// Why the broker counts as away, if it does.
+    pub(super) fn broker_away(&self) -> Option<String> {
+        self.status.has(Trouble::Broker)?;
+        self.status.health().error.map(|error| error.text)
+    }
+
+    /// It has joined its group.
+    pub(super) fn is_connected(&self) {
+        if !self.gate.is_paused() {
+            self.status.is(PartState::Running);
+        }
+        self.connected.send_replace(true);
+    }
+
     /// A handling panicked outside of what catches the panics of handlers and middleware: a defect of this crate.
     pub(super) fn panicked(&self) {
         tracing::error!(group = %self.group, "the handling of a message panicked: the message is released and comes again");
     }
 
-    /// What becomes of a message nobody here handles: `None` if it is not for this group.
-    fn without_chain(&self, message: &Message) -> Option<Handled> {
-        let known = message.kind().rsplit_once(".v").and_then(|(name, _)| {
-            let known = self.chains.iter().find(|(_, chain)| chain.name() == name);
-            known.map(|(kind, _)| kind.as_str())
-        });
-        let now = self.tools.clock.now();
-        match known {
-            Some(known) => {
-                let why = format!("this process handles {known}, not {}", message.kind());
-                if !self.parks {
-                    return Some(Handled::dead(now, why));
-                }
-                // A rolling deploy: another process, or this one's next version, will handle it.
-                tracing::warn!(group = %self.group, message = %message.id(), "{why}: it waits for one that does");
-                Some(Handled::Parked {
-                    after: Some(ANOTHER_VERSION),
-                    attempts: 0,
-                    errors: vec![AttemptError::new(now, 0, why)],
-                })
-            }
-            None if self.dead_letter_unknown => {
-                let why = format!("this group has no handler for {}", message.kind());
-                Some(Handled::dead(now, why))
-            }
-            None => None,
+    /// The type of this subscription that a message is another version of.
+    pub(super) fn another_version(&self, message: &Message) -> Option<&str> {
+        let (name, _) = message.kind().rsplit_once(".v")?;
+        let known = self.chains.iter().find(|(_, chain)| chain.name() == name);
+        known.map(|(kind, _)| kind.as_str())
+    }
+
+    /// Warns once of each type that this member does not handle.
+    pub(super) fn warn_once(&self, message: &Message, what: &str) {
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        if warned.len() < MOST_WARNED && warned.insert((message.kind().to_owned(), message.topic().clone())) {
+            tracing::warn!(group = %self.group, kind = message.kind(), topic = %message.topic(), message = %message.id(), "this member of the group does not handle the type: {what}");
         }
+    }
+
+    /// What becomes of a message whose type this member does not handle. It is acknowledged only if nobody in the group
+    /// handles the type, and it comes from a topic this member has asked for.
+    async fn without_chain(&self, message: &Message) -> Handled {
+        let now = self.tools.clock.now();
+        let parked = |after, why| Handled::Parked {
+            after: Some(after),
+            attempts: 0,
+            errors: vec![AttemptError::new(now, 0, why)],
+        };
+        if let Some(known) = self.another_version(message) {
+            let why = format!("this process handles {known}, not {}", message.kind());
+            if !self.parks {
+                return Handled::dead(now, why);
+            }
+            // A rolling deploy: another process, or this one's next version, will handle it.
+            self.warn_once(
+                message,
+                "it waits in the inbox for a member that handles this version of the type",
+            );
+            return parked(ANOTHER_VERSION, why);
+        }
+        let mut is_asked_for = true;
+        if let Some(members) = &self.members {
+            let why = format!("this member of the group does not handle {}", message.kind());
+            match self.who_handles(members, message).await {
+                None => return Handled::Released,
+                Some(Who::Running) => {
+                    self.warn_once(message, "it waits in the inbox for a member that does");
+                    return parked(Duration::ZERO, why);
+                }
+                Some(Who::Recent) => {
+                    self.warn_once(message, "it waits in the inbox for a member that did, within a day");
+                    return parked(ANOTHER_VERSION, why);
+                }
+                Some(Who::Nobody { .. }) => is_asked_for = members.asks_for(message.topic()),
+            }
+        }
+        if !is_asked_for {
+            self.warn_once(
+                message,
+                "nor has it asked for the topic, so the message waits in the inbox",
+            );
+            let why = format!("this member of the group has not asked for topic `{}`", message.topic());
+            return parked(ANOTHER_VERSION, why);
+        }
+        if self.dead_letter_unknown {
+            let why = format!("this group has no handler for {}", message.kind());
+            return Handled::dead(now, why);
+        }
+        self.warn_once(message, "no member does, so it is acknowledged and counted as ignored");
+        Handled::Ignored
     }
 
     /// Does what has become of a message, and says what the broker is to be told: nothing is acknowledged before it is
@@ -185,6 +245,10 @@ impl Shared {
             }
             Handled::Dropped => {
                 self.counters.dropped(1);
+                delivery.ack()
+            }
+            Handled::Ignored => {
+                self.counters.ignored(1);
                 delivery.ack()
             }
             Handled::Deferred { after, attempts, error } => {

@@ -7,15 +7,19 @@ use super::{
     gate::Gate,
     handler::{Bound, Compensate, Execute, Plain, Run},
     inbox::FromInbox,
+    joining::Joining,
+    members::Members,
     options::{OnExhausted, Unknown},
     running::Counters,
     shared::Shared,
     steps::{Step, Steps},
-    worker::Worker,
 };
 use crate::{
     AnyEvent, Bus, Error, ErrorKind, Event, GroupName, Mailbox, RelayOptions, Result, Subscription, Topic,
+    health::{Part, PartState, Status},
+    log::{GroupMember, Owner},
     relay::{TopicPattern, Wake},
+    supervise::{self, supervise},
 };
 use rustc_hash::FxHashMap;
 use std::{
@@ -23,9 +27,10 @@ use std::{
     borrow::Cow,
     fmt,
     marker::PhantomData,
-    sync::{Arc, atomic::AtomicUsize},
+    sync::{Arc, Mutex, atomic::AtomicUsize},
     time::Duration,
 };
+use tokio::sync::oneshot;
 use tokio_util::task::TaskTracker;
 
 /// A subscription without state.
@@ -71,6 +76,8 @@ struct About {
 
 /// How long receipts are kept unless somebody says otherwise.
 const RECEIPTS: Duration = Duration::from_secs(7 * 24 * 3600);
+/// How long a start waits for the first try to join; after that it goes on in the background.
+const FIRST_JOIN: Duration = Duration::from_secs(3);
 /// The most messages of the inbox that are being handled at once.
 const FROM_INBOX_AT_ONCE: usize = 32;
 
@@ -420,8 +427,33 @@ impl About {
         subscription.patterns = patterns;
         subscription.queue = options.queue();
         let (stop, kill) = bus.new_part()?;
-        let subscriber = bus.transport().subscriber(&subscription)?;
+        let subscriber = bus.transport().subscriber(&subscription)?.clone();
+        // Broadcasts share nothing, so they do not get in each other's way.
+        let in_group = bus.enter_group(&group);
+        if in_group.is_none() && !is_broadcast {
+            let text =
+                "a subscription of this group runs on this bus already: add the event type to it with `.and::<E>()`";
+            return Err(Error::new(ErrorKind::Config, text).with("group", group));
+        }
         let retry = options.retry.unwrap_or_default();
+        let status = Status::new(
+            Part::Subscription(group.clone()),
+            bus.clock().clone(),
+            PartState::Connecting,
+        );
+        let inbox = log
+            .as_ref()
+            .filter(|_| parks)
+            .map(|log| log.inbox())
+            .transpose()?
+            .cloned();
+        let members = inbox.map(|inbox| {
+            let asked_for = subscription.topics.iter().cloned().map(TopicPattern::from);
+            let asked_for: Vec<TopicPattern> = asked_for.chain(subscription.patterns.iter().cloned()).collect();
+            let topics = asked_for.iter().map(TopicPattern::as_str);
+            let me = GroupMember::new(Owner::new(), by_kind.keys().map(String::as_str), topics);
+            Members::new(inbox, group.clone(), me, asked_for)
+        });
         let shared = Arc::new(Shared {
             tools: Arc::new(Tools {
                 group: group.clone(),
@@ -436,7 +468,7 @@ impl About {
             asks_the_inbox: parks && by_kind.values().any(|chain| !chain.admits()),
             chains: by_kind,
             retry,
-            gate: Gate::default(),
+            gate: Gate::of(status.clone()),
             wake: Arc::new(Wake::default()),
             counters: Arc::new(Counters::default()),
             stop: stop.clone(),
@@ -449,8 +481,16 @@ impl About {
                 OnExhausted::Requeue => Verdict::Requeue,
             },
             dead_letter_unknown: options.unknown == Some(Unknown::DeadLetter),
+            members,
+            warned: Mutex::default(),
+            status: status.clone(),
+            connected: tokio::sync::watch::Sender::new(false),
         });
         let tasks = TaskTracker::new();
+        // Before it joins: from then on no other member acknowledges what this one handles.
+        if let Some(members) = &shared.members {
+            members.register().await.map_err(|e| e.with("group", &group))?;
+        }
         // The inbox first: what is parked from now on finds its relay.
         if parks {
             let of_inbox = RelayOptions {
@@ -467,27 +507,63 @@ impl About {
             let mailbox = Mailbox::Inbox(group.clone());
             let receipts = options.receipts.unwrap_or(RECEIPTS);
             let attempts = Arc::new(FromInbox(shared.clone()));
-            let parts = bus
-                .relay_parts(mailbox, of_inbox, attempts, shared.wake.clone())
-                .await?;
-            bus.spawn_relay(parts, Some(receipts), &tasks, &stop, &kill);
+            let parts = bus.relay_parts(mailbox, of_inbox, attempts, shared.wake.clone())?;
+            let session = bus.open_session(&parts).await?;
+            bus.spawn_relay(parts, session, Some(receipts), &tasks, &stop, &kill);
         }
-        let (intake, settling) = match subscriber.subscribe(&subscription).await {
-            Ok(feed) => feed.split(),
-            Err(error) => {
-                stop.cancel();
-                return Err(error);
-            }
+        bus.board().show(status.clone());
+        let (first, joined) = oneshot::channel();
+        let joining = Arc::new(Joining::new(
+            shared.clone(),
+            subscriber,
+            subscription,
+            kill.clone(),
+            first,
+        ));
+        let clock = bus.clock().clone();
+        let part = supervise(status.clone(), clock.clone(), stop.clone(), move || {
+            joining.clone().run()
+        });
+        let run = async move {
+            part.await;
+            drop(in_group);
         };
-        let worker = Worker {
-            shared: shared.clone(),
-            intake,
-            settling,
-            kill: kill.clone(),
-        };
-        bus.spawn(tasks.track_future(worker.run()));
+        bus.spawn(tasks.track_future(run));
+        if shared.members.is_some() {
+            let (shared, stop) = (shared.clone(), stop.clone());
+            let renewing = supervise(status, clock.clone(), stop.clone(), move || {
+                let (shared, stop) = (shared.clone(), stop.clone());
+                async move {
+                    if let Some(members) = &shared.members {
+                        members
+                            .keep_registered(&*shared.tools.clock, &shared.status, &stop)
+                            .await;
+                    }
+                    supervise::Next::Ended
+                }
+            });
+            bus.spawn(tasks.track_future(renewing));
+        }
         tasks.close();
-        Ok(Running { shared, kill, tasks })
+        let joined = tokio::select! {
+            biased;
+            joined = joined => joined.unwrap_or(Ok(())),
+            // It goes on trying.
+            () = clock.sleep(FIRST_JOIN) => Ok(()),
+        };
+        match joined {
+            Err(error)
+                if !matches!(
+                    error.kind(),
+                    ErrorKind::Unavailable | ErrorKind::Closed | ErrorKind::LeaseLost
+                ) =>
+            {
+                stop.cancel();
+                tasks.wait().await;
+                Err(error)
+            }
+            _ => Ok(Running { shared, kill, tasks }),
+        }
     }
 }
 

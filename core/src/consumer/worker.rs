@@ -5,7 +5,8 @@ use super::{
     gathering::Gatherings,
     shared::{Finished, Shared},
 };
-use crate::{Delivery, Error, ErrorKind, Intake, Settlement, Settling, Taken, log::Admission};
+use crate::health::{PartState, Trouble};
+use crate::{Delivery, Error, ErrorKind, Intake, Reachability, Settlement, Settling, Taken, log::Admission};
 use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::{
@@ -17,6 +18,10 @@ use tokio_util::sync::CancellationToken;
 
 /// The longest a settle or a close may take when there is no other deadline.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+/// Outcomes that the broker has not taken for so long are shown.
+const LATE: Duration = Duration::from_secs(10);
+/// The first pause after an empty batch.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
 /// And once the deadline of a stop has passed.
 const CUT_OFF: Duration = Duration::from_millis(500);
 /// Between tries to reach a transport that failed.
@@ -35,6 +40,15 @@ type Parking = BoxFuture<'static, Vec<Finished>>;
 
 /// The most messages of a key that are handed over at once.
 const RUN: usize = 64;
+
+/// How a worker ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum WorkerEnd {
+    /// The subscription was stopped.
+    Stopped,
+    /// The transport ended the feed.
+    Closed,
+}
 
 /// Deliveries the inbox has been asked about.
 struct Looked {
@@ -85,7 +99,7 @@ impl InHand {
 }
 
 impl Worker {
-    pub(super) async fn run(mut self) {
+    pub(super) async fn run(mut self) -> WorkerEnd {
         let shared = self.shared.clone();
         let mut hand = InHand::default();
         let crew = Crew::start(&shared, &self.kill);
@@ -94,11 +108,17 @@ impl Worker {
         let mut looking: Option<BoxFuture<'static, Looked>> = None;
         let mut next_pause = PAUSE;
         let mut is_stopping = false;
+        let mut end = WorkerEnd::Stopped;
+        let mut broker_check: Option<BoxFuture<'static, bool>> = None;
+        let mut settle_is_late: Option<BoxFuture<'static, ()>> = None;
+        let mut empty_batches: u32 = 0;
         let mut pause: Option<BoxFuture<'static, ()>> = None;
         loop {
             tokio::task::coop::consume_budget().await;
             if settle.is_none() && (!hand.settlements.is_empty() || self.settling.has_dropped()) {
                 settle = Some(self.settle(&mut hand));
+                let clock = shared.tools.clock.clone();
+                settle_is_late = Some(async move { clock.sleep(LATE).await }.boxed());
             }
             if is_stopping && hand.len() == 0 && settle.is_none() {
                 break;
@@ -171,16 +191,34 @@ impl Worker {
                     self.start_keys(&mut hand);
                 }
                 failed = ready(&mut settle), if settle.is_some() => {
-                    settle = None;
+                    (settle, settle_is_late) = (None, None);
                     hand.being_settled = 0;
                     if failed {
                         let clock = shared.tools.clock.clone();
                         let length = next_pause;
                         next_pause = (next_pause * 2).min(LONGEST_PAUSE);
                         pause = Some(async move { clock.sleep(length).await }.boxed());
+                        let text = "the broker does not take the outcomes of deliveries: their messages come again";
+                        shared.status.raise(Trouble::Outcomes, PartState::Degraded, text.to_owned(), None);
                     } else {
                         next_pause = PAUSE;
+                        shared.status.clear(Trouble::Outcomes);
                     }
+                }
+                () = ready(&mut settle_is_late), if settle_is_late.is_some() => {
+                    settle_is_late = None;
+                    let text = format!("the broker has not taken outcomes for {LATE:?}");
+                    tracing::warn!(group = %shared.group, "{text}: the subscription waits");
+                    shared.status.raise(Trouble::Outcomes, PartState::Degraded, text, None);
+                }
+                is_up = ready(&mut broker_check), if broker_check.is_some() => {
+                    broker_check = match is_up {
+                        true => {
+                            shared.status.clear(Trouble::Broker);
+                            None
+                        }
+                        false => Some(shared.check_broker()),
+                    };
                 }
                 looked = ready(&mut looking), if looking.is_some() => {
                     looking = None;
@@ -192,7 +230,21 @@ impl Worker {
                 () = ready(&mut probing), if probing.is_some() => {}
                 () = changed => {}
                 taken = self.intake.next(room), if takes => match taken {
+                    // A defect of the driver, which does not make this task spin.
+                    Ok(Taken::Batch(batch)) if batch.is_empty() => {
+                        if empty_batches == 0 {
+                            tracing::warn!(group = %shared.group, "the transport gave an empty batch: it is asked again, ever more slowly");
+                        }
+                        empty_batches = empty_batches.saturating_add(1);
+                        let clock = shared.tools.clock.clone();
+                        let wait = SHORTEST_PAUSE.saturating_mul(1 << empty_batches.min(9)).min(PAUSE);
+                        pause = Some(async move { clock.sleep(wait).await }.boxed());
+                    }
                     Ok(Taken::Batch(batch)) => {
+                        empty_batches = 0;
+                        if broker_check.take().is_some() {
+                            shared.status.clear(Trouble::Broker);
+                        }
                         shared.counters.delivered(batch.len());
                         if shared.asks_the_inbox {
                             hand.to_look.extend(batch);
@@ -204,8 +256,13 @@ impl Worker {
                         }
                     }
                     Ok(Taken::Gone(assignment)) => drop_gone(&mut hand, assignment),
-                    Err(error) if error.kind() == ErrorKind::Closed => is_stopping = true,
+                    Err(error) if error.kind() == ErrorKind::Closed => {
+                        end = WorkerEnd::Closed;
+                        is_stopping = true;
+                    }
                     Err(error) => {
+                        shared.status.raise(Trouble::Broker, PartState::Degraded, error.to_chain(), None);
+                        broker_check = Some(shared.check_broker());
                         tracing::warn!(group = %shared.group, error = error.to_chain(), "the subscription cannot receive, it will be tried again");
                         let clock = shared.tools.clock.clone();
                         pause = Some(async move { clock.sleep(PAUSE).await }.boxed());
@@ -228,6 +285,11 @@ impl Worker {
             closed.unwrap_or_else(|_| Err(Error::new(ErrorKind::Unavailable, "the feed did not close in time")));
         if let Err(error) = closed {
             tracing::warn!(group = %shared.group, error = error.to_chain(), "the subscription was not closed cleanly: messages may come again");
+        }
+        if shared.stop.is_cancelled() {
+            WorkerEnd::Stopped
+        } else {
+            end
         }
     }
 
@@ -475,5 +537,20 @@ async fn ready<T>(job: &mut Option<BoxFuture<'static, T>>) -> T {
     match job {
         Some(job) => job.await,
         None => std::future::pending().await,
+    }
+}
+
+impl Shared {
+    /// Asks after a moment whether the broker is back, once the feed has had an error: it does not say so by itself.
+    fn check_broker(self: &Arc<Self>) -> BoxFuture<'static, bool> {
+        let shared = self.clone();
+        async move {
+            shared.tools.clock.sleep(PAUSE).await;
+            match shared.tools.bus.transport().publisher() {
+                Ok(publisher) => !matches!(publisher.check().await, Reachability::Down(_)),
+                Err(_) => true,
+            }
+        }
+        .boxed()
     }
 }

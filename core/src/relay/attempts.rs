@@ -20,6 +20,8 @@ pub(crate) enum Refusal {
     Invalid { why: String },
     /// Not now, and nobody's fault: costs no attempt.
     Deferred { why: String, after: Duration },
+    /// Another member of the group handles it: given back, and the mailbox left to that one.
+    Elsewhere { why: String },
     /// Not tried: given back.
     HeldBack,
 }
@@ -42,6 +44,10 @@ pub(crate) trait Attempts: Debug + Send + Sync {
         left: Duration,
         outcomes: &Outcomes,
     ) -> Result<(), Refusal>;
+    /// Whether another process is better left with the mailbox, after this one has stepped aside.
+    async fn stands_by(&self) -> bool {
+        false
+    }
     /// Whether attempts have a chance.
     async fn check(&self) -> Reachability;
 }

@@ -30,6 +30,6 @@ pub use report::{Counts, RelayReport};
 
 pub(crate) use attempts::{Attempts, Publishing, Refusal};
 pub(crate) use cleanup::clean_up;
-pub(crate) use engine::{Engine, Parts};
+pub(crate) use engine::{End, Engine, Parts};
 pub(crate) use report::Reporter;
 pub(crate) use wake::Wake;

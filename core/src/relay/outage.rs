@@ -62,6 +62,7 @@ struct Paused {
     probing: Probing,
     probe: Probe,
     why: String,
+    is_unroutable: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,6 +125,7 @@ impl Destinations {
             probing: Probing::new(self.max_probe_interval),
             probe: Probe::Out,
             why: why.to_owned(),
+            is_unroutable: false,
         };
         self.paused.insert(topic.clone(), paused);
         self.resuming.retain(|t| t != topic);
@@ -138,12 +140,14 @@ impl Destinations {
             probing,
             probe: Probe::Out,
             why: String::new(),
+            is_unroutable: false,
         });
         // Several messages of one batch are refused at once: that is one failed probe, not many.
         if paused.probe == Probe::Out {
             paused.probe = Probe::At(now + paused.probing.next(rng));
         }
         paused.why = crate::error::chain(error);
+        paused.is_unroutable = error.is_unroutable();
         self.resuming.retain(|t| t != topic);
         new
     }
@@ -155,6 +159,7 @@ impl Destinations {
             probing,
             probe: Probe::At(now),
             why: "records were found waiting for it".to_owned(),
+            is_unroutable: false,
         });
     }
 
@@ -202,6 +207,11 @@ impl Destinations {
             .iter()
             .map(|(topic, p)| (topic.clone(), p.why.clone()))
             .collect()
+    }
+
+    /// Whether a topic is among them that leads nowhere.
+    pub(super) fn any_unroutable(&self) -> bool {
+        self.paused.values().any(|paused| paused.is_unroutable)
     }
 
     /// The lease is lost: whoever has it now finds the waiting records itself.

@@ -1,6 +1,9 @@
-use crate::Topic;
+use crate::{
+    Topic,
+    health::{PartState, Status, Trouble},
+};
 use std::sync::{
-    Mutex, PoisonError,
+    Arc, Mutex, PoisonError,
     atomic::{AtomicU64, Ordering},
 };
 
@@ -44,8 +47,12 @@ pub struct Counts {
     pub lost: u64,
 }
 
+/// What to do about a topic that leads nowhere.
+const UNROUTABLE: &str = "no group wants the topic yet: declare the group that is to have it (`bus.declare::<E>(group)`), \
+    or say `unroutable = \"drop\"` for the topic; its messages wait in the log until then";
+
 /// Where the engine writes it down.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Reporter {
     pub(super) claimed: AtomicU64,
     pub(super) published: AtomicU64,
@@ -54,6 +61,7 @@ pub(crate) struct Reporter {
     pub(super) failed: AtomicU64,
     pub(super) lost: AtomicU64,
     away: Mutex<Away>,
+    status: Arc<Status>,
 }
 
 #[derive(Debug, Default)]
@@ -64,24 +72,60 @@ struct Away {
 }
 
 impl Reporter {
+    pub(crate) fn new(status: Arc<Status>) -> Self {
+        let counter = AtomicU64::default;
+        Self {
+            claimed: counter(),
+            published: counter(),
+            dropped: counter(),
+            refused: counter(),
+            failed: counter(),
+            lost: counter(),
+            away: Mutex::default(),
+            status,
+        }
+    }
+
+    pub(crate) fn status(&self) -> &Arc<Status> {
+        &self.status
+    }
+
     pub(super) fn count(counter: &AtomicU64, n: usize) {
         counter.fetch_add(n as u64, Ordering::Relaxed);
     }
 
     pub(super) fn broker_away(&self, why: Option<String>) {
+        self.tell(Trouble::Broker, why.as_deref(), None);
         self.away().broker = why;
+    }
+
+    fn tell(&self, trouble: Trouble, why: Option<&str>, fix: Option<&str>) {
+        match why {
+            Some(why) => self.status.raise(trouble, PartState::Degraded, why.to_owned(), fix),
+            None => {
+                self.status.clear(trouble);
+            }
+        }
     }
 
     /// Whether it was away until now.
     pub(super) fn broker_is_back(&self) -> bool {
+        self.status.clear(Trouble::Broker);
         self.away().broker.take().is_some()
     }
 
-    pub(super) fn log_away(&self, why: Option<String>) {
+    pub(crate) fn log_away(&self, why: Option<String>) {
+        self.tell(Trouble::Log, why.as_deref(), None);
         self.away().log = why;
     }
 
-    pub(super) fn topics_away(&self, topics: Vec<(Topic, String)>) {
+    pub(super) fn topics_away(&self, topics: Vec<(Topic, String)>, are_unroutable: bool) {
+        let why = topics.first().map(|(topic, why)| match topics.len() {
+            1 => format!("topic `{topic}` is paused: {why}"),
+            n => format!("{n} topics are paused, `{topic}` among them: {why}"),
+        });
+        let fix = are_unroutable.then_some(UNROUTABLE);
+        self.tell(Trouble::Destinations, why.as_deref(), fix);
         self.away().topics = topics;
     }
 

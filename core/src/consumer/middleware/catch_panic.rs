@@ -45,11 +45,7 @@ pub(in crate::consumer) struct Panicked(String);
 
 impl Panicked {
     pub(in crate::consumer) fn error(who: &str, panic: &(dyn std::any::Any + Send)) -> HandlerError {
-        let text = panic
-            .downcast_ref::<&str>()
-            .map(|text| (*text).to_owned())
-            .or_else(|| panic.downcast_ref::<String>().cloned());
-        let text = text.unwrap_or_else(|| "no text".to_owned());
+        let text = crate::error::panic_text(panic);
         HandlerError::from(Self(format!("{who} panicked: {text}")))
     }
 }

@@ -43,7 +43,7 @@ impl Engine {
     fn topic_answered(&mut self, held: &Held) {
         if self.destinations.answered(held.record.message.topic()) {
             tracing::info!(topic = %held.record.message.topic(), "the topic's destination is back");
-            self.reporter.topics_away(self.destinations.list());
+            self.tell_topics_away();
         }
     }
 
@@ -62,7 +62,7 @@ impl Engine {
         if let Some(held) = self.in_hand.get(place) {
             let message = held.record.message.clone();
             if self.destinations.answered(message.topic()) {
-                self.reporter.topics_away(self.destinations.list());
+                self.tell_topics_away();
             }
         }
         let Some(held) = self.in_hand.get_mut(place) else {
@@ -194,7 +194,7 @@ impl Engine {
         }
         if self.destinations.pause(&topic, error, now, &mut self.rng) {
             tracing::warn!(%topic, error = crate::error::chain(error), "the topic is paused: its messages wait in the log");
-            self.reporter.topics_away(self.destinations.list());
+            self.tell_topics_away();
         }
         for place in self.flights.take_held(&topic) {
             self.park_for_topic(place, None);

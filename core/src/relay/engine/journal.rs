@@ -151,7 +151,7 @@ impl Engine {
             } else {
                 self.tenure += 1;
                 self.destinations.clear();
-                self.reporter.topics_away(Vec::new());
+                self.tell_topics_away();
             }
             self.lease = claimed.lease;
             self.has_lease = self.lease.is_held();
@@ -161,6 +161,9 @@ impl Engine {
             self.destinations.found_waiting(topic, now);
         }
         let given = claimed.records.len();
+        if given > 0 {
+            self.idle_floor = Duration::ZERO;
+        }
         Reporter::count(&self.reporter.claimed, given);
         let bytes: usize = claimed.records.iter().map(|r| r.message.payload().len()).sum();
         self.wants_claim |= given >= asked.0 || bytes >= asked.1;
@@ -224,7 +227,7 @@ impl Engine {
         }
         // Nothing of it waits: whatever comes next finds out for itself whether the destination is back.
         if asked == 1 && found == 0 && self.in_flight == 0 && self.destinations.forget(topic) {
-            self.reporter.topics_away(self.destinations.list());
+            self.tell_topics_away();
         }
     }
 

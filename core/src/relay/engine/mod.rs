@@ -31,12 +31,12 @@ use std::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// What an engine works with.
+/// What an engine works with, beside its session.
+#[derive(Clone)]
 pub(crate) struct Parts {
     pub(crate) mailbox: Mailbox,
     pub(crate) options: Arc<RelayOptions>,
     pub(crate) log: EventLog,
-    pub(crate) session: Box<dyn Session>,
     pub(crate) attempts: Arc<dyn Attempts>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) wake: Arc<Wake>,
@@ -100,6 +100,19 @@ pub(crate) struct Engine {
     /// The log failed; it is asked again then.
     log_retry_at: Option<Moment>,
     is_stopping: bool,
+    /// Another member of the group handles what this one met: it is to have the mailbox.
+    steps_aside: bool,
+    /// The least time between idle claims that gave nothing, though the session's wait called for them.
+    idle_floor: Duration,
+}
+
+/// How an engine ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// It was stopped.
+    Stopped,
+    /// It left the mailbox to another member of the group, which handles what this one does not.
+    Aside,
 }
 
 /// What a job ended with.
@@ -128,11 +141,14 @@ enum Event {
 /// How quickly a poll may follow the one before.
 const SHORTEST_POLL: Duration = Duration::from_millis(1);
 
+/// The longest that handing back a lease may take.
+const LONGEST_CLOSE: Duration = Duration::from_secs(3);
+
 /// An idle relay claims for itself after so many poll intervals, whatever the session's wait says.
 const IDLE_POLLS: u32 = 60;
 
 impl Engine {
-    pub(crate) fn new(parts: Parts) -> Self {
+    pub(crate) fn new(parts: Parts, session: Box<dyn Session>) -> Self {
         let max_probe = parts.options.max_probe_interval;
         Self {
             lease: Lease::none(parts.clock.clone()),
@@ -166,10 +182,12 @@ impl Engine {
             log_probing: Probing::new(max_probe),
             log_retry_at: None,
             is_stopping: false,
+            steps_aside: false,
+            idle_floor: Duration::ZERO,
             mailbox: parts.mailbox,
             options: parts.options,
             log: parts.log,
-            session: parts.session.into(),
+            session: session.into(),
             attempts: parts.attempts,
             clock: parts.clock,
             wake: parts.wake,
@@ -180,7 +198,7 @@ impl Engine {
 
     /// Runs until `stop`, then finishes what is in flight, settles, and hands back the lease. `kill` ends the finishing:
     /// what is unsettled then is left to the next holder.
-    pub(crate) async fn run(mut self, stop: CancellationToken, kill: CancellationToken) {
+    pub(crate) async fn run(mut self, stop: CancellationToken, kill: CancellationToken) -> End {
         loop {
             // Jobs that are always ready (memory, in a test) must not starve the other tasks of the thread.
             tokio::task::coop::consume_budget().await;
@@ -193,6 +211,7 @@ impl Engine {
             let is_idle = self.jobs.is_empty();
             // A claim that cannot be made now is none to hear of again and again.
             let listens = is_idle && !self.wants_claim;
+            let patience = (self.idle_floor, self.options.poll_interval);
             tokio::select! {
                 biased;
                 () = kill.cancelled() => break,
@@ -204,14 +223,44 @@ impl Engine {
                         self.handle(event);
                     }
                 }
-                to_come = self.wake.called() => self.called(to_come),
-                () = wait(&self.session, &self.clock, until, listens) => self.wants_claim |= listens,
+                to_come = self.wake.called() => {
+                    self.idle_floor = Duration::ZERO;
+                    self.called(to_come);
+                }
+                () = idle(&self.session, &self.clock, until, listens, patience) => {
+                    self.wants_claim |= listens;
+                    // A wait that lasted is no reason to be careful; one that did not may be told of nothing, over and over.
+                    let lasted = self.clock.elapsed().saturating_sub(now) > self.idle_floor + SHORTEST_POLL;
+                    self.idle_floor = match listens && !lasted {
+                        true => (self.idle_floor * 2).clamp(SHORTEST_POLL, self.options.poll_interval),
+                        false => Duration::ZERO,
+                    };
+                }
             }
         }
         // What the client still has is given up: the future is dropped, and with it the right to send.
         self.jobs.clear();
-        if let Err(error) = self.session.close().await {
+        // A log that hangs is not waited for: the lease expires.
+        let closed = tokio::time::timeout(LONGEST_CLOSE, self.session.close()).await;
+        let closed = closed.unwrap_or_else(|_| {
+            let text = format!("the session did not close within {LONGEST_CLOSE:?}");
+            Err(crate::Error::new(crate::ErrorKind::Unavailable, text))
+        });
+        if let Err(error) = closed {
             tracing::warn!(error = error.to_chain(), mailbox = %self.mailbox, "the lease was not handed back: others wait until it expires");
+        }
+        match self.steps_aside && !stop.is_cancelled() {
+            true => End::Aside,
+            false => End::Stopped,
+        }
+    }
+
+    /// Leaves the mailbox to another member of the group.
+    pub(super) fn step_aside(&mut self) {
+        if !self.is_stopping {
+            tracing::info!(mailbox = %self.mailbox, "another member of the group handles what waits here: the relay hands the mailbox over");
+            self.steps_aside = true;
+            self.stop();
         }
     }
 
@@ -276,7 +325,7 @@ impl Engine {
         let now = self.clock.elapsed();
         match event {
             Event::Claimed { asked, result } => self.claimed(asked, result, now),
-            Event::Ended { call, rest } => self.call_ended(call, rest, now),
+            Event::Ended { call, rest } => self.call_ended(call, &rest, now),
             Event::Settled { batch, result } => self.settled(batch, result, now),
             Event::Resumed { topic, asked, result } => self.resumed(&topic, asked, result, now),
             Event::Checked(reachability) => self.checked(&reachability, now),
@@ -329,7 +378,7 @@ impl Engine {
         self.unwritten.clear();
         self.exhausted.clear();
         self.destinations.clear();
-        self.reporter.topics_away(Vec::new());
+        self.tell_topics_away();
         self.lease = Lease::none(self.clock.clone());
         self.wants_claim = true;
     }
@@ -346,10 +395,24 @@ impl Engine {
     }
 }
 
-/// Waits for time to pass, or, when there is nothing else to do, for news from the log.
-async fn wait(session: &Arc<dyn Session>, clock: &Arc<dyn Clock>, until: Duration, listens: bool) {
-    if listens && session.wait(until).await.is_ok() {
-        return;
+/// Waits for time to pass, or, when there is nothing else to do, for news from the log. `floor` is waited in any case: a
+/// wait that calls for claims which give nothing does not make the engine spin. After an error it is asked again `soon`.
+async fn idle(
+    session: &Arc<dyn Session>,
+    clock: &Arc<dyn Clock>,
+    until: Duration,
+    listens: bool,
+    (floor, soon): (Duration, Duration),
+) {
+    if !listens {
+        return clock.sleep(until).await;
     }
-    clock.sleep(until).await;
+    if !floor.is_zero() {
+        clock.sleep(floor.min(until)).await;
+    }
+    let left = until.saturating_sub(floor);
+    if let Err(error) = session.wait(left).await {
+        tracing::debug!(error = error.to_chain(), "the wait for news from the log failed");
+        clock.sleep(left.min(soon)).await;
+    }
 }

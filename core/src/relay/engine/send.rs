@@ -132,12 +132,17 @@ impl Engine {
             );
             if self.destinations.fall_silent(&topic, &why) {
                 tracing::warn!(%topic, error = why, "the topic is paused: its messages wait in the log");
-                self.reporter.topics_away(self.destinations.list());
+                self.tell_topics_away();
             }
             for place in overdue.held {
                 self.park_for_topic(place, None);
             }
         }
+    }
+
+    pub(super) fn tell_topics_away(&self) {
+        let (list, any_unroutable) = (self.destinations.list(), self.destinations.any_unroutable());
+        self.reporter.topics_away(list, any_unroutable);
     }
 
     /// Takes the outcomes that have been reported.
@@ -161,7 +166,7 @@ impl Engine {
     }
 
     /// A call has ended: `rest` is the outcome of the messages that none was reported of.
-    pub(super) fn call_ended(&mut self, call: u64, rest: Result<(), Refusal>, now: Moment) {
+    pub(super) fn call_ended(&mut self, call: u64, rest: &Result<(), Refusal>, now: Moment) {
         self.take_reports(now);
         let Some(call) = self.calls.remove(&call) else { return };
         let was_alone = self.in_flight == 1;
@@ -209,6 +214,11 @@ impl Engine {
             Refusal::Rejected { why, after } => self.refused(place, why, after, now),
             Refusal::Invalid { why } => self.fail(place, 0, Some(why)),
             Refusal::Deferred { why, after } => self.deferred(place, why, after),
+            Refusal::Elsewhere { why } => {
+                tracing::debug!(error = why, "left to another member of the group");
+                self.release_run(place);
+                self.step_aside();
+            }
             Refusal::HeldBack => {
                 if let Some(held) = self.in_hand.get(place) {
                     self.destinations.probe_lost(held.record.message.topic(), now);
