@@ -19,7 +19,8 @@ pub mod server;
 pub mod transport;
 
 /// One test for each behaviour a log has to show; the argument is an expression that makes a fresh
-/// [`LogFixture`](log::LogFixture), evaluated for each test in an async context.
+/// [`LogFixture`](log::LogFixture), evaluated for each test in an async context. After `and` come behaviours that not every log
+/// shows yet.
 #[macro_export]
 macro_rules! log_conformance {
     ($fixture:expr) => {
@@ -68,6 +69,10 @@ macro_rules! log_conformance {
             random_histories_lose_nothing_and_keep_order
             calls_overlap_and_keys_keep_their_order
         );
+    };
+    ($fixture:expr, and $($more:ident)*) => {
+        $crate::log_conformance!($fixture);
+        $crate::log_conformance!(@each $fixture; $($more)*);
     };
     (@each $fixture:expr; $($name:ident)*) => {$(
         #[test]

@@ -307,6 +307,12 @@ impl Rows {
         !self.by_key.is_empty() || !self.due.is_empty()
     }
 
+    /// Whether it is parked and waits for the one before it in its key.
+    pub(super) fn is_behind(&self, position: u64) -> bool {
+        let parked = self.parked.get(&position);
+        parked.is_some_and(|parked| parked.state == ParkedState::Behind)
+    }
+
     /// Whether nothing of its key is before it.
     pub(super) fn is_head(&self, position: u64) -> bool {
         let key = self.parked.get(&position).and_then(|p| key_of(&p.row.message));
@@ -438,6 +444,13 @@ impl Rows {
             }
             Some(_) => {
                 if let Some(mut parked) = self.unpark(position, now) {
+                    // What waits of its key and was not parked comes before it: parked, since this will be.
+                    let of_key = |(_, row): &(u64, &Row)| key_of(&row.message) == key_of(&parked.row.message);
+                    let is_keyed = parked.row.message.key().is_some();
+                    let ahead = self.hot.iter().filter(|row| is_keyed && of_key(row));
+                    for position in ahead.map(|(position, _)| position).collect::<Vec<_>>() {
+                        self.park_behind(position, now);
+                    }
                     parked.attempts = 0;
                     parked.state = ParkedState::Due(now);
                     let at_the_end = self.next_position();

@@ -3,7 +3,7 @@ use super::{
     queue::{Done, Holder, Parked, ParkedState, Queue, Rows},
 };
 use crate::{
-    Result, Topic,
+    Message, Result, Topic,
     clock::{Clock, Timestamp},
     log::{
         AttemptError, Claim, Claimed, Holdings, Lease, Outcome, Record, RecordTag, Session, SessionOptions,
@@ -176,6 +176,9 @@ impl Claiming<'_> {
                 continue;
             }
             let run = self.rows.run_of(head);
+            if let Some(key) = key {
+                self.held.holdings.forget_key(key, |position| run.contains(&position));
+            }
             for position in run {
                 if self.room() == 0 {
                     return;
@@ -192,7 +195,12 @@ impl Claiming<'_> {
             let Some(position) = self.held.holdings.take_freed(1).pop() else {
                 return;
             };
-            self.give(position);
+            // Parked meanwhile, by a redrive: it comes with the head of its key.
+            if self.rows.is_behind(position) {
+                self.held.holdings.let_go(position);
+            } else {
+                self.give(position);
+            }
         }
     }
 
@@ -212,6 +220,9 @@ impl Claiming<'_> {
             looks -= 1;
             self.held.cursor = position;
             if self.rows.is_parked_key(&row.message) {
+                // A dead letter that was redriven may wait at the end while earlier ones of its key were passed over.
+                let message = row.message.clone();
+                park_passed_over(self.held, self.rows, &message, self.now);
                 self.rows.park_behind(position, self.now);
             } else if self.held.holdings.take(position, row.message.key_hash()) {
                 self.give(position);
@@ -409,8 +420,10 @@ fn park(
     {
         parked.attempts = attempts;
         AttemptError::keep(&mut parked.errors, new_errors);
+        let message = parked.row.message.clone();
         let stays = rows.is_head(position) || matches!(state, ParkedState::Failed { .. });
         rows.set_state(position, if stays { state } else { ParkedState::Behind });
+        park_passed_over(held, rows, &message, now);
         return true;
     }
     let Some((row, _, mut errors)) = rows.remove(position, now) else {
@@ -428,16 +441,20 @@ fn park(
         },
         now,
     );
-    if let Some(hash) = message.key_hash()
-        && holds_key
-    {
-        let same_key = |p: u64| {
-            let row = rows.hot.get(p);
-            row.is_some_and(|r| r.message.topic() == message.topic() && r.message.key() == message.key())
-        };
-        for behind in held.holdings.forget_key(hash, same_key) {
-            rows.park_behind(behind, now);
-        }
+    if holds_key {
+        park_passed_over(held, rows, &message, now);
     }
     true
+}
+
+/// Parks what was passed over of a message's key.
+fn park_passed_over(held: &mut Held, rows: &mut Rows, message: &Message, now: Timestamp) {
+    let Some(hash) = message.key_hash() else { return };
+    let same_key = |p: u64| {
+        let row = rows.hot.get(p).or_else(|| Some(&rows.parked.get(&p)?.row));
+        row.is_some_and(|r| r.message.topic() == message.topic() && r.message.key() == message.key())
+    };
+    for behind in held.holdings.forget_key(hash, same_key) {
+        rows.park_behind(behind, now);
+    }
 }

@@ -61,6 +61,53 @@ pub async fn a_busy_key_is_passed_over_and_given_later(fixture: &dyn LogFixture)
     assert!(desk.take().await.is_empty());
 }
 
+/// A dead letter that is redriven waits behind what was passed over meanwhile for its busy key, and so does what comes later.
+pub async fn a_redriven_record_lets_nothing_overtake(fixture: &dyn LogFixture) {
+    let desk = Desk::open(fixture).await;
+    desk.put(&["k:dead"]).await;
+    let dead = desk.take().await;
+    desk.settle(vec![(&dead[0], desk.failed(false))]).await;
+    desk.put(&["k:1"]).await;
+    let held = desk.take().await;
+    assert_eq!(names(&held), ["1"]);
+    desk.put(&["k:2", "k:3"]).await;
+    assert!(desk.take().await.is_empty(), "1 is out");
+    let admin = fixture.log().admin().unwrap().clone();
+    let filter = postrider_core::log::Filter::of(desk.mailbox.clone());
+    assert_eq!(admin.redrive(&filter, 10).await.unwrap(), 1);
+    desk.put(&["k:4", "k:5"]).await;
+    assert!(desk.take().await.is_empty(), "1 is still out");
+    desk.done(&held).await;
+    let mut got = desk.drain().await;
+    got.retain(|name| name != "dead");
+    assert_eq!(got, ["2", "3", "4", "5"]);
+}
+
+/// And so it is for the next holder, who finds it parked before it has read those ahead of it.
+pub async fn a_redriven_record_lets_nothing_overtake_after_a_take_over(fixture: &dyn LogFixture) {
+    let short = SessionOptions::new(Owner::new()).with_lease(SHORT);
+    let one = Desk::with(fixture, fixture.log(), short).await;
+    one.put(&["k:dead"]).await;
+    let dead = one.take().await;
+    one.settle(vec![(&dead[0], one.failed(false))]).await;
+    one.put(&["k:1", "k:2"]).await;
+    assert_eq!(names(&one.take().await), ["1", "2"]);
+    let admin = fixture.log().admin().unwrap().clone();
+    let filter = postrider_core::log::Filter::of(one.mailbox.clone());
+    assert_eq!(admin.redrive(&filter, 10).await.unwrap(), 1);
+    one.put(&["k:3"]).await;
+    assert!(one.take().await.is_empty(), "1 and 2 are out");
+    one.put(&["k:4"]).await;
+    // The holder dies with 1 and 2 unsettled.
+    drop(one);
+    fixture.advance(SHORT * 2).await;
+    let long = SessionOptions::new(Owner::new()).with_lease(LONG);
+    let two = Desk::with(fixture, fixture.other().await, long).await;
+    let mut got = two.drain().await;
+    got.retain(|name| name != "dead");
+    assert_eq!(got, ["1", "2", "3", "4"]);
+}
+
 /// A refused record keeps its place: those behind it come behind it.
 pub async fn order_survives_failure(fixture: &dyn LogFixture) {
     let desk = Desk::open(fixture).await;
