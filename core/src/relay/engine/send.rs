@@ -39,7 +39,8 @@ impl Engine {
                 return;
             };
             let mut places = Vec::with_capacity(room.min(self.ready.len()));
-            while places.len() < room
+            let mut probes = 0;
+            while places.len() + probes < room
                 && let Some(place) = self.ready.pop_front()
             {
                 let Some(held) = self.in_hand.get(place) else { continue };
@@ -48,15 +49,20 @@ impl Engine {
                     continue;
                 }
                 match self.destinations.may_send(topic, now) {
-                    Some(is_probe) if is_probe => self.call(vec![place], left, now),
+                    Some(is_probe) if is_probe => {
+                        probes += 1;
+                        self.call(vec![place], left, now);
+                    }
                     Some(_) => places.push(place),
                     None => self.park_for_topic(place, None),
                 }
             }
-            if places.is_empty() {
+            if places.is_empty() && probes == 0 {
                 return;
             }
-            self.call(places, left, now);
+            if !places.is_empty() {
+                self.call(places, left, now);
+            }
         }
     }
 
