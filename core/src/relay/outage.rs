@@ -168,8 +168,15 @@ impl Destinations {
         if self.paused.is_empty() || self.paused.remove(topic).is_none() {
             return false;
         }
-        self.resuming.push(topic.clone());
+        self.resume(topic);
         true
+    }
+
+    /// More of it may wait in the log, unless it is away again.
+    pub(super) fn resume(&mut self, topic: &Topic) {
+        if !self.paused.contains_key(topic) && !self.resuming.contains(topic) {
+            self.resuming.push(topic.clone());
+        }
     }
 
     /// The probe did not reach the broker: it says nothing about the destination.
@@ -179,9 +186,10 @@ impl Destinations {
         }
     }
 
-    /// Nothing waits for it any more.
-    pub(super) fn forget(&mut self, topic: &Topic) -> bool {
-        self.paused.remove(topic).is_some()
+    /// The log was asked for a probe and nothing waits: forgets the topic, unless something of it was sent or parked since.
+    pub(super) fn forget_asked(&mut self, topic: &Topic) -> bool {
+        let paused = self.paused.get(topic);
+        paused.is_some_and(|paused| matches!(paused.probe, Probe::Asked(_))) && self.paused.remove(topic).is_some()
     }
 
     /// A topic for whose probe the log is to be asked; it counts as asked from now on.

@@ -3,7 +3,7 @@
 use super::{Engine, Event};
 use crate::{
     clock::Moment,
-    log::{AttemptError, Outcome, Parking, RecordState, Stored, Until},
+    log::{AttemptError, Outcome, Parking, RecordState, RecordTag, Stored, Until},
     publisher::{PublishError, Reachability},
     relay::{
         OnFailed, Reporter, SendOrder, Unroutable,
@@ -32,7 +32,7 @@ impl Engine {
     }
 
     /// The next of a key may be sent.
-    fn follow(&mut self, next: Option<Place>) {
+    pub(super) fn follow(&mut self, next: Option<Place>) {
         match next {
             Some(next) if self.is_stopping => self.release_run(next),
             Some(next) => self.ready.push_back(next),
@@ -96,14 +96,25 @@ impl Engine {
             self.local.pop();
             let since = self.in_hand.get(place).and_then(|held| held.kept_since);
             if since.is_some_and(|since| now.saturating_sub(since) > self.options.local_queue_expiry) {
-                self.leave_local_tier(place);
+                self.end_attempt(place);
             } else {
                 self.ready.push_back(place);
             }
         }
     }
 
-    /// The attempt is over: the record waits in the log.
+    /// The attempt is over, with tries left that came too late: if it was the last, the record is a dead letter.
+    fn end_attempt(&mut self, place: Place) {
+        let Some(held) = self.in_hand.get(place) else { return };
+        let attempt = held.record.attempts + 1;
+        if attempt >= self.options.of(held.record.message.topic()).max_attempts {
+            self.fail(place, attempt, None);
+        } else {
+            self.leave_local_tier(place);
+        }
+    }
+
+    /// The attempt is cut off: the record waits in the log.
     pub(super) fn leave_local_tier(&mut self, place: Place) {
         self.park_for_later(place, None);
     }
@@ -174,7 +185,19 @@ impl Engine {
         );
         match held.next {
             Some(next) if hold_key => self.release_run(next),
-            next => self.follow(next),
+            next => self.follow_once_written(held.record.tag, next),
+        }
+    }
+
+    /// The next of a key may be sent once the end of the one before it is stored: until then, whoever takes over would send
+    /// that one after it.
+    fn follow_once_written(&mut self, tag: RecordTag, next: Option<Place>) {
+        match next {
+            Some(next) if self.is_stopping => self.release_run(next),
+            Some(next) => {
+                self.behind_unwritten.insert(tag, next);
+            }
+            None => {}
         }
     }
 
@@ -188,7 +211,7 @@ impl Engine {
                 // A probe that is dropped has been answered all the same.
                 self.topic_answered(&held);
                 self.settle_held(&held, Outcome::Done);
-                self.follow(held.next);
+                self.follow_once_written(held.record.tag, held.next);
             }
             return;
         }

@@ -56,6 +56,7 @@ impl Engine {
                         self.unwritten.remove(&settled.tag);
                     });
                 }
+                self.follow_written(&batch);
                 self.tell_of_exhausted(&report.lost);
                 self.wants_claim |= report.may_claim;
             }
@@ -68,6 +69,18 @@ impl Engine {
                     }
                 }
             }
+        }
+    }
+
+    /// Those behind what is now stored may be sent.
+    fn follow_written(&mut self, batch: &[Settled]) {
+        // Without the lease they are forgotten with all the others.
+        if self.behind_unwritten.is_empty() || !self.lease.is_held() {
+            return;
+        }
+        for settled in batch {
+            let next = self.behind_unwritten.remove(&settled.tag);
+            self.follow(next);
         }
     }
 
@@ -197,9 +210,10 @@ impl Engine {
         let is_written = |topic: &Topic| unwritten.is_empty() || !unwritten.values().any(|other| other == topic);
         let probe = self.destinations.ask_for_probe(now, is_written).map(|topic| (topic, 1));
         let batch_size = self.options.batch_size;
-        let back = self.destinations.resuming.iter().find(|topic| is_written(topic));
-        let batch = || back.map(|topic| (topic.clone(), batch_size));
-        let Some((topic, asked)) = probe.or_else(batch) else {
+        let back = self.destinations.resuming.iter().position(is_written);
+        // Taken off the list: whatever puts it there from now on is news that this answer does not know of.
+        let Some((topic, asked)) = probe.or_else(|| Some((self.destinations.resuming.remove(back?), batch_size)))
+        else {
             return;
         };
         self.is_resuming = true;
@@ -214,19 +228,20 @@ impl Engine {
         self.is_resuming = false;
         let found = match result {
             Ok(found) => found,
-            Err(error) => return self.log_failed(&error, now),
+            Err(error) => {
+                self.destinations.resume(topic);
+                return self.log_failed(&error, now);
+            }
         };
         self.log_answered();
         self.wants_claim |= found > 0;
         // What was parked meanwhile is still to be written: then it is asked once more.
-        if self.unwritten.values().any(|other| other == topic) {
-            return;
-        }
-        if (found as usize) < asked {
-            self.destinations.resuming.retain(|t| t != topic);
+        let is_unwritten = self.unwritten.values().any(|other| other == topic);
+        if is_unwritten || (found as usize) >= asked {
+            self.destinations.resume(topic);
         }
         // Nothing of it waits: whatever comes next finds out for itself whether the destination is back.
-        if asked == 1 && found == 0 && self.in_flight == 0 && self.destinations.forget(topic) {
+        if found == 0 && !is_unwritten && self.in_flight == 0 && self.destinations.forget_asked(topic) {
             self.tell_topics_away();
         }
     }

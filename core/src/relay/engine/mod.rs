@@ -67,6 +67,8 @@ pub(crate) struct Engine {
     settling: Vec<Settled>,
     /// Parkings for a topic that are not written yet: until they are, the topic is neither probed nor resumed.
     unwritten: FxHashMap<RecordTag, Topic>,
+    /// Those behind a dead letter, or behind one dropped, that is not written yet.
+    behind_unwritten: FxHashMap<RecordTag, Place>,
     /// Dead letters to tell of, once they are stored.
     exhausted: Vec<(RecordTag, Stored)>,
 
@@ -159,6 +161,7 @@ impl Engine {
             local: BinaryHeap::new(),
             settling: Vec::new(),
             unwritten: FxHashMap::default(),
+            behind_unwritten: FxHashMap::default(),
             exhausted: Vec::new(),
             jobs: FuturesUnordered::new(),
             in_flight: 0,
@@ -372,6 +375,9 @@ impl Engine {
             self.forget_run(place);
         }
         while let Some(Reverse((_, place))) = self.local.pop() {
+            self.forget_run(place);
+        }
+        for place in std::mem::take(&mut self.behind_unwritten).into_values() {
             self.forget_run(place);
         }
         self.settling.clear();
