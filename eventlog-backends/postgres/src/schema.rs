@@ -54,7 +54,7 @@ pub(crate) fn grants(names: &Names, role: &str) -> String {
         "GRANT SELECT, INSERT, UPDATE, DELETE ON {{mailbox}}, {{lane}}, {{relay}}, {{event}}, {{parked}}, {{scheduled}}, {{done}}, {{receipt}}, {{note}}, {{member}} TO {role};\n\
          GRANT SELECT, UPDATE ON {{settings}} TO {role};\n\
          GRANT SELECT, TRUNCATE ON {done} TO {role};\n\
-         GRANT SELECT, USAGE ON SEQUENCE {{position}} TO {role};\n\
+         GRANT SELECT, USAGE, UPDATE ON SEQUENCE {{position}} TO {role};\n\
          GRANT USAGE ON SCHEMA {{schema}} TO {role};\n\
          GRANT EXECUTE ON FUNCTION {functions} TO {role};\n"
     ))

@@ -298,12 +298,24 @@ statements! {
         AND EXISTS (SELECT 1 FROM {mailbox} m WHERE m.id = $1 AND m.name = $4) RETURNING (SELECT count(*) FROM {relay} WHERE mailbox = $1 AND expires_at > {clock}())";
 
     // The settled floor (of a transaction the number of the outermost, which is the oldest): the position first, then who might still commit one below it. Two statements in one message.
-    probe: "SELECT last_value - (NOT is_called)::int4, {clock}(), pg_postmaster_start_time()::text FROM {position}; \
+    probe: "SELECT last_value - (NOT is_called)::int4, {clock}(), pg_postmaster_start_time()::text, \
+            (SELECT seqcache > 1 FROM pg_sequence WHERE seqrelid = {position'}::regclass) FROM {position}; \
         SELECT l.virtualtransaction, (SELECT x.transactionid::text FROM pg_locks x WHERE x.locktype = 'transactionid' AND x.granted \
             AND x.mode = 'ExclusiveLock' AND x.virtualtransaction = l.virtualtransaction ORDER BY age(x.transactionid) DESC LIMIT 1) \
         FROM pg_locks l WHERE l.locktype = 'relation' AND l.mode = 'RowExclusiveLock' \
         AND l.relation IN ({event'}::regclass, {parked'}::regclass, {scheduled'}::regclass) \
         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND l.pid IS DISTINCT FROM pg_backend_pid()";
+
+    /// Whether there is anything below the cursors that is not known, as there never should be: ?2 lanes, ?3 cursors, ?4 what is known.
+    has_strays: "SELECT EXISTS (SELECT 1 FROM unnest($2::int2[], $3::int8[]) l (lane, cursor) CROSS JOIN LATERAL \
+        (SELECT 1 FROM {event} e WHERE e.mailbox = $1 AND e.lane = l.lane AND e.id <= l.cursor AND e.id NOT IN (SELECT unnest($4::int8[])) ORDER BY e.id LIMIT 1) e)";
+    /// Ids are never used again: a sequence that was set back goes on behind what is parked, and what came since, up to ?1, gets ids behind.
+    raise_position: "SELECT last_value, setval({position'}, m) FROM (SELECT max(id) AS m FROM {parked}) x, {position} WHERE m > last_value";
+    renumber: concat!(
+        "WITH since AS (DELETE FROM {event} e WHERE e.id <= $1 RETURNING e.*) ",
+        "INSERT INTO {event} (mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at) ",
+        "SELECT mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at FROM since ORDER BY id",
+    );
 
     // Claiming.
     /// What is next: ?2 lanes, ?3 their cursors, ?4 the most rows a lane, ?5 the most rows. Large payloads are left out.
@@ -457,13 +469,14 @@ statements! {
             (SELECT min(created_at) FROM {parked} WHERE mailbox = m.id AND state < 3)))::float8 \
         FROM {mailbox} m";
 
-    /// Which of the sessions of this process have something to claim. ?1 session, ?2 mailbox, ?3 lane, ?4 cursor, ?5 and ?6 from when on to look;
+    /// Which of the sessions of this process have something to claim, or have read up to where nothing can have been. ?1 session, ?2 mailbox, ?3 lane, ?4 cursor, ?5 and ?6 from when on to look;
     /// ?7 and ?8 session and mailbox of those that do not own every lane.
     poll: "SELECT s.n FROM unnest($1::int4[], $2::int2[], $3::int2[], $4::int8[]) s (n, mailbox, lane, cursor) \
         WHERE EXISTS (SELECT 1 FROM {event} e WHERE e.mailbox = s.mailbox AND e.lane = s.lane AND e.id > s.cursor) \
         UNION SELECT s.n FROM unnest($1::int4[], $2::int2[], $3::int2[], $5::timestamptz[], $6::timestamptz[]) s (n, mailbox, lane, parked, scheduled) \
         WHERE EXISTS (SELECT 1 FROM {parked} p WHERE p.mailbox = s.mailbox AND p.lane = s.lane AND p.state = 0 AND p.next_at >= s.parked AND p.next_at <= (SELECT {clock}())) \
             OR EXISTS (SELECT 1 FROM {scheduled} d WHERE d.mailbox = s.mailbox AND d.lane = s.lane AND d.due_at >= s.scheduled AND d.due_at <= (SELECT {clock}())) \
+        UNION SELECT s.n FROM unnest($1::int4[], $4::int8[]) s (n, cursor) WHERE s.cursor > (SELECT last_value FROM {position}) \
         UNION SELECT s.n FROM unnest($7::int4[], $8::int2[]) s (n, mailbox) WHERE EXISTS (SELECT 1 FROM {lane} l WHERE l.mailbox = s.mailbox \
             AND (l.owner IS NULL OR NOT EXISTS (SELECT 1 FROM {relay} r WHERE r.mailbox = l.mailbox AND r.owner = l.owner AND r.expires_at > (SELECT {clock}()))))";
 }

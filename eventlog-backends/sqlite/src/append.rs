@@ -216,8 +216,22 @@ impl SqliteLog {
 
     /// A position at the end.
     pub(crate) async fn next_id(&self, connection: &mut SqliteConnection) -> Result<i64> {
-        let next = sqlx::query_scalar(self.sql().next_id.clone());
-        next.fetch_one(connection).await.map_err(doing("taking a position"))
+        let failed = doing("taking a position");
+        let next = || sqlx::query_scalar(self.sql().next_id.clone());
+        if let Some(id) = next().fetch_optional(&mut *connection).await.map_err(&failed)? {
+            return Ok(id);
+        }
+        self.raise_sequence(connection, 0).await?;
+        next().fetch_one(connection).await.map_err(failed)
+    }
+
+    /// Puts the sequence of positions behind every one that is in use, and `at_least` there. Gives where it stands.
+    pub(crate) async fn raise_sequence(&self, connection: &mut SqliteConnection, at_least: i64) -> Result<i64> {
+        let failed = doing("restoring the sequence of positions");
+        let add = sqlx::query(self.sql().add_sequence.clone()).execute(&mut *connection);
+        add.await.map_err(&failed)?;
+        let raise = sqlx::query_scalar(self.sql().raise_sequence.clone()).bind(at_least);
+        raise.fetch_one(connection).await.map_err(failed)
     }
 }
 

@@ -112,6 +112,14 @@ statements! {
     );
     is_parked_message: "SELECT EXISTS (SELECT 1 FROM {parked} WHERE mailbox = ?1 AND message_id = ?2)";
     next_id: "UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = {'event'} RETURNING seq";
+    // A sequence that was set back (`DELETE FROM sqlite_sequence`) goes on behind every id that is in use, and the events of
+    // a mailbox that are not among ?2 get ids behind those, in their order.
+    add_sequence: "INSERT INTO sqlite_sequence (name, seq) SELECT {'event'}, 0 WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = {'event'})";
+    raise_sequence: "UPDATE sqlite_sequence SET seq = max(seq, ?1, (SELECT coalesce(max(id), 0) FROM {event}), (SELECT coalesce(max(id), 0) FROM {parked}), \
+        (SELECT coalesce(max(id), 0) FROM {done})) WHERE name = {'event'} RETURNING seq";
+    renumber: "UPDATE {event} SET id = id + ?3 WHERE id IN (SELECT id FROM {event} INDEXED BY {event_mailbox} WHERE mailbox = ?1 \
+        AND id NOT IN (SELECT value FROM json_each(?2)))";
+    has_ids_twice: "SELECT EXISTS (SELECT 1 FROM {parked} p CROSS JOIN {event} e WHERE e.id = p.id)";
     park_new: concat!(
         "INSERT INTO {parked} (id, mailbox, ", message_columns!(), ", created_at, attempts, state, due_at, errors, finished_at) ",
         "VALUES (?12, ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?13, ?14, ?15, ?16, ?17)",
@@ -128,7 +136,9 @@ statements! {
     // Claiming.
     next_due: "SELECT (SELECT min(due_at) FROM {scheduled} WHERE mailbox = ?1), \
         (SELECT min(due_at) FROM {parked} INDEXED BY {parked_due} WHERE mailbox = ?1 AND state = 0), \
-        (SELECT EXISTS (SELECT 1 FROM {parked} WHERE mailbox = ?1 AND key IS NOT NULL AND state <> 3))";
+        (SELECT EXISTS (SELECT 1 FROM {parked} WHERE mailbox = ?1 AND key IS NOT NULL AND state <> 3)), \
+        (SELECT id FROM {event} INDEXED BY {event_mailbox} WHERE mailbox = ?1 ORDER BY id LIMIT 1), \
+        (SELECT seq FROM sqlite_sequence WHERE name = {'event'}), max((SELECT coalesce(max(id), 0) FROM {parked}), (SELECT coalesce(max(id), 0) FROM {done}))";
     enter_scheduled: concat!(
         "INSERT INTO {event} (mailbox, ", message_columns!(), ", created_at) ",
         "SELECT mailbox, ", message_columns!(), ", created_at FROM {scheduled} WHERE mailbox = ?1 AND due_at <= ?2 ",
@@ -173,7 +183,7 @@ statements! {
     delete_done_range: &delete_done("id BETWEEN ?2 AND ?6");
     /// In a transaction that has checked the fence.
     keep_events: concat!(
-        "INSERT INTO {done} (id, mailbox, ", message_columns!(), ", created_at, attempts, errors, finished_at) ",
+        "INSERT OR REPLACE INTO {done} (id, mailbox, ", message_columns!(), ", created_at, attempts, errors, finished_at) ",
         "SELECT id, mailbox, ", message_columns!(), ", created_at, 0, '[]', ?2 FROM {event} WHERE id IN (SELECT value FROM json_each(?1))",
     );
     park: concat!(
@@ -190,7 +200,7 @@ statements! {
     parked_errors: "SELECT errors FROM {parked} WHERE id = ?1";
     set_parked: "UPDATE {parked} SET attempts = ?2, state = ?3, due_at = ?4, errors = ?5, finished_at = ?6 WHERE id = ?1";
     keep_done_parked: concat!(
-        "INSERT INTO {done} (id, mailbox, ", message_columns!(), ", created_at, attempts, errors, finished_at) ",
+        "INSERT OR REPLACE INTO {done} (id, mailbox, ", message_columns!(), ", created_at, attempts, errors, finished_at) ",
         "SELECT id, mailbox, ", message_columns!(), ", created_at, attempts, errors, ?2 FROM {parked} WHERE id = ?1",
     );
     delete_parked: "DELETE FROM {parked} WHERE id = ?1";
@@ -269,7 +279,7 @@ fn keep_done(which: &str) -> String {
     const FENCE: &str = fence_stands!();
     const COLUMNS: &str = message_columns!();
     let keep = format!(
-        "INSERT INTO {{done}} (id, mailbox, {COLUMNS}, created_at, attempts, errors, finished_at) \
+        "INSERT OR REPLACE INTO {{done}} (id, mailbox, {COLUMNS}, created_at, attempts, errors, finished_at) \
          SELECT id, mailbox, {COLUMNS}, created_at, 0, '[]', ?3 FROM {{event}} WHERE {which} AND mailbox = ?1 AND {FENCE}"
     );
     delete_done(which).replacen("BEGIN IMMEDIATE; ", &format!("BEGIN IMMEDIATE; {keep}; "), 1)

@@ -156,3 +156,51 @@ fn an_ok_means_committed_whatever_was_cut_off() {
         }
     });
 }
+
+#[test]
+fn nothing_is_lost_below_the_cursor() {
+    run(async {
+        for damage in [
+            "DELETE FROM sqlite_sequence",
+            "UPDATE sqlite_sequence SET seq = 1",
+            "DELETE FROM postrider_event; DELETE FROM sqlite_sequence",
+            "DELETE FROM postrider_event; DELETE FROM postrider_done; DELETE FROM postrider_parked; DELETE FROM sqlite_sequence",
+        ] {
+            for is_new_session in [false, true] {
+                let dir = tempfile::tempdir().unwrap();
+                let log = SqliteLog::open(dir.path().join("log.db")).await.unwrap();
+                let outbox = Mailbox::outbox();
+                let mut session = EventLogStore::open(&log, &outbox, &options()).await.unwrap();
+                let old: Vec<_> = (0..20).map(|n| record(Some("k"), &n.to_string())).collect();
+                log.append(&outbox, &old).await.unwrap();
+                assert_eq!(drain(&*session, 20).await.len(), 20);
+                let dead = record(None, "dead").placed(Placement::Failed {
+                    attempts: 1,
+                    errors: Vec::new(),
+                });
+                log.append(&outbox, &[dead]).await.unwrap();
+                if is_new_session {
+                    session.close().await.unwrap();
+                }
+                sqlx::raw_sql(damage).execute(log.pool()).await.unwrap();
+                // More at once than came before, of which a part is parked on arrival.
+                let new: Vec<_> = (100..150).map(|n| record(Some("k"), &n.to_string())).collect();
+                log.append(&outbox, &new).await.unwrap();
+                let parked = record(None, "parked").placed(Placement::Parked {
+                    after: Duration::ZERO,
+                    attempts: 1,
+                    errors: Vec::new(),
+                });
+                log.append(&outbox, &[parked]).await.unwrap();
+                if is_new_session {
+                    session = EventLogStore::open(&log, &outbox, &options()).await.unwrap();
+                }
+                let mut expected: Vec<String> = (100..150).map(|n| n.to_string()).collect();
+                expected.push("parked".to_owned());
+                assert_eq!(drain(&*session, 51).await, expected, "{damage}");
+                log.append(&outbox, &[record(Some("k"), "later")]).await.unwrap();
+                assert_eq!(drain(&*session, 1).await, ["later"], "{damage}");
+            }
+        }
+    });
+}

@@ -4,6 +4,10 @@
 //! known to be complete up to the id that was the last handed out at some time, once every transaction that was writing
 //! at that time is over: an INSERT takes its lock on the table before its id. So first the position is read, then who
 //! holds such a lock.
+//!
+//! All of it rests on a sequence that only goes forward, by one. One that was set back (`TRUNCATE .. RESTART IDENTITY`, a
+//! restore) is noticed by the next look, and everything is read again. One of which connections keep ids in store (`CACHE`)
+//! has no floor: everything is read each time.
 
 use postrider_core::clock::{Moment, Timestamp};
 use std::time::Duration;
@@ -12,6 +16,8 @@ use std::time::Duration;
 const CLOCK_MARGIN: Duration = Duration::from_millis(250);
 /// Between two looks, after settles.
 const PROBE_EVERY: Duration = Duration::from_millis(200);
+/// For a claim, whether anything was settled or not: somebody may have set the sequence back.
+const PROBE_ANYWAY: Duration = Duration::from_secs(1);
 /// While transactions of the look before are still open.
 const PROBE_AGAIN: Duration = Duration::from_millis(20);
 
@@ -44,6 +50,8 @@ pub(super) struct Look {
     pub(super) time: Timestamp,
     /// When the server was started: positions are forgotten by a crash.
     pub(super) server: String,
+    /// Whether connections keep ids in store, which they use when others have long used higher ones.
+    pub(super) is_cached: bool,
     pub(super) writers: Vec<Writer>,
 }
 
@@ -84,12 +92,21 @@ impl Floor {
         self.due_in(now).filter(|_| self.pending.is_none())
     }
 
+    /// Whether a claim should look.
+    pub(super) fn is_due(&self, now: Moment) -> bool {
+        self.due_in(now).is_some_and(|left| left.is_zero()) || self.looked_at.is_some_and(|at| at + PROBE_ANYWAY <= now)
+    }
+
     /// Takes what was found. `false` if the server is another one than before, or has lost what it had handed out: then
     /// nothing that was known holds.
-    pub(super) fn found(&mut self, look: Look, now: Moment) -> bool {
+    pub(super) fn found(&mut self, mut look: Look, now: Moment) -> bool {
+        if look.is_cached && self.position == 0 {
+            look.position = 0;
+            self.pending = self.pending.take().filter(|pending| pending.position == 0);
+        }
         let is_same = self.server.as_ref().is_none_or(|server| *server == look.server);
         let pending = self.pending.as_ref().map_or(0, |pending| pending.position);
-        if !is_same || look.position < self.position.max(pending) {
+        if !is_same || look.position < self.position.max(pending) || look.is_cached && look.position > 0 {
             *self = Self::default();
             return false;
         }

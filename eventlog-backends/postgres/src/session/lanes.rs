@@ -150,6 +150,16 @@ struct Loaded {
 /// In later snapshots than the one that took the lanes: whoever had them can write nothing that is not in it.
 async fn load(shared: &Shared, connection: &mut PgConnection, lanes: &[i16]) -> Result<Loaded> {
     let (sql, mailbox, failed) = (shared.log.sql(), shared.mailbox(), doing("reading what is parked"));
+    let mut tx = connection.begin().await.map_err(&failed)?;
+    let raise = sqlx::query(sql.raise_position.clone()).fetch_optional(&mut *tx);
+    if let Some(row) = raise.await.map_err(&failed)? {
+        tracing::warn!("the sequence of the event log was set back: it goes on behind the ids that are in use");
+        let renumber = sqlx::query(sql.renumber.clone())
+            .bind(row.get::<i64, _>(0))
+            .execute(&mut *tx);
+        renumber.await.map_err(&failed)?;
+    }
+    tx.commit().await.map_err(&failed)?;
     super::claim::look(shared, connection).await?;
     let certain = shared.held().floor.position();
     let keys = sqlx::query(sql.parked_keys.clone()).bind(mailbox).bind(lanes);

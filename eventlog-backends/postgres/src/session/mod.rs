@@ -60,6 +60,7 @@ pub(crate) struct Shared {
     held: StdMutex<Held>,
     news: Notify,
     is_waiting: AtomicBool,
+    told_of_cache: AtomicBool,
 }
 
 struct Held {
@@ -83,6 +84,8 @@ struct Held {
     is_large: bool,
     /// Topics that wait, in lanes newly come to: told with the next claim.
     untold: Vec<Topic>,
+    /// When it was last looked for events below the cursors.
+    swept_at: Option<Moment>,
     closed: bool,
 }
 
@@ -163,6 +166,7 @@ impl Held {
         self.floor = Floor::default();
         self.due = Due::default();
         self.untold.clear();
+        self.swept_at = None;
     }
 
     /// How many lanes are this session's part.
@@ -217,6 +221,7 @@ impl PostgresSession {
             next_lane: 0,
             is_large: false,
             untold: Vec::new(),
+            swept_at: None,
             closed: false,
         };
         let shared = Arc::new(Shared {
@@ -229,6 +234,7 @@ impl PostgresSession {
             held: StdMutex::new(held),
             news: Notify::new(),
             is_waiting: AtomicBool::new(false),
+            told_of_cache: AtomicBool::new(false),
         });
         shared.log.watch().register(&shared);
         Self { shared }

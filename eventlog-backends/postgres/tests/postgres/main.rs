@@ -16,6 +16,7 @@ mod order;
 mod outages;
 mod restored;
 mod schema;
+mod set_back;
 mod settled_floor;
 mod sql_append;
 mod transactions;

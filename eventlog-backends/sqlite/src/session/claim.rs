@@ -46,6 +46,7 @@ pub(super) async fn claim(shared: &Arc<Shared>, connection: &mut SqliteConnectio
         epoch,
         now: shared.now(),
         max: request.max,
+        is_first: tells_waiting,
         bytes: request.max_bytes,
         reader: Reader::default(),
         records: Vec::new(),
@@ -91,6 +92,8 @@ struct Claiming<'a> {
     epoch: i64,
     now: i64,
     max: usize,
+    /// Whether it is the first of a tenure.
+    is_first: bool,
     /// How many bytes of payload may still be given.
     bytes: usize,
     reader: Reader,
@@ -106,6 +109,7 @@ impl Claiming<'_> {
         let mut next_scheduled: Option<i64> = due.get(0);
         let next_head: Option<i64> = due.get(1);
         let has_parked_keys: bool = due.get(2);
+        self.look_for_strays(&due).await?;
         if next_scheduled.is_some_and(|at| at <= self.now) {
             next_scheduled = self.enter_scheduled().await?;
         }
@@ -120,6 +124,49 @@ impl Claiming<'_> {
         }
         let next = next_scheduled.into_iter().chain(next_parked).min();
         Ok(next.map(|at| Duration::from_micros(u64::try_from(at - self.now).unwrap_or(0))))
+    }
+
+    /// Positions are never used again, and everything below the cursor is out, passed over or gone. If somebody has set the
+    /// sequence back, what came since is put behind everything.
+    async fn look_for_strays(&mut self, found: &SqliteRow) -> Result<()> {
+        let (first, sequence, in_use): (Option<i64>, Option<i64>, i64) = (found.get(3), found.get(4), found.get(5));
+        let (cursor, is_known) = {
+            let held = self.shared.held();
+            let known = |at: u64| {
+                held.holdings.is_held(at) || held.holdings.known_above(at.saturating_sub(1)).any(|known| known == at)
+            };
+            (
+                held.cursor,
+                first.is_none_or(|at| at > held.cursor || known(position(at))),
+            )
+        };
+        let in_use = in_use.max(cursor);
+        let mut is_set_back = !is_known || sequence.unwrap_or(0) < in_use;
+        if !is_set_back && self.is_first {
+            let twice = sqlx::query_scalar(self.shared.log.sql().has_ids_twice.clone());
+            let twice = twice.fetch_one(&mut *self.connection).await;
+            is_set_back = twice.map_err(doing("looking for ids used twice"))?;
+        }
+        if !is_set_back {
+            return Ok(());
+        }
+        tracing::warn!(
+            mailbox = %self.shared.name,
+            "the sequence of the event log's ids was set back: what came since gets ids behind those in use"
+        );
+        let Some(mut tx) = self.shared.fenced(self.connection, self.epoch).await? else {
+            return Ok(());
+        };
+        let known = ids(self.shared.held().holdings.known_above(0).map(id));
+        let behind = self.shared.log.raise_sequence(&mut tx, in_use).await?;
+        let failed = doing("giving events other ids");
+        let renumber = sqlx::query(self.shared.log.sql().renumber.clone())
+            .bind(self.shared.mailbox())
+            .bind(known)
+            .bind(behind);
+        renumber.execute(&mut *tx).await.map_err(&failed)?;
+        self.shared.log.raise_sequence(&mut tx, in_use).await?;
+        tx.commit().await.map_err(failed)
     }
 
     fn room(&self) -> usize {

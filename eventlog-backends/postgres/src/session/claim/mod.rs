@@ -24,7 +24,7 @@ use postrider_core::{
 use sqlx::{Either, PgConnection, Row as _};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -32,6 +32,8 @@ use std::{
 const READ_PER_GIVEN: usize = 8;
 /// The fewest rows read of a lane: a claim of all lanes should not come back for a few more of one.
 const LEAST_OF_A_LANE: usize = 16;
+/// How often it is looked for strays; oftener where the lease is short.
+const SWEEP_EVERY: Duration = Duration::from_secs(60);
 /// Where somebody else was parking the same keys.
 const PARK_AGAIN: Duration = Duration::from_millis(10);
 /// The column of the payload, of those that make a message.
@@ -43,6 +45,11 @@ pub(super) async fn claim(shared: &Arc<Shared>, connection: &mut PgConnection, r
     lanes::hold(shared, connection).await?;
     if is_worth_a_look(shared) {
         look(shared, connection).await?;
+        look_for_strays(shared, connection).await?;
+        if !shared.held().lease.is_held() {
+            // Everything is to be read again: at once, since nobody would say that there is something.
+            lanes::hold(shared, connection).await?;
+        }
     }
     let (tenure, lease, waiting) = {
         let mut held = shared.held();
@@ -92,7 +99,7 @@ pub(super) async fn claim(shared: &Arc<Shared>, connection: &mut PgConnection, r
 
 fn is_worth_a_look(shared: &Shared) -> bool {
     let held = shared.held();
-    held.floor.due_in(shared.elapsed()).is_some_and(|left| left.is_zero())
+    held.floor.is_due(shared.elapsed())
 }
 
 /// Looks up to where everything has been seen.
@@ -108,6 +115,7 @@ pub(super) async fn look(shared: &Shared, connection: &mut PgConnection) -> Resu
                     position: row.try_get(0).map_err(&failed)?,
                     time: row.try_get(1).map_err(&failed)?,
                     server: row.try_get(2).map_err(&failed)?,
+                    is_cached: row.try_get::<Option<bool>, _>(3).map_err(&failed)?.unwrap_or(false),
                     writers: Vec::new(),
                 });
             }
@@ -119,10 +127,61 @@ pub(super) async fn look(shared: &Shared, connection: &mut PgConnection) -> Resu
     }
     let look = look.ok_or_else(|| unexpected("the position of the event log was not read"))?;
     let now = shared.elapsed();
+    if look.is_cached && !shared.told_of_cache.swap(true, Ordering::Relaxed) {
+        tracing::warn!(
+            mailbox = %shared.name,
+            "the sequence of the event log hands out ids in stocks (CACHE), which costs order and speed: run `ALTER SEQUENCE .. CACHE 1` on it"
+        );
+    }
     let mut held = shared.held();
     if !held.floor.found(look, now) {
-        tracing::warn!("the Postgres server has been restarted: what was read of the event log is read again");
+        tracing::warn!(
+            mailbox = %shared.name,
+            "the Postgres server was restarted, or the sequence of the event log was set back or altered: everything is read again"
+        );
         held.end_tenure();
+    }
+    Ok(())
+}
+
+/// Looks now and then for what lies below the cursors and nobody knows of: the sequence was set back and has caught up
+/// again between two looks, or somebody has chosen ids.
+async fn look_for_strays(shared: &Shared, connection: &mut PgConnection) -> Result<()> {
+    let (now, every) = (
+        shared.elapsed(),
+        SWEEP_EVERY.min(shared.options.lease.saturating_mul(4)),
+    );
+    let (mut in_lanes, mut cursors, mut known) = (Vec::new(), Vec::new(), Vec::new());
+    {
+        let mut held = shared.held();
+        let is_due = held.swept_at.is_some_and(|at| at + every <= now);
+        if is_due || held.swept_at.is_none() {
+            held.swept_at = Some(now);
+        }
+        if !is_due {
+            return Ok(());
+        }
+        for (number, lane) in held.active().filter(|(_, lane)| lane.cursor > 0) {
+            in_lanes.push(*number);
+            cursors.push(lane.cursor);
+            known.extend(lane.holdings.known_above(0).map(id));
+        }
+    }
+    let strays = sqlx::query_scalar(shared.log.sql().has_strays.clone())
+        .bind(shared.mailbox())
+        .bind(in_lanes)
+        .bind(cursors)
+        .bind(known);
+    let has_strays: bool = strays
+        .fetch_one(connection)
+        .await
+        .map_err(doing("looking for events with old ids"))?;
+    if has_strays {
+        tracing::warn!(
+            mailbox = %shared.name,
+            "there are events with ids below what was read: was the sequence of the event log set back? Everything is read again"
+        );
+        shared.held().end_tenure();
     }
     Ok(())
 }
