@@ -14,7 +14,8 @@ use syn::{
 /// - `name = "order.placed"`, what happened (required),
 /// - `topic = "orders"`, where it goes; the name unless given,
 /// - `version = 2`, from 1 to 65535; 1 unless given,
-/// - `key = "field"`, the ordering key as the text of a field, or `key = |e: &Self| …` for any expression,
+/// - `key = "field"`, the ordering key as the text of a field, or `key = |e: &Self| …` for any expression; where it is an
+///   `Option`, `None` is an event without a key,
 /// - `codec = path::To`, how it is written; JSON unless given,
 /// - `crate = "path"`, where Postrider is, if it is not at `::postrider`.
 #[proc_macro_derive(Event, attributes(event))]
@@ -91,7 +92,7 @@ fn expand(input: &DeriveInput) -> Result<Tokens> {
     let topic = quote_spanned!(topic.span()=> #krate::Topic::new(#topic));
     let codec = options.codec.map_or_else(|| quote!(#krate::Json), |path| quote!(#path));
     let keyed = options.key.is_some();
-    let key = options.key.map(|key| key_method(input, key)).transpose()?;
+    let key = options.key.map(|key| key_method(input, key, &krate)).transpose()?;
     let kind = format!("{}.v{version}", name.value());
     let ty = &input.ident;
     let (generics, arguments, bounds) = input.generics.split_for_impl();
@@ -133,22 +134,24 @@ fn version(given: Option<&LitInt>) -> Result<u16> {
     }
 }
 
-fn key_method(input: &DeriveInput, key: Expr) -> Result<Tokens> {
+fn key_method(input: &DeriveInput, key: Expr, krate: &Tokens) -> Result<Tokens> {
     let value = match key {
         Expr::Lit(ExprLit {
             lit: Lit::Str(field), ..
         }) => {
             let member = member(input, &field)?;
-            quote_spanned!(field.span()=> ::std::string::ToString::to_string(&self.#member))
+            quote_spanned!(field.span()=> #krate::event::KeyOf(&self.#member).text())
         }
         expression => {
-            quote_spanned!(expression.span()=> ::std::string::ToString::to_string(&(#expression)(self)))
+            quote_spanned!(expression.span()=> #krate::event::KeyOf(&(#expression)(self)).text())
         }
     };
     Ok(quote! {
         #[allow(clippy::redundant_closure_call)]
         fn key(&self) -> ::core::option::Option<::std::borrow::Cow<'_, str>> {
-            ::core::option::Option::Some(::std::borrow::Cow::Owned(#value))
+            #[allow(unused_imports)]
+            use #krate::event::KeyText as _;
+            #value
         }
     })
 }

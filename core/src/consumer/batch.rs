@@ -7,12 +7,13 @@ use super::{
     gate::Away,
     gathering::Gathering,
     handled::{After, Handled, HandledBy},
+    handler::{Call2, Call3},
     middleware::{Layer, Panicked, ask, tell},
 };
 use crate::{AnyEvent, Event, Message, MessageId, Topic, log::AttemptError};
 use async_trait::async_trait;
 use futures_util::{FutureExt as _, future::BoxFuture};
-use std::{borrow::Cow, fmt, num::NonZeroUsize, panic::AssertUnwindSafe, time::Duration};
+use std::{borrow::Cow, fmt, num::NonZeroUsize, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 /// How events are gathered for a handler that takes several at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,38 +72,59 @@ impl BatchContext {
 /// What a handler of several events returns: one outcome each, in order.
 pub type BatchResult = Vec<HandlerResult>;
 
-#[doc(hidden)]
-pub trait BatchCall<A, B>: AsyncFn(A, B) -> BatchResult + Fn(A, B) -> <Self as BatchCall<A, B>>::Future {
-    type Future: Future<Output = BatchResult>;
-}
-impl<F, Fut, A, B> BatchCall<A, B> for F
-where
-    F: AsyncFn(A, B) -> BatchResult + Fn(A, B) -> Fut,
-    Fut: Future<Output = BatchResult>,
-{
-    type Future = Fut;
-}
-
 /// `async fn(&[E], &mut BatchContext) -> Vec<HandlerResult>` with a future that is `Send`. Never implemented by hand.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a handler of batches of `{E}`",
+    label = "expected an `async fn(&[{E}], &mut BatchContext) -> Vec<HandlerResult>`",
+    note = "what a closure captures goes to it by `.state(value)`: `.state(value).batch_handler(how, async |value, events, ctx| …)`"
+)]
 pub trait BatchHandlerFn<E: 'static>:
-    for<'a> BatchCall<&'a [E], &'a mut BatchContext, Future: Send> + Send + Sync + 'static
+    for<'a> Call2<&'a [E], &'a mut BatchContext, BatchResult, Future: Send> + Send + Sync + 'static
 {
 }
 impl<E: 'static, F> BatchHandlerFn<E> for F where
-    F: for<'a> BatchCall<&'a [E], &'a mut BatchContext, Future: Send> + Send + Sync + 'static
+    F: for<'a> Call2<&'a [E], &'a mut BatchContext, BatchResult, Future: Send> + Send + Sync + 'static
+{
+}
+
+/// The same with the subscription's state first, so that methods of the state handle batches.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a handler of batches of `{E}` with the state `{S}`",
+    label = "expected an `async fn(&{S}, &[{E}], &mut BatchContext) -> Vec<HandlerResult>`",
+    note = "behind `.state(value)` a handler takes the state first: `async |state, events, ctx| …`"
+)]
+pub trait StatefulBatchHandlerFn<S: 'static, E: 'static>:
+    for<'a> Call3<&'a S, &'a [E], &'a mut BatchContext, BatchResult, Future: Send> + Send + Sync + 'static
+{
+}
+impl<S: 'static, E: 'static, F> StatefulBatchHandlerFn<S, E> for F where
+    F: for<'a> Call3<&'a S, &'a [E], &'a mut BatchContext, BatchResult, Future: Send> + Send + Sync + 'static
 {
 }
 
 /// Erased, as [`Run`](super::handler::Run) is.
-trait RunBatch<E>: Send + Sync {
+pub(super) trait RunBatch<E>: Send + Sync {
     fn run<'a>(&'a self, events: &'a [E], ctx: &'a mut BatchContext) -> BoxFuture<'a, BatchResult>;
 }
 
-struct PlainBatch<F>(F);
+pub(super) struct PlainBatch<F>(pub(super) F);
 
 impl<E: Sync + 'static, F: BatchHandlerFn<E>> RunBatch<E> for PlainBatch<F> {
     fn run<'a>(&'a self, events: &'a [E], ctx: &'a mut BatchContext) -> BoxFuture<'a, BatchResult> {
         Box::pin((self.0)(events, ctx))
+    }
+}
+
+pub(super) struct BoundBatch<S, F>(pub(super) Arc<S>, pub(super) F);
+
+impl<E, S, F> RunBatch<E> for BoundBatch<S, F>
+where
+    E: Sync + 'static,
+    S: Send + Sync + 'static,
+    F: StatefulBatchHandlerFn<S, E>,
+{
+    fn run<'a>(&'a self, events: &'a [E], ctx: &'a mut BatchContext) -> BoxFuture<'a, BatchResult> {
+        Box::pin((self.1)(&self.0, events, ctx))
     }
 }
 
@@ -115,12 +137,17 @@ pub(super) struct BatchChain<E> {
 }
 
 impl<E: Event> BatchChain<E> {
-    pub(super) fn new<F: BatchHandlerFn<E>>(how: Batch, handler: F, for_all: Vec<Layer<AnyEvent>>) -> Self {
+    pub(super) fn new(
+        how: Batch,
+        name: &'static str,
+        run: Box<dyn RunBatch<E>>,
+        for_all: Vec<Layer<AnyEvent>>,
+    ) -> Self {
         Self {
             how,
+            name,
+            run,
             for_all,
-            name: std::any::type_name::<F>(),
-            run: Box::new(PlainBatch(handler)),
         }
     }
 

@@ -29,10 +29,10 @@ mod subscribing;
 mod worker;
 
 pub use barrier::Barrier;
-pub use batch::{Batch, BatchContext, BatchHandlerFn, BatchResult};
+pub use batch::{Batch, BatchContext, BatchHandlerFn, BatchResult, StatefulBatchHandlerFn};
 pub use context::Context;
 pub use error::{HandlerError, HandlerErrorKind, HandlerResult};
-pub use handler::{Handler, HandlerFn, StatefulHandlerFn};
+pub use handler::{Handler, HandlerFn, ReturningFn, StatefulHandlerFn, StatefulReturningFn};
 pub use middleware::{
     CatchPanic, CircuitBreaker, Middleware, Next, RetryInside, Throttle, Timeout, Tracing, Transactional, Verdict,
 };

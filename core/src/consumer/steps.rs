@@ -64,6 +64,10 @@ pub(super) struct Steps<E> {
 impl<E: Sync + 'static> Steps<E> {
     /// In the order that is declared, or else as they were written.
     pub(super) fn new(mut steps: Vec<Step<E>>, is_durable: bool) -> Result<Self> {
+        if let Some(step) = steps.iter().find(|step| step.timeout == Some(Duration::ZERO)) {
+            let text = "the time-out of a step is 0s: it has to be longer than zero; leave it out for none";
+            return Err(Error::new(ErrorKind::Config, text).with("step", &step.name));
+        }
         let declared = steps.iter().filter(|step| step.order.is_some()).count();
         if declared > 0 && declared < steps.len() {
             let without = steps.iter().find(|step| step.order.is_none());

@@ -1,11 +1,10 @@
 use super::{
-    Batch, Handler, HandlerFn, Layer, Middleware, OnFailure, Retry, Running, StatefulHandlerFn, SubscriptionOptions,
-    Verdict,
-    batch::{BatchChain, BatchHandlerFn},
+    Batch, Handler, Layer, Middleware, OnFailure, Retry, Running, SubscriptionOptions, Verdict,
+    batch::{BatchChain, RunBatch},
     chain::{AnyChain, Chain},
     context::Tools,
     gate::Gate,
-    handler::{Bound, Compensate, Execute, Plain, Run},
+    handler::{Compensate, Execute, Run},
     inbox::FromInbox,
     joining::Joining,
     members::Members,
@@ -32,6 +31,8 @@ use std::{
 };
 use tokio::sync::oneshot;
 use tokio_util::task::TaskTracker;
+
+mod handlers;
 
 /// A subscription without state.
 #[derive(Debug)]
@@ -229,14 +230,7 @@ impl<E: Event, S, At> Subscribing<E, S, At> {
 }
 
 impl<E: Event, S> Subscribing<E, S, Empty> {
-    /// Handles several events at once: `async fn(&[E], &mut BatchContext) -> Vec<HandlerResult>`, one outcome each, in
-    /// order. Those that failed are tried again without the others. At most one event of a key is in a batch, unless the
-    /// subscription is [`unordered`](Subscribing::unordered).
-    ///
-    /// Middleware for all events does not go around a call; it is told of each event that
-    /// [failed](Middleware::on_failure), and asked for a [verdict](Middleware::fallback). Starting is refused with middleware
-    /// for this type, [`durable`](Subscribing::durable), or [`Transactional`](super::Transactional) around everything.
-    pub fn batch_handler<F: BatchHandlerFn<E>>(mut self, how: Batch, handler: F) -> Subscribing<E, S, Batched> {
+    fn batched(mut self, how: Batch, name: &'static str, run: Box<dyn RunBatch<E>>) -> Subscribing<E, S, Batched> {
         let is_transactional = self.about.for_all.iter().any(|layer| layer.transaction().is_some());
         let misplaced = (!self.stack.is_empty())
             .then_some("middleware")
@@ -244,7 +238,7 @@ impl<E: Event, S> Subscribing<E, S, Empty> {
             .or(is_transactional.then_some("Transactional"));
         let for_all = self.about.for_all.clone();
         self.about.finished.push(match misplaced {
-            None => Ok(Arc::new(BatchChain::<E>::new(how, handler, for_all))),
+            None => Ok(Arc::new(BatchChain::<E>::new(how, name, run, for_all))),
             Some(what) => Err(
                 Error::new(ErrorKind::Config, "this cannot be said of a handler of batches")
                     .with("what", what)
@@ -253,38 +247,6 @@ impl<E: Event, S> Subscribing<E, S, Empty> {
         });
         self.stack.clear();
         self.moved()
-    }
-}
-
-impl<E: Event, At> Subscribing<E, NoState, At> {
-    /// Adds a step: an `async fn(&E, &mut Context) -> HandlerResult`, or an async closure that captures nothing.
-    pub fn handler<F: HandlerFn<E>>(self, handler: F) -> Subscribing<E, NoState, AtStep> {
-        self.push(type_name::<F>(), Box::new(Plain(handler)), None)
-    }
-}
-
-impl<E: Event> Subscribing<E, NoState, AtStep> {
-    /// How the step before is taken back when a later one fails.
-    pub fn compensate<F: HandlerFn<E>>(mut self, compensation: F) -> Self {
-        self.edit(|step| step.compensate = Some(Box::new(Plain(compensation))));
-        self
-    }
-}
-
-impl<E: Event, S: Send + Sync + 'static, At> Subscribing<E, With<S>, At> {
-    /// Adds a step: an `async fn(&S, &E, &mut Context) -> HandlerResult`, such as a method of the state.
-    pub fn handler<F: StatefulHandlerFn<S, E>>(self, handler: F) -> Subscribing<E, With<S>, AtStep> {
-        let run = Box::new(Bound(self.state.0.clone(), handler));
-        self.push(type_name::<F>(), run, None)
-    }
-}
-
-impl<E: Event, S: Send + Sync + 'static> Subscribing<E, With<S>, AtStep> {
-    /// How the step before is taken back when a later one fails.
-    pub fn compensate<F: StatefulHandlerFn<S, E>>(mut self, compensation: F) -> Self {
-        let run = Box::new(Bound(self.state.0.clone(), compensation));
-        self.edit(|step| step.compensate = Some(run));
-        self
     }
 }
 

@@ -2,9 +2,12 @@
 
 mod codec;
 mod json_error;
+mod key;
 
 pub use codec::{Codec, Json};
 pub use json_error::JsonError;
+#[doc(hidden)]
+pub use key::{KeyOf, KeyText};
 
 use crate::{Message, Result, Topic};
 use std::{any::Any, borrow::Cow, fmt};

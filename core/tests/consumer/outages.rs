@@ -14,6 +14,7 @@ use postrider_core::{
     },
     relay::Backoff,
 };
+use std::time::Duration;
 use std::{
     sync::{
         Arc,
