@@ -8,6 +8,7 @@ mod chains;
 mod control;
 mod durable;
 mod inbox;
+mod members;
 mod middleware;
 mod never;
 mod outages;

@@ -14,7 +14,6 @@ use postrider_core::{
     },
     relay::Backoff,
 };
-use std::time::Duration;
 use std::{
     sync::{
         Arc,
