@@ -107,6 +107,7 @@ macro_rules! transport_conformance {
             dead_letters_do_not_come_back
             undeclared_is_refused
             each_message_has_one_outcome
+            a_rolling_deploy_loses_nothing
             publishing_nothing_is_fine
         );
     };

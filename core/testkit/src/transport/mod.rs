@@ -5,6 +5,7 @@ mod closing;
 #[cfg(unix)]
 mod crash;
 mod delivery;
+mod deploy;
 mod fixture;
 mod groups;
 mod order;
@@ -17,6 +18,7 @@ pub use closing::*;
 #[cfg(unix)]
 pub use crash::{Server, order_through_accidents};
 pub use delivery::*;
+pub use deploy::*;
 pub use fixture::{ClockedTransport, NamedTransport, TransportFixture};
 pub use groups::*;
 pub use order::*;
