@@ -314,9 +314,9 @@ impl Feed {
         }
     }
 
-    /// The author's two sides.
-    #[cfg(feature = "testing")]
-    pub(crate) fn into_sides(self) -> (Box<dyn Deliveries>, Arc<dyn Settler>) {
+    /// The author's two sides, for wrappers that meter them or inject faults.
+    #[must_use]
+    pub fn into_parts(self) -> (Box<dyn Deliveries>, Arc<dyn Settler>) {
         (self.deliveries, self.settler)
     }
 

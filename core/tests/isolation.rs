@@ -4,8 +4,17 @@
 
 mod world;
 
-use postrider_core::{Outcomes, PublishError, Publisher as _, PublisherExt as _, Topic};
-use std::{sync::Arc, time::Duration};
+use postrider_core::{
+    Outcomes, PublishError, Publisher as _, PublisherExt as _, Topic,
+    health::{Part, PartState},
+};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 use world::{World, event, options, secs};
 
 const MS: Duration = Duration::from_millis(1);
@@ -124,4 +133,81 @@ async fn a_wrapper_sees_each_outcome_as_it_is_reported() {
     call.await.unwrap();
     assert_eq!(*told.lock().unwrap(), [(1, true), (0, true)]);
     assert_eq!(world.transport.publish_all(&[event("t", None, "z")]).await.len(), 1);
+}
+
+/// Large messages that are refused wait in the local tier, by bytes as by number, and keep no room from other topics.
+#[tokio::test]
+async fn large_refused_messages_stall_no_other_topic() {
+    let world = World::start(options()).await;
+    let large = "x".repeat(900_000);
+    world
+        .transport
+        .faults()
+        .on_publish(|message| match message.topic().as_str() {
+            "large" => Err(PublishError::rejected("no")),
+            _ => Ok(()),
+        });
+    let batch = (0..80).map(|_| event("large", None, &large));
+    world.bus.publish_all(batch).await.unwrap();
+    world.settle().await;
+    // In the first moment all of them are refused; from then on others pass, though the local tier is full.
+    for n in 0..50 {
+        world.bus.publish(event("small", None, &n.to_string())).await.unwrap();
+        world.settle().await;
+        world.clock.advance(20 * MS);
+        world.settle().await;
+        assert_eq!(world.published("small").len(), n + 1);
+    }
+}
+
+/// A relay that holds one record at a time makes all tries of an attempt, and others pass between them.
+#[tokio::test]
+async fn one_in_flight_has_a_local_tier_too() {
+    let tries = Arc::new(AtomicUsize::new(0));
+    let options = options().with_batch_size(1).with_max_in_flight(1).with_max_attempts(4);
+    let world = World::start(options).await;
+    let counted = tries.clone();
+    world
+        .transport
+        .faults()
+        .on_publish(move |message| match message.topic().as_str() {
+            "bad" => {
+                counted.fetch_add(1, Ordering::SeqCst);
+                Err(PublishError::rejected("no"))
+            }
+            _ => Ok(()),
+        });
+    world.bus.publish(event("bad", None, "x")).await.unwrap();
+    world.until(|_| tries.load(Ordering::SeqCst) == 1).await;
+    world.bus.publish(event("good", None, "x")).await.unwrap();
+    world.until(|w| w.published("good").len() == 1).await;
+    for _ in 0..100 {
+        world.pass(secs(5)).await;
+    }
+    world.until_async(async |w| w.stats().await.failed == 1).await;
+    assert_eq!(tries.load(Ordering::SeqCst), 12, "4 attempts of 3 tries");
+}
+
+/// A relay is healthy again with the first message that the broker confirms after an outage.
+#[tokio::test]
+async fn health_returns_with_the_first_confirmed_message() {
+    let world = World::start(options()).await;
+    world.transport.faults().set_down(true);
+    world.bus.publish(event("t", None, "1")).await.unwrap();
+    world.until(|w| !w.bus.relay_report().is_healthy()).await;
+    let health = world.bus.health();
+    let broker = health.part(&Part::Broker).unwrap();
+    assert_eq!(
+        (health.live, health.ready, broker.state),
+        (true, true, PartState::Degraded)
+    );
+    assert!(broker.error.as_ref().unwrap().text.contains("told to be down"));
+    world.transport.faults().set_down(false);
+    for _ in 0..10 {
+        world.pass(50 * MS).await;
+    }
+    world.until(|w| w.published("t").len() == 1).await;
+    world.settle().await;
+    assert!(world.bus.relay_report().is_healthy(), "{:?}", world.bus.relay_report());
+    assert_eq!(world.bus.health().worst(), PartState::Running);
 }

@@ -237,7 +237,7 @@ impl Publisher for Mortal<Arc<dyn Publisher>> {
 impl Subscriber for Mortal<Arc<dyn Subscriber>> {
     async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
         let feed = self.reach()?.subscribe(subscription).await?;
-        let (deliveries, settler) = feed.into_sides();
+        let (deliveries, settler) = feed.into_parts();
         Ok(Feed::new(
             Mortal::new(deliveries, &self.life),
             Mortal::new(settler, &self.life),

@@ -195,3 +195,32 @@ impl Publisher for Metered {
         self.inner.check().await
     }
 }
+
+/// A subscription to the topic `t` that handles what comes.
+pub(crate) async fn subscribe(bus: &Bus, group: &str) -> postrider_core::Result<postrider_core::Running> {
+    bus.subscribe::<Test>(group).handler(async |_, _| Ok(())).start().await
+}
+
+/// The events that [`event`] makes, of the topic `t`.
+#[derive(Debug)]
+pub(crate) struct Test;
+
+impl postrider_core::Event for Test {
+    const NAME: &'static str = "test";
+    const TOPIC: Topic = Topic::new("t");
+    type Codec = Anything;
+}
+
+/// Takes whatever there is.
+#[derive(Debug)]
+pub(crate) struct Anything;
+
+impl postrider_core::Codec<Test> for Anything {
+    const CONTENT_TYPE: &'static str = "text/plain";
+    fn encode(_: &Test) -> postrider_core::Result<bytes::Bytes> {
+        Ok(bytes::Bytes::new())
+    }
+    fn decode(_: &bytes::Bytes) -> postrider_core::Result<Test> {
+        Ok(Test)
+    }
+}

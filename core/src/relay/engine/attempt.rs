@@ -68,8 +68,11 @@ impl Engine {
         let Some(held) = self.in_hand.get_mut(place) else {
             return;
         };
-        // The local tier may not take up all the room there is: the rest waits in the log.
-        let is_crowded = self.local.len() >= self.options.max_in_flight / 2;
+        // The local tier has room beside what is claimed, for half as much, and always for one: the rest waits in the log.
+        let bytes = held.record.message.payload().len();
+        let is_crowded = !self.local.is_empty()
+            && (self.local.len() >= self.options.max_in_flight / 2
+                || self.local_bytes + bytes > self.options.max_in_flight_bytes / 2);
         if held.tries >= of_topic.local_max_attempts || self.is_stopping || is_crowded || after.is_some() {
             if attempt >= of_topic.max_attempts {
                 self.fail(place, attempt, None);
@@ -85,6 +88,7 @@ impl Engine {
             let tag = held.record.tag;
             self.settle(tag, Outcome::Parked(parking));
         }
+        self.local_bytes += bytes;
         self.local.push(Reverse((now + self.options.local_interval, place)));
     }
 
@@ -93,7 +97,7 @@ impl Engine {
         while let Some(Reverse((at, place))) = self.local.peek().copied()
             && at <= now
         {
-            self.local.pop();
+            self.pop_local();
             let since = self.in_hand.get(place).and_then(|held| held.kept_since);
             if since.is_some_and(|since| now.saturating_sub(since) > self.options.local_queue_expiry) {
                 self.end_attempt(place);
@@ -101,6 +105,14 @@ impl Engine {
                 self.ready.push_back(place);
             }
         }
+    }
+
+    /// Takes the record that is due first out of the local tier.
+    pub(super) fn pop_local(&mut self) -> Option<Place> {
+        let Reverse((_, place)) = self.local.pop()?;
+        let held = self.in_hand.get(place);
+        self.local_bytes -= held.map_or(0, |held| held.record.message.payload().len());
+        Some(place)
     }
 
     /// The attempt is over, with tries left that came too late: if it was the last, the record is a dead letter.

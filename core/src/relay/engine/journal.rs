@@ -122,11 +122,13 @@ impl Engine {
         if !self.wants_claim || self.is_claiming {
             return;
         }
-        let silent = self.flights.silent();
-        let held = (self.in_hand.len() + self.settling.len() + self.being_settled).saturating_sub(silent);
+        // What waits in the local tier, or for a silent topic, keeps no room from the others.
+        let apart = self.flights.silent() + self.local.len();
+        let held = (self.in_hand.len() + self.settling.len() + self.being_settled).saturating_sub(apart);
         let room = self.options.max_in_flight.saturating_sub(held);
         // Small claims cost as much as large ones: wait for half a batch of room.
-        let in_hand = self.in_hand.bytes().saturating_sub(self.flights.silent_bytes());
+        let apart = self.flights.silent_bytes() + self.local_bytes;
+        let in_hand = self.in_hand.bytes().saturating_sub(apart);
         let bytes = self.options.max_in_flight_bytes.saturating_sub(in_hand);
         if room < self.options.batch_size.div_ceil(2) || bytes == 0 {
             return;

@@ -64,6 +64,8 @@ pub(crate) struct Engine {
     ready: VecDeque<Place>,
     /// The local tier, by the time of the next try.
     local: BinaryHeap<Reverse<(Moment, Place)>>,
+    /// The bytes of payload in it.
+    local_bytes: usize,
     settling: Vec<Settled>,
     /// Parkings for a topic that are not written yet: until they are, the topic is neither probed nor resumed.
     unwritten: FxHashMap<RecordTag, Topic>,
@@ -159,6 +161,7 @@ impl Engine {
             in_hand: InHand::default(),
             ready: VecDeque::new(),
             local: BinaryHeap::new(),
+            local_bytes: 0,
             settling: Vec::new(),
             unwritten: FxHashMap::default(),
             behind_unwritten: FxHashMap::default(),
@@ -230,10 +233,9 @@ impl Engine {
                     self.idle_floor = Duration::ZERO;
                     self.called(to_come);
                 }
-                () = idle(&self.session, &self.clock, until, listens, patience) => {
+                lasted = idle(&self.session, &self.clock, until, listens, patience) => {
                     self.wants_claim |= listens;
                     // A wait that lasted is no reason to be careful; one that did not may be told of nothing, over and over.
-                    let lasted = self.clock.elapsed().saturating_sub(now) > self.idle_floor + SHORTEST_POLL;
                     self.idle_floor = match listens && !lasted {
                         true => (self.idle_floor * 2).clamp(SHORTEST_POLL, self.options.poll_interval),
                         false => Duration::ZERO,
@@ -356,7 +358,7 @@ impl Engine {
         for place in self.flights.take_all_held() {
             self.release_run(place);
         }
-        while let Some(Reverse((_, place))) = self.local.pop() {
+        while let Some(place) = self.pop_local() {
             self.leave_local_tier(place);
         }
     }
@@ -374,7 +376,7 @@ impl Engine {
         for place in self.flights.take_all_held() {
             self.forget_run(place);
         }
-        while let Some(Reverse((_, place))) = self.local.pop() {
+        while let Some(place) = self.pop_local() {
             self.forget_run(place);
         }
         for place in std::mem::take(&mut self.behind_unwritten).into_values() {
@@ -403,22 +405,26 @@ impl Engine {
 
 /// Waits for time to pass, or, when there is nothing else to do, for news from the log. `floor` is waited in any case: a
 /// wait that calls for claims which give nothing does not make the engine spin. After an error it is asked again `soon`.
+/// Says whether the wait for news took any time.
 async fn idle(
     session: &Arc<dyn Session>,
     clock: &Arc<dyn Clock>,
     until: Duration,
     listens: bool,
     (floor, soon): (Duration, Duration),
-) {
+) -> bool {
     if !listens {
-        return clock.sleep(until).await;
+        clock.sleep(until).await;
+        return true;
     }
     if !floor.is_zero() {
         clock.sleep(floor.min(until)).await;
     }
     let left = until.saturating_sub(floor);
+    let began = clock.elapsed();
     if let Err(error) = session.wait(left).await {
         tracing::debug!(error = error.to_chain(), "the wait for news from the log failed");
         clock.sleep(left.min(soon)).await;
     }
+    clock.elapsed().saturating_sub(began) > SHORTEST_POLL
 }
