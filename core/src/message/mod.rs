@@ -207,8 +207,13 @@ impl Message {
     /// A hash of (topic, key), for tables of keys in this process; `None` without a key. Not stable between versions.
     #[must_use]
     pub fn key_hash(&self) -> Option<u64> {
-        let key = self.key()?;
-        Some(rustc_hash::FxBuildHasher.hash_one((self.topic().as_str(), key)))
+        Some(Self::hash_of_key(self.topic().as_str(), self.key()?))
+    }
+
+    /// The [`key_hash`](Message::key_hash) of a topic and key as a log has stored them, valid or not.
+    #[must_use]
+    pub fn hash_of_key(topic: &str, key: &str) -> u64 {
+        rustc_hash::FxBuildHasher.hash_one((topic, key))
     }
 }
 

@@ -4,12 +4,12 @@ use crate::{
     PostgresLog,
     append::READ_COMMITTED,
     error::doing,
-    row::{Reader, errors_from_text},
+    row::{Reader, errors_from_text, reason, time},
 };
 use async_trait::async_trait;
 use postrider_core::{
     Error, ErrorKind, Mailbox, MessageId, Result,
-    log::{Cursor, Filter, Listing, LogAdmin, Page, RecordState, Stats, Stored},
+    log::{AttemptError, Cursor, Filter, Listing, LogAdmin, Page, RecordState, Stats, Stored},
 };
 use sqlx::{Connection as _, Row as _, postgres::PgRow};
 use std::{collections::BTreeMap, time::Duration};
@@ -31,18 +31,26 @@ fn position(cursor: &Cursor) -> Result<(i32, i64)> {
 }
 
 // The columns of `list`: part, eleven of the message with lane and id, created_at, attempts, errors, due_at, finished_at, state.
-fn stored(reader: &mut Reader, row: &PgRow) -> Result<Stored> {
-    let mut stored = Stored::new(reader.message(row, 1)?, row.get(12));
+fn stored(reader: &mut Reader, row: &PgRow) -> Stored {
+    let (message, problem) = match reader.message(row, 1) {
+        Ok(message) => (message, None),
+        Err(error) => (Reader::stand_in(row, 1), Some(reason(&error))),
+    };
+    let created_at = time(row, 12).unwrap_or_default();
+    let mut stored = Stored::new(message, created_at);
     stored.attempts = u32::try_from(row.get::<i32, _>(13)).unwrap_or(u32::MAX);
     stored.errors = errors_from_text(row.get(14));
-    stored.due_at = row.get(15);
-    stored.finished_at = row.get(16);
+    if let Some(problem) = problem.filter(|_| stored.errors.is_empty()) {
+        stored.errors.push(AttemptError::new(created_at, 0, problem));
+    }
+    stored.due_at = time(row, 15);
+    stored.finished_at = time(row, 16);
     stored.state = match row.get::<i32, _>(17) {
         1 => RecordState::Succeeded,
         2 => RecordState::Failed,
         _ => RecordState::Pending,
     };
-    Ok(stored)
+    stored
 }
 
 impl PostgresLog {
@@ -109,13 +117,13 @@ impl LogAdmin for PostgresLog {
         let at = |row: &PgRow| Cursor(format!("{}:{}", row.get::<i32, _>(0), row.get::<i64, _>(2)));
         let next = rows.last().filter(|_| more).map(at);
         let mut reader = Reader::default();
-        let entries = rows.iter().map(|row| stored(&mut reader, row)).collect::<Result<_>>()?;
+        let entries = rows.iter().map(|row| stored(&mut reader, row)).collect();
         Ok(Listing::new(entries, next))
     }
 
     async fn show(&self, mailbox: &Mailbox, id: MessageId) -> Result<Option<Stored>> {
         let rows = self.rows(&Filter::of(mailbox.clone()).with_id(id), None, 1).await?;
-        rows.first().map(|row| stored(&mut Reader::default(), row)).transpose()
+        Ok(rows.first().map(|row| stored(&mut Reader::default(), row)))
     }
 
     async fn redrive(&self, filter: &Filter, max: u64) -> Result<u64> {
@@ -147,8 +155,9 @@ impl LogAdmin for PostgresLog {
         let all = sqlx::query(self.sql().stats.clone()).fetch_all(&mut *connection);
         let rows = all.await.map_err(doing("counting records"))?;
         let count = |row: &PgRow, column: usize| u64::try_from(row.get::<i64, _>(column)).unwrap_or(0);
-        rows.iter()
-            .map(|row| {
+        Ok(rows
+            .iter()
+            .filter_map(|row| {
                 let mut stats = Stats::default();
                 stats.parked = count(row, 2);
                 stats.scheduled = count(row, 3);
@@ -157,8 +166,9 @@ impl LogAdmin for PostgresLog {
                 stats.succeeded = count(row, 5);
                 let oldest: Option<f64> = row.get(6);
                 stats.oldest_pending = oldest.map(|secs| Duration::try_from_secs_f64(secs).unwrap_or_default());
-                Ok((row.get::<&str, _>(0).parse()?, stats))
+                // A name that is none is nobody's of this program.
+                Some((row.get::<&str, _>(0).parse().ok()?, stats))
             })
-            .collect()
+            .collect())
     }
 }

@@ -5,7 +5,11 @@ use postrider_core::{
     Error, ErrorKind, Message, MessageId, MessageParts, Result, Topic, clock::Timestamp, event::JsonError,
     log::AttemptError, message::Text,
 };
-use sqlx::{Row as _, ValueRef as _, postgres::PgRow};
+use sqlx::{
+    Decode, Postgres, Row as _, Type, ValueRef as _,
+    error::BoxDynError,
+    postgres::{PgRow, PgTypeInfo, PgValueFormat, PgValueRef},
+};
 use std::{sync::Arc, time::Duration};
 use uuid::Uuid;
 
@@ -17,6 +21,48 @@ pub(crate) fn lane_of(key: Option<&str>, id: MessageId) -> i16 {
 /// A delay as the statements take it, in seconds; more than a century counts as one.
 pub(crate) fn secs(duration: Duration) -> f64 {
     duration.as_secs_f64().min(3_155_760_000.0)
+}
+
+/// A time as Postgres has it, which goes farther than ours: `infinity` and years beyond those of [`Timestamp`] are read as
+/// its last and first.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Time(pub(crate) Timestamp);
+
+impl Type<Postgres> for Time {
+    fn type_info() -> PgTypeInfo {
+        <Timestamp as Type<Postgres>>::type_info()
+    }
+}
+
+impl<'r> Decode<'r, Postgres> for Time {
+    fn decode(value: PgValueRef<'r>) -> std::result::Result<Self, BoxDynError> {
+        if value.format() == PgValueFormat::Text {
+            return Ok(match value.as_str()? {
+                "infinity" => Self(Timestamp::MAX_UTC),
+                "-infinity" => Self(Timestamp::MIN_UTC),
+                _ => Self(<Timestamp as Decode<Postgres>>::decode(value)?),
+            });
+        }
+        let micros = <i64 as Decode<Postgres>>::decode(value)?;
+        // Postgres counts from the year 2000.
+        let since_1970 = micros.saturating_add(946_684_800_000_000);
+        let beyond = if micros < 0 {
+            Timestamp::MIN_UTC
+        } else {
+            Timestamp::MAX_UTC
+        };
+        Ok(Self(Timestamp::from_timestamp_micros(since_1970).unwrap_or(beyond)))
+    }
+}
+
+/// The time in a column, if there is one.
+pub(crate) fn time(row: &PgRow, column: usize) -> Option<Timestamp> {
+    row.try_get::<Option<Time>, _>(column).ok().flatten().map(|time| time.0)
+}
+
+/// Why a row cannot be read, without what it carries.
+pub(crate) fn reason(error: &Error) -> String {
+    error.to_chain()
 }
 
 /// Reads messages, and shares what their rows have in common: a backlog has few topics, types and sources.
@@ -78,7 +124,7 @@ impl Reader {
         let key: Option<&str> = row.try_get(first + 6)?;
         let content_type: &str = row.try_get(first + 7)?;
         let headers: &str = row.try_get(first + 8)?;
-        let time: Option<Timestamp> = row.try_get(first + 9)?;
+        let time: Option<Time> = row.try_get(first + 9)?;
         let payload: &[u8] = row.try_get(first + 10)?;
         let message = Message::from(MessageParts {
             id: MessageId::from_uuid(message_id),
@@ -88,15 +134,45 @@ impl Reader {
             key: key.map(Into::into),
             headers: match headers {
                 "[]" => Vec::new(),
-                text => serde_json::from_str(text).map_err(JsonError::from)?,
+                text => serde_json::from_str(text).map_err(|error| no_headers(&error))?,
             },
             content_type: shared(&mut self.content_type, content_type),
-            time,
+            time: time.map(|time| time.0),
             payload: Bytes::copy_from_slice(payload),
         });
         Ok(message.with_sequence(id.unsigned_abs()))
     }
 }
+
+/// The values are left out: they may be secret.
+fn no_headers(error: &serde_json::Error) -> Error {
+    Error::new(ErrorKind::Storage, "the headers are not a JSON array of pairs")
+        .with("line", error.line())
+        .with("column", error.column())
+}
+
+impl Reader {
+    /// What stands for a message that cannot be read, where it is only shown.
+    pub(crate) fn stand_in(row: &PgRow, first: usize) -> Message {
+        let text = |column: usize| row.try_get::<Option<&str>, _>(first + column).ok().flatten();
+        let topic = text(3).and_then(|topic| Topic::parse(topic.to_owned()).ok());
+        let message = Message::from(MessageParts {
+            id: MessageId::from_uuid(row.try_get(first + 2).unwrap_or_default()),
+            kind: Text::from(Arc::<str>::from(text(4).unwrap_or_default())),
+            source: text(5).map(|source| Text::from(Arc::<str>::from(source))),
+            topic: topic.unwrap_or(UNREADABLE),
+            key: text(6).map(Into::into),
+            headers: Vec::new(),
+            content_type: Text::from(Arc::<str>::from(text(7).unwrap_or_default())),
+            time: time(row, first + 9),
+            payload: Bytes::copy_from_slice(row.try_get(first + 10).unwrap_or_default()),
+        });
+        message.with_sequence(place(row, first).1.unsigned_abs())
+    }
+}
+
+/// The topic of what has none.
+const UNREADABLE: Topic = Topic::new("unreadable");
 
 pub(crate) fn headers_to_text(message: &Message) -> Result<String> {
     if message.headers().is_empty() {

@@ -465,7 +465,7 @@ statements! {
         (SELECT count(*) FROM {scheduled} WHERE mailbox = m.id), \
         (SELECT count(*) FROM {parked} WHERE mailbox = m.id AND state >= 3), \
         (SELECT count(*) FROM {done} WHERE mailbox = m.id), \
-        extract(epoch FROM {clock}() - least((SELECT min(created_at) FROM {event} WHERE mailbox = m.id), \
+        extract(epoch FROM {clock}())::float8 - extract(epoch FROM least((SELECT min(created_at) FROM {event} WHERE mailbox = m.id), \
             (SELECT min(created_at) FROM {parked} WHERE mailbox = m.id AND state < 3)))::float8 \
         FROM {mailbox} m";
 

@@ -9,7 +9,7 @@ use crate::{
 use async_trait::async_trait;
 use postrider_core::{
     Error, ErrorKind, Mailbox, MessageId, Result,
-    log::{Cursor, Filter, Listing, LogAdmin, Page, RecordState, Stats, Stored},
+    log::{AttemptError, Cursor, Filter, Listing, LogAdmin, Page, RecordState, Stats, Stored},
 };
 use sqlx::{Row as _, sqlite::SqliteRow};
 use std::collections::BTreeMap;
@@ -31,10 +31,18 @@ fn position(cursor: &Cursor) -> Result<(i64, i64)> {
 }
 
 // The columns of `list`: part, id, nine of the message, created_at, attempts, errors, due_at, finished_at, state.
-fn stored(reader: &mut Reader, row: &SqliteRow) -> Result<Stored> {
-    let mut stored = Stored::new(reader.message(row, 2)?, time(row.get(11)));
+fn stored(reader: &mut Reader, row: &SqliteRow) -> Stored {
+    let (message, problem) = match reader.message(row, 2) {
+        Ok(message) => (message, None),
+        Err(error) => (Reader::stand_in(row, 2), Some(error.to_chain())),
+    };
+    let created_at = time(row.get(11));
+    let mut stored = Stored::new(message, created_at);
     stored.attempts = u32::try_from(row.get::<i64, _>(12)).unwrap_or(u32::MAX);
     stored.errors = errors_from_text(row.get(13));
+    if let Some(problem) = problem.filter(|_| stored.errors.is_empty()) {
+        stored.errors.push(AttemptError::new(created_at, 0, problem));
+    }
     stored.due_at = row.get::<Option<i64>, _>(14).map(time);
     stored.finished_at = row.get::<Option<i64>, _>(15).map(time);
     stored.state = match row.get::<i64, _>(16) {
@@ -42,7 +50,7 @@ fn stored(reader: &mut Reader, row: &SqliteRow) -> Result<Stored> {
         2 => RecordState::Failed,
         _ => RecordState::Pending,
     };
-    Ok(stored)
+    stored
 }
 
 impl SqliteLog {
@@ -145,13 +153,13 @@ impl LogAdmin for SqliteLog {
         let at = |row: &SqliteRow| Cursor(format!("{}:{}", row.get::<i64, _>(0), row.get::<i64, _>(1)));
         let next = rows.last().filter(|_| more).map(at);
         let mut reader = Reader::default();
-        let entries = rows.iter().map(|row| stored(&mut reader, row)).collect::<Result<_>>()?;
+        let entries = rows.iter().map(|row| stored(&mut reader, row)).collect();
         Ok(Listing::new(entries, next))
     }
 
     async fn show(&self, mailbox: &Mailbox, id: MessageId) -> Result<Option<Stored>> {
         let rows = self.rows(&Filter::of(mailbox.clone()).with_id(id), None, 1).await?;
-        rows.first().map(|row| stored(&mut Reader::default(), row)).transpose()
+        Ok(rows.first().map(|row| stored(&mut Reader::default(), row)))
     }
 
     async fn redrive(&self, filter: &Filter, max: u64) -> Result<u64> {
@@ -182,8 +190,9 @@ impl LogAdmin for SqliteLog {
         let all = sqlx::query(self.sql().stats.clone()).fetch_all(self.pool());
         let rows = all.await.map_err(doing("counting records"))?;
         let count = |row: &SqliteRow, column: usize| u64::try_from(row.get::<i64, _>(column)).unwrap_or(0);
-        rows.iter()
-            .map(|row| {
+        Ok(rows
+            .iter()
+            .filter_map(|row| {
                 let mut stats = Stats::default();
                 stats.parked = count(row, 2);
                 stats.scheduled = count(row, 3);
@@ -194,10 +203,11 @@ impl LogAdmin for SqliteLog {
                     .into_iter()
                     .filter_map(|column| row.get::<Option<i64>, _>(column))
                     .min();
-                stats.oldest_pending =
-                    oldest.map(|at| std::time::Duration::from_micros(u64::try_from(now - at).unwrap_or(0)));
-                Ok((row.get::<&str, _>(0).parse()?, stats))
+                stats.oldest_pending = oldest
+                    .map(|at| std::time::Duration::from_micros(u64::try_from(now.saturating_sub(at)).unwrap_or(0)));
+                // A name that is none is nobody's of this program.
+                Some((row.get::<&str, _>(0).parse().ok()?, stats))
             })
-            .collect()
+            .collect())
     }
 }

@@ -154,13 +154,43 @@ impl Reader {
     }
 }
 
-fn headers_from_text(text: &str) -> std::result::Result<Vec<(String, String)>, JsonError> {
+fn headers_from_text(text: &str) -> Result<Vec<(String, String)>> {
     if text == "[]" {
         Ok(Vec::new())
     } else {
-        Ok(serde_json::from_str(text)?)
+        // The values are left out: they may be secret.
+        serde_json::from_str(text).map_err(|error| {
+            Error::new(ErrorKind::Storage, "the headers are not a JSON array of pairs")
+                .with("line", error.line())
+                .with("column", error.column())
+        })
     }
 }
+
+impl Reader {
+    /// What stands for a message that cannot be read, where it is only shown.
+    pub(crate) fn stand_in(row: &SqliteRow, first: usize) -> Message {
+        let text = |column: usize| row.try_get::<Option<&str>, _>(first + column).ok().flatten();
+        let mut id = [0; 16];
+        let bytes: &[u8] = row.try_get(first).unwrap_or_default();
+        id.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+        let topic = text(1).and_then(|topic| Topic::parse(topic.to_owned()).ok());
+        Message::from(MessageParts {
+            id: MessageId::from_uuid(Uuid::from_bytes(id)),
+            kind: Text::from(Arc::<str>::from(text(2).unwrap_or_default())),
+            source: text(3).map(|source| Text::from(Arc::<str>::from(source))),
+            topic: topic.unwrap_or(UNREADABLE),
+            key: text(4).map(Into::into),
+            headers: Vec::new(),
+            content_type: Text::from(Arc::<str>::from(text(5).unwrap_or_default())),
+            time: row.try_get::<Option<i64>, _>(first + 7).ok().flatten().map(time),
+            payload: row.try_get::<&[u8], _>(first + 8).unwrap_or_default().to_vec().into(),
+        })
+    }
+}
+
+/// The topic of what has none.
+const UNREADABLE: Topic = Topic::new("unreadable");
 
 /// The headers as they are stored.
 pub(crate) fn headers(message: &Message) -> Result<String> {

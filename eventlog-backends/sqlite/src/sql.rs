@@ -171,6 +171,10 @@ statements! {
     events_by_id: concat!(
         "SELECT id, ", message_columns!(), " FROM {event} WHERE id IN (SELECT value FROM json_each(?1)) ORDER BY id",
     );
+    /// To find those that cannot be read.
+    events_after: concat!(
+        "SELECT id, ", message_columns!(), " FROM {event} INDEXED BY {event_mailbox} WHERE mailbox = ?1 AND id > ?2 AND id <= ?3 ORDER BY id LIMIT ?4",
+    );
     waiting_topics: "SELECT DISTINCT topic FROM {parked} INDEXED BY {parked_topic} WHERE mailbox = ?1 AND state = 2";
 
     // Settling. Ids come as a JSON array.
@@ -252,10 +256,10 @@ statements! {
     // Administration.
     failed: "SELECT id, topic, key, state FROM {parked} INDEXED BY {parked_failed} WHERE mailbox = ?1 AND state >= 3 \
         AND (?2 IS NULL OR topic = ?2) AND (?3 IS NULL OR type = ?3) AND (?4 IS NULL OR key = ?4) \
-        AND (?5 IS NULL OR hex(message_id) IN (SELECT value FROM json_each(?5))) ORDER BY id LIMIT ?6";
+        AND (?5 IS NULL OR substr(hex(message_id) || '00000000000000000000000000000000', 1, 32) IN (SELECT value FROM json_each(?5))) ORDER BY id LIMIT ?6";
     count_failed: "SELECT count(*) FROM {parked} INDEXED BY {parked_failed} WHERE mailbox = ?1 AND state >= 3 \
         AND (?2 IS NULL OR topic = ?2) AND (?3 IS NULL OR type = ?3) AND (?4 IS NULL OR key = ?4) \
-        AND (?5 IS NULL OR hex(message_id) IN (SELECT value FROM json_each(?5)))";
+        AND (?5 IS NULL OR substr(hex(message_id) || '00000000000000000000000000000000', 1, 32) IN (SELECT value FROM json_each(?5)))";
     redrive_in_place: "UPDATE {parked} SET state = 0, attempts = 0, due_at = ?2, finished_at = NULL WHERE id = ?1";
     redrive_at_the_end: "UPDATE {parked} SET id = ?3, state = 0, attempts = 0, due_at = ?2, finished_at = NULL WHERE id = ?1";
     list: &list();
@@ -308,7 +312,7 @@ fn list() -> String {
                 ", created_at, {columns} FROM {table} ",
                 "WHERE mailbox = ?1 AND (?2 < {part} OR (?2 = {part} AND id > ?3)) {also} ",
                 "AND (?4 IS NULL OR topic = ?4) AND (?5 IS NULL OR type = ?5) AND (?6 IS NULL OR key = ?6) ",
-                "AND (?7 IS NULL OR hex(message_id) IN (SELECT value FROM json_each(?7))) ",
+                "AND (?7 IS NULL OR substr(hex(message_id) || '00000000000000000000000000000000', 1, 32) IN (SELECT value FROM json_each(?7))) ",
                 "AND (?8 IS NULL OR ?8 = {of}) ORDER BY id LIMIT ?9)"
             ),
             part = part,

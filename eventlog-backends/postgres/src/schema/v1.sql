@@ -49,13 +49,16 @@ CREATE TABLE {event} (
     topic text NOT NULL,
     type text NOT NULL,
     source text,
-    key text CHECK (octet_length(key) <= 512),
+    key text,
     content_type text NOT NULL,
     headers text NOT NULL,
     time timestamptz,
     payload bytea NOT NULL,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    PRIMARY KEY (mailbox, lane, id)
+    PRIMARY KEY (mailbox, lane, id),
+    CONSTRAINT {event_valid!} CHECK (lane BETWEEN 0 AND 63 AND octet_length(key) BETWEEN 1 AND 512 AND octet_length(type) BETWEEN 1 AND 255
+        AND octet_length(topic) BETWEEN 1 AND 200 AND topic ~ '^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$' AND left(headers, 1) = '[' AND isfinite(created_at)
+        AND time BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00')
 ) WITH (
     autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000, autovacuum_vacuum_cost_delay = 0,
     autovacuum_vacuum_insert_threshold = -1, vacuum_truncate = off,
@@ -88,7 +91,10 @@ CREATE TABLE {parked} (
     next_at timestamptz,
     errors jsonb NOT NULL,
     finished_at timestamptz,
-    key_hash bigint GENERATED ALWAYS AS ({key_hash}(mailbox, topic, key)) STORED
+    key_hash bigint GENERATED ALWAYS AS ({key_hash}(mailbox, topic, key)) STORED,
+    -- Less than of an event: what cannot be read becomes a dead letter here.
+    CONSTRAINT {parked_valid!} CHECK (lane BETWEEN 0 AND 63 AND state BETWEEN 0 AND 4 AND attempts >= 0 AND isfinite(created_at)
+        AND next_at BETWEEN '1970-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00')
 ) WITH (
     autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000, autovacuum_vacuum_cost_delay = 0,
     vacuum_truncate = off, autovacuum_analyze_threshold = 2147483647, autovacuum_analyze_scale_factor = 100
@@ -112,13 +118,16 @@ CREATE TABLE {scheduled} (
     topic text NOT NULL,
     type text NOT NULL,
     source text,
-    key text CHECK (octet_length(key) <= 512),
+    key text,
     content_type text NOT NULL,
     headers text NOT NULL,
     time timestamptz,
     payload bytea NOT NULL,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    due_at timestamptz NOT NULL
+    due_at timestamptz NOT NULL,
+    CONSTRAINT {scheduled_valid!} CHECK (lane BETWEEN 0 AND 63 AND octet_length(key) BETWEEN 1 AND 512 AND octet_length(type) BETWEEN 1 AND 255
+        AND octet_length(topic) BETWEEN 1 AND 200 AND topic ~ '^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$' AND left(headers, 1) = '[' AND isfinite(created_at)
+        AND time BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00' AND due_at BETWEEN '1970-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00')
 ) WITH (
     autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000, autovacuum_vacuum_cost_delay = 0,
     vacuum_truncate = off, autovacuum_analyze_threshold = 2147483647, autovacuum_analyze_scale_factor = 100
@@ -254,6 +263,9 @@ BEGIN
         WHEN content_type IS NULL OR octet_length(content_type) NOT BETWEEN 1 AND 255 THEN 'the content type has to have 1 to 255 bytes'
         WHEN octet_length(key) NOT BETWEEN 1 AND 512 THEN 'the key has to have 1 to 512 bytes: leave it out for an unordered event'
         WHEN payload IS NULL THEN 'the payload is null: an empty one is fine'
+        WHEN "time" NOT BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00'
+            THEN 'the time has to be between the years 1 and 9999: leave it out, or give null, if there is none'
+        WHEN not_before > '9999-12-31 23:59:59.999999+00' THEN 'not_before has to be before the year 10000: `infinity` is never'
         WHEN jsonb_typeof(pairs) NOT IN ('array', 'object') THEN 'the headers have to be an object, or an array of pairs'
     END;
     IF wrong IS NULL AND jsonb_typeof(pairs) = 'object' THEN

@@ -13,7 +13,7 @@ use postrider_core::clock::{Moment, Timestamp};
 use std::time::Duration;
 
 /// How far due times are looked for behind the floor: a step of the server's clock that is smaller goes unnoticed.
-const CLOCK_MARGIN: Duration = Duration::from_millis(250);
+const CLOCK_MARGIN_MICROS: i64 = 250_000;
 /// Between two looks, after settles.
 const PROBE_EVERY: Duration = Duration::from_millis(200);
 /// For a claim, whether anything was settled or not: somebody may have set the sequence back.
@@ -139,7 +139,8 @@ impl Floor {
 
     fn reach(&mut self, look: &Look) {
         self.position = self.position.max(look.position);
-        self.time = Some(look.time - CLOCK_MARGIN);
+        let time = look.time.timestamp_micros().saturating_sub(CLOCK_MARGIN_MICROS);
+        self.time = Timestamp::from_timestamp_micros(time);
     }
 
     pub(super) fn position(&self) -> i64 {

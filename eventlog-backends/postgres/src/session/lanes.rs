@@ -197,14 +197,15 @@ impl Loaded {
         }
         for row in self.parked {
             let (lane, last): (i16, i64) = (row.get(0), row.get(1));
-            let key = key_hash(row.get(2), row.get(3))?;
+            let key = key_hash(row.get(2), row.get(3));
             if let Some(lane) = held.lanes.get_mut(&lane) {
                 let known = lane.parked.entry(key).or_default();
                 *known = last.max(*known);
             }
         }
         for topic in self.topics {
-            held.untold.push(Topic::parse(topic)?);
+            // One that is none cannot be resumed by name; its rows are dead letters as soon as they are read.
+            held.untold.extend(Topic::parse(topic));
         }
         held.shrink();
         Ok(())
@@ -212,9 +213,8 @@ impl Loaded {
 }
 
 /// As [`Message::key_hash`].
-pub(super) fn key_hash(topic: &str, key: &str) -> Result<u64> {
-    let message = Message::new(Topic::parse(topic.to_owned())?, "", "").with_key(key);
-    Ok(message.key_hash().unwrap_or_default())
+pub(super) fn key_hash(topic: &str, key: &str) -> u64 {
+    Message::hash_of_key(topic, key)
 }
 
 /// Hands back lanes that are beyond the session's part, once nothing of them is out.

@@ -226,7 +226,7 @@ fn an_admission_does_not_read_what_was_handled_before() {
                 // The first call plans, and reads the catalogue for it.
                 for _ in 0..2 {
                     buffers = Bench::buffers_on(&mut plain, statement, |q| {
-                        let q = q.bind(1_i16).bind(ids.clone());
+                        let q = q.bind("outbox:default").bind(ids.clone());
                         let q = q.bind(vec!["t"; 20]).bind(vec![Some("k"); 20]);
                         if name == "admit" { q.bind(vec![false; 20]) } else { q }
                     })

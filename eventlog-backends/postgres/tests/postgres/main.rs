@@ -21,3 +21,4 @@ mod settled_floor;
 mod sql_append;
 mod transactions;
 mod turns;
+mod unreadable;

@@ -13,15 +13,15 @@ INSERT INTO {mailbox} (id, name) VALUES (1, 'outbox:default');
 -- Times are microseconds since 1970; headers a JSON array of pairs.
 CREATE TABLE {event} (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
-    mailbox INTEGER NOT NULL,
-    message_id BLOB NOT NULL,
-    topic TEXT NOT NULL,
-    type TEXT NOT NULL,
+    mailbox INTEGER NOT NULL REFERENCES {mailbox} (id),
+    message_id BLOB NOT NULL CHECK (length(message_id) = 16),
+    topic TEXT NOT NULL CHECK (length(topic) BETWEEN 1 AND 200 AND topic NOT GLOB '*[^A-Za-z0-9._-]*'),
+    type TEXT NOT NULL CHECK (length(type) BETWEEN 1 AND 255),
     source TEXT,
-    key TEXT,
+    key TEXT CHECK (length(key) BETWEEN 1 AND 512),
     content_type TEXT NOT NULL,
-    headers TEXT NOT NULL,
-    time INTEGER,
+    headers TEXT NOT NULL CHECK (substr(headers, 1, 1) = '['),
+    time INTEGER CHECK (time BETWEEN -62135596800000000 AND 253402300799999999),
     payload BLOB NOT NULL,
     created_at INTEGER NOT NULL
 ) STRICT;
@@ -33,7 +33,7 @@ INSERT INTO sqlite_sequence (name, seq) VALUES ({'event'}, 0);
 --        3 failed; 4 failed, and holding its key
 CREATE TABLE {parked} (
     id INTEGER PRIMARY KEY,
-    mailbox INTEGER NOT NULL,
+    mailbox INTEGER NOT NULL REFERENCES {mailbox} (id),
     message_id BLOB NOT NULL,
     topic TEXT NOT NULL,
     type TEXT NOT NULL,
@@ -45,8 +45,8 @@ CREATE TABLE {parked} (
     payload BLOB NOT NULL,
     created_at INTEGER NOT NULL,
     attempts INTEGER NOT NULL,
-    state INTEGER NOT NULL,
-    due_at INTEGER,
+    state INTEGER NOT NULL CHECK (state BETWEEN 0 AND 4),
+    due_at INTEGER CHECK (due_at BETWEEN 0 AND 253402300799999999),
     errors TEXT NOT NULL,
     finished_at INTEGER
 ) STRICT;
@@ -59,18 +59,18 @@ CREATE INDEX {parked_message} ON {parked} (mailbox, message_id);
 -- What is delayed: it enters the event table, under a new id, when its time has come.
 CREATE TABLE {scheduled} (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
-    mailbox INTEGER NOT NULL,
-    message_id BLOB NOT NULL,
-    topic TEXT NOT NULL,
-    type TEXT NOT NULL,
+    mailbox INTEGER NOT NULL REFERENCES {mailbox} (id),
+    message_id BLOB NOT NULL CHECK (length(message_id) = 16),
+    topic TEXT NOT NULL CHECK (length(topic) BETWEEN 1 AND 200 AND topic NOT GLOB '*[^A-Za-z0-9._-]*'),
+    type TEXT NOT NULL CHECK (length(type) BETWEEN 1 AND 255),
     source TEXT,
-    key TEXT,
+    key TEXT CHECK (length(key) BETWEEN 1 AND 512),
     content_type TEXT NOT NULL,
-    headers TEXT NOT NULL,
-    time INTEGER,
+    headers TEXT NOT NULL CHECK (substr(headers, 1, 1) = '['),
+    time INTEGER CHECK (time BETWEEN -62135596800000000 AND 253402300799999999),
     payload BLOB NOT NULL,
     created_at INTEGER NOT NULL,
-    due_at INTEGER NOT NULL
+    due_at INTEGER NOT NULL CHECK (due_at BETWEEN 0 AND 253402300799999999)
 ) STRICT;
 CREATE INDEX {scheduled_due} ON {scheduled} (mailbox, due_at, id);
 

@@ -47,6 +47,7 @@ pub(super) async fn claim(shared: &Arc<Shared>, connection: &mut SqliteConnectio
         now: shared.now(),
         max: request.max,
         is_first: tells_waiting,
+        has_buried: false,
         bytes: request.max_bytes,
         reader: Reader::default(),
         records: Vec::new(),
@@ -83,17 +84,23 @@ async fn waiting_topics(shared: &Shared, connection: &mut SqliteConnection) -> R
         .fetch_all(connection)
         .await
         .map_err(doing("looking for waiting topics"))?;
-    topics.into_iter().map(Topic::parse).collect()
+    // One that is none cannot be resumed by name; its rows are dead letters as soon as they are read.
+    Ok(topics
+        .into_iter()
+        .filter_map(|topic| Topic::parse(topic).ok())
+        .collect())
 }
 
-struct Claiming<'a> {
-    shared: &'a Shared,
-    connection: &'a mut SqliteConnection,
-    epoch: i64,
-    now: i64,
+pub(super) struct Claiming<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) connection: &'a mut SqliteConnection,
+    pub(super) epoch: i64,
+    pub(super) now: i64,
     max: usize,
     /// Whether it is the first of a tenure.
     is_first: bool,
+    /// Whether rows that cannot be read have become dead letters: there may be more to give.
+    pub(super) has_buried: bool,
     /// How many bytes of payload may still be given.
     bytes: usize,
     reader: Reader,
@@ -119,11 +126,11 @@ impl Claiming<'_> {
         };
         self.freed().await?;
         let read_all = self.fresh(has_parked_keys).await?;
-        if !read_all {
+        if !read_all || self.has_buried {
             return Ok(Some(Duration::ZERO));
         }
         let next = next_scheduled.into_iter().chain(next_parked).min();
-        Ok(next.map(|at| Duration::from_micros(u64::try_from(at - self.now).unwrap_or(0))))
+        Ok(next.map(|at| Duration::from_micros(u64::try_from(at.saturating_sub(self.now)).unwrap_or(0))))
     }
 
     /// Positions are never used again, and everything below the cursor is out, passed over or gone. If somebody has set the
@@ -232,7 +239,10 @@ impl Claiming<'_> {
         let Some(first) = first.fetch_optional(&mut *self.connection).await.map_err(&failed)? else {
             return Ok(());
         };
-        let message = self.reader.message(&first, 1)?;
+        let message = match self.reader.message(&first, 1) {
+            Ok(message) => message,
+            Err(error) => return self.bury_parked(&first, &error).await,
+        };
         let Some(key) = message.key_hash() else {
             return self.give_parked(&first);
         };
@@ -259,7 +269,13 @@ impl Claiming<'_> {
             fitting.push(row);
         }
         drop(rows);
-        fitting.iter().try_for_each(|row| self.give_parked(row))
+        for row in &fitting {
+            if let Err(error) = self.give_parked(row) {
+                // What comes behind it may go once it is a dead letter.
+                return self.bury_parked(row, &error).await;
+            }
+        }
+        Ok(())
     }
 
     fn give_parked(&mut self, row: &SqliteRow) -> Result<()> {
@@ -291,7 +307,7 @@ impl Claiming<'_> {
         let events = sqlx::query(self.shared.log.sql().events_by_id.clone()).bind(ids(freed.iter().map(|p| id(*p))));
         let mut rows = events.fetch(&mut *self.connection);
         let mut messages = Vec::new();
-        let mut bytes = self.bytes;
+        let (mut bytes, mut unreadable) = (self.bytes, Vec::new());
         let read = loop {
             // One always goes, however large.
             if bytes == 0 {
@@ -307,7 +323,7 @@ impl Claiming<'_> {
                     bytes = bytes.saturating_sub(message.payload().len());
                     messages.push((position(row.get(0)), message));
                 }
-                Err(error) => break Err(error),
+                Err(error) => unreadable.push((row.get(0), error.to_chain())),
             }
         };
         drop(rows);
@@ -316,19 +332,22 @@ impl Claiming<'_> {
         for (position, message) in messages {
             self.give(position, message, 0, false);
         }
-        let mut held = self.shared.held();
-        for position in freed {
-            if held.records.contains_key(&position) {
-                continue;
-            }
-            if is_cut && read_up_to.is_none_or(|last| position > last) {
-                held.holdings.give_back(position);
-            } else {
-                // It is gone.
-                held.holdings.let_go(position);
+        {
+            let mut held = self.shared.held();
+            for position in freed {
+                if held.records.contains_key(&position) {
+                    continue;
+                }
+                if is_cut && read_up_to.is_none_or(|last| position > last) {
+                    held.holdings.give_back(position);
+                } else {
+                    // It is gone.
+                    held.holdings.let_go(position);
+                }
             }
         }
-        read
+        read?;
+        self.bury_events(unreadable).await
     }
 
     /// What was not read yet. `false` if it stopped before the end for another reason than `max`.
@@ -359,11 +378,23 @@ impl Claiming<'_> {
                 .bind(self.shared.mailbox())
                 .bind(cursor);
             let fresh = fresh.bind(limit).bind(up_to.unwrap_or(i64::MAX));
-            let packed: Vec<(String, Vec<u8>)> = fresh
-                .fetch_all(&mut *self.connection)
-                .await
-                .map_err(doing("reading events"))?;
-            let read = self.take_fresh(packed).await?;
+            let packed: sqlx::Result<Vec<(String, Vec<u8>)>> = fresh.fetch_all(&mut *self.connection).await;
+            let read = match packed.map_err(doing("reading events")) {
+                Ok(packed) => self.take_fresh(packed).await,
+                Err(error) => Err(error),
+            };
+            let read = match read {
+                Ok(read) => read,
+                Err(error) => {
+                    // One of them cannot be read, perhaps: the others are read again without it.
+                    let unreadable = self.unreadable(cursor, up_to.unwrap_or(i64::MAX), limit).await?;
+                    if unreadable.is_empty() {
+                        return Err(error);
+                    }
+                    self.bury_events(unreadable).await?;
+                    return Ok(false);
+                }
+            };
             if read == 0 || read < wanted && up_to.is_none() {
                 return Ok(true);
             }

@@ -3,6 +3,7 @@
 mod claim;
 mod lease;
 mod settle;
+mod unreadable;
 
 use crate::{SqliteLog, error::doing, log::is_stuck, row::micros};
 use async_trait::async_trait;

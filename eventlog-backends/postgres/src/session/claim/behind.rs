@@ -65,7 +65,7 @@ impl Claiming<'_> {
         let mut held = self.shared.held();
         for row in &newly {
             let (lane, at) = place(row, 0);
-            let hash = lanes::key_hash(row.get(2), row.get(3))?;
+            let hash = lanes::key_hash(row.get(2), row.get(3));
             if let Some(lane) = held.lanes.get_mut(&lane) {
                 let last = lane.parked.entry(hash).or_default();
                 *last = at.max(*last);

@@ -4,7 +4,7 @@ use super::{Claiming, give};
 use crate::{
     append::state,
     error::doing,
-    row::place,
+    row::{place, time},
     session::{Due, lanes, position},
 };
 use postrider_core::{
@@ -55,8 +55,8 @@ impl Claiming<'_> {
             .fetch_one(&mut *self.connection)
             .await
             .map_err(doing("looking for what is due"))?;
-        let server_now: Timestamp = due.get(0);
-        let (parked, scheduled): (Option<Timestamp>, Option<Timestamp>) = (due.get(1), due.get(2));
+        let server_now = time(&due, 0).unwrap_or_default();
+        let (parked, scheduled) = (time(&due, 1), time(&due, 2));
         if self.clock_stepped_back(server_now, sent) {
             // What was written since may lie before the floor.
             let mut held = self.shared.held();
@@ -89,8 +89,8 @@ impl Claiming<'_> {
         } else if known.is_some() {
             self.shared.held().due.parked_from = known;
         }
-        let was_due = is_due(due.get(1)) || is_due(due.get(2));
-        let until = |at: Timestamp| sent + (at - server_now).to_std().unwrap_or_default();
+        let was_due = is_due(parked) || is_due(scheduled);
+        let until = |at: Timestamp| sent.saturating_add((at - server_now).to_std().unwrap_or_default());
         let mut held = self.shared.held();
         held.due.checked_at = Some(sent);
         held.due.since.get_or_insert(sent);
@@ -141,7 +141,7 @@ impl Claiming<'_> {
             .bind(self.at_most());
         let moved = moving.fetch_one(&mut *self.connection).await;
         let moved = moved.map_err(doing("moving delayed events"))?;
-        Ok((moved.get(0), moved.get(1)))
+        Ok((moved.get(0), time(&moved, 1)))
     }
 
     /// Due heads, each with its followers. `true` if there are more.
@@ -170,7 +170,7 @@ impl Claiming<'_> {
         let mut more = i64::try_from(heads.len()).unwrap_or(i64::MAX) >= at_most;
         // Nothing due is left behind but what is skipped, and what the limit cut off.
         let mut reached = if more {
-            heads.last().map(|row| row.get(4))
+            heads.last().and_then(|row| time(row, 4))
         } else {
             Some(to)
         };
@@ -182,17 +182,17 @@ impl Claiming<'_> {
                 let (lane, at) = place(row, 0);
                 let (topic, key): (&str, Option<&str>) = (row.get(2), row.get(3));
                 let Some(state) = held.lanes.get(&lane) else { continue };
-                let hash = key.map(|key| lanes::key_hash(topic, key)).transpose()?;
+                let hash = key.map(|key| lanes::key_hash(topic, key));
                 if hash.is_some_and(|hash| state.holdings.is_busy(hash)) || state.holdings.is_held(position(at)) {
                     // Another of its key is still out.
-                    reached = reached.min(Some(row.get(4)));
+                    reached = reached.min(time(row, 4));
                     continue;
                 }
                 in_lanes.push(lane);
                 ids.push(at);
                 topics.push(topic);
                 keys.push(key);
-                times.push(row.get(4));
+                times.push(time(row, 4).unwrap_or_default());
             }
         }
         if !ids.is_empty() {
@@ -206,7 +206,7 @@ impl Claiming<'_> {
                 .bind(i64::try_from(each).unwrap_or(i64::MAX))
                 .bind(i64::try_from(self.bytes_left).unwrap_or(i64::MAX));
             let rows = runs.fetch_all(&mut *self.connection).await.map_err(failed)?;
-            let given = self.take_runs(&rows)?;
+            let given = self.take_runs(&rows);
             for (n, at) in (1..).zip(times) {
                 if !given.contains(&n) {
                     // The bytes were used up, or it has changed meanwhile.
@@ -222,7 +222,7 @@ impl Claiming<'_> {
     }
 
     /// Gives heads with what waits behind them, and says which heads.
-    fn take_runs(&mut self, rows: &[PgRow]) -> Result<BTreeSet<i64>> {
+    fn take_runs(&mut self, rows: &[PgRow]) -> BTreeSet<i64> {
         let mut given = BTreeSet::new();
         let (mut run, mut is_open) = (0, false);
         for row in rows {
@@ -235,7 +235,15 @@ impl Claiming<'_> {
             if !is_open || self.room() == 0 {
                 continue;
             }
-            let message = self.reader.message(row, 0)?;
+            let message = match self.reader.message(row, 0) {
+                Ok(message) => message,
+                Err(error) => {
+                    // What comes behind it may go once it is a dead letter.
+                    is_open = false;
+                    self.unreadable.parked(row, &error);
+                    continue;
+                }
+            };
             let attempts = u32::try_from(row.get::<i32, _>(11)).unwrap_or(0);
             let (lane, at) = place(row, 0);
             let mut held = self.shared.held();
@@ -256,6 +264,6 @@ impl Claiming<'_> {
                 self.given_parked.push((lane, at));
             }
         }
-        Ok(given)
+        given
     }
 }

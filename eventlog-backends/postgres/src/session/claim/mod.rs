@@ -2,6 +2,7 @@
 
 mod behind;
 mod due;
+mod unreadable;
 
 use super::{
     Lane, Out, Shared,
@@ -12,7 +13,7 @@ use crate::{
     append::KeyOf,
     error::doing,
     log::unexpected,
-    row::{Reader, is_null, place},
+    row::{Reader, Time, is_null, place},
     sql::SMALL_PAYLOAD,
     tid::Tid,
 };
@@ -27,6 +28,7 @@ use std::{
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
+use unreadable::Unreadable;
 
 /// How many rows a claim reads for each one it may give: what it passes over is bounded.
 const READ_PER_GIVEN: usize = 8;
@@ -72,6 +74,7 @@ pub(super) async fn claim(shared: &Arc<Shared>, connection: &mut PgConnection, r
         given_parked: Vec::new(),
         given_fresh: Vec::new(),
         stopped: BTreeMap::new(),
+        unreadable: Unreadable::default(),
     };
     match claiming.run(request.max_parked).await {
         Ok(next_due) => {
@@ -113,7 +116,7 @@ pub(super) async fn look(shared: &Shared, connection: &mut PgConnection) -> Resu
             None => {
                 look = Some(Look {
                     position: row.try_get(0).map_err(&failed)?,
-                    time: row.try_get(1).map_err(&failed)?,
+                    time: row.try_get::<Time, _>(1).map_err(&failed)?.0,
                     server: row.try_get(2).map_err(&failed)?,
                     is_cached: row.try_get::<Option<bool>, _>(3).map_err(&failed)?.unwrap_or(false),
                     writers: Vec::new(),
@@ -201,6 +204,7 @@ struct Claiming<'a> {
     given_fresh: Vec<(i16, i64)>,
     /// Lanes with something that is to be parked, of which somebody else is just parking something: up to there.
     stopped: BTreeMap<i16, i64>,
+    unreadable: Unreadable,
 }
 
 impl Claiming<'_> {
@@ -219,6 +223,7 @@ impl Claiming<'_> {
         if self.records.is_empty() && !checks_first {
             more_due = self.due(max_parked).await?;
         }
+        more_due |= self.bury().await?;
         let held = self.shared.held();
         let is_stopped = !self.stopped.is_empty();
         let has_freed = !is_stopped && held.active().any(|(_, lane)| lane.holdings.has_freed());
@@ -294,7 +299,13 @@ impl Claiming<'_> {
         let mut found = Vec::with_capacity(rows.len());
         for row in &rows {
             let (lane, at) = place(row, 0);
-            let message = self.reader.message(row, 0)?;
+            let message = match self.reader.message(row, 0) {
+                Ok(message) => message,
+                Err(error) => {
+                    self.unreadable.event(row, &error);
+                    continue;
+                }
+            };
             self.bytes_left = self.bytes_left.saturating_sub(message.payload().len());
             found.push(Event {
                 lane,
@@ -402,11 +413,17 @@ impl Claiming<'_> {
         let (mut bytes, mut largest, mut messages) = (0, 0, Vec::with_capacity(rows.len()));
         for row in &rows {
             let (lane, at) = place(row, 0);
-            let message = self.reader.message(row, 0)?;
-            bytes += message.payload().len();
-            largest = largest.max(message.payload().len());
             let of_lane = seen.entry(lane).or_default();
             *of_lane = (of_lane.0 + 1, at.max(of_lane.1));
+            let message = match self.reader.message(row, 0) {
+                Ok(message) => message,
+                Err(error) => {
+                    self.unreadable.event(row, &error);
+                    continue;
+                }
+            };
+            bytes += message.payload().len();
+            largest = largest.max(message.payload().len());
             messages.push(Event {
                 lane,
                 id: at,

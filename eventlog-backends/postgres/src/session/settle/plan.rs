@@ -274,7 +274,7 @@ impl Plan {
         }
         let still_parked: FxHashSet<(i16, u64)> = still_parked
             .iter()
-            .filter_map(|(lane, topic, key)| Some((*lane, lanes::key_hash(topic, key).ok()?)))
+            .map(|(lane, topic, key)| (*lane, lanes::key_hash(topic, key)))
             .collect();
         for (lane, key, at) in effects.unparked {
             // Not all before it need be done: a topic may have a key's records sent at once.
