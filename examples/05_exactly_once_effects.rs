@@ -7,7 +7,9 @@
 
 #![allow(clippy::print_stdout)]
 
-use postrider::{Bus, Event, Message, Transactional, event::DynEvent as _, memory::MemoryTransport, sqlite::SqliteLog};
+use postrider::{
+    Bus, Event, Message, Running, Transactional, event::DynEvent as _, memory::MemoryTransport, sqlite::SqliteLog,
+};
 use sqlx::SqliteConnection;
 use std::time::Duration;
 
@@ -25,23 +27,11 @@ struct BalanceChanged {
     cents: i64,
 }
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    let dir = tempfile::tempdir()?;
-    let log = SqliteLog::open(dir.path().join("bank.db")).await?;
-    let pool = log.pool().clone();
-    sqlx::raw_sql("CREATE TABLE balance (account TEXT PRIMARY KEY, cents INTEGER NOT NULL) STRICT")
-        .execute(&pool)
-        .await?;
-    let transport = MemoryTransport::new();
-    let bus = Bus::builder()
-        .log(log)
-        .transport(transport.clone())
-        .source("bank")
-        .build()?;
+const TABLE: &str = "CREATE TABLE balance (account TEXT PRIMARY KEY, cents INTEGER NOT NULL) STRICT";
 
-    let payments = bus
-        .subscribe::<PaymentReceived>("accounts")
+/// The application's own wiring: the test below runs it, too.
+async fn accounts(bus: &Bus) -> postrider::Result<Running> {
+    bus.subscribe::<PaymentReceived>("accounts")
         .middleware(Transactional::new())
         .handler(async |payment, ctx| {
             // The connection of the transaction the receipt is in.
@@ -61,7 +51,23 @@ async fn main() -> anyhow::Result<()> {
             Ok(())
         })
         .start()
-        .await?;
+        .await
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let log = SqliteLog::open(dir.path().join("bank.db")).await?;
+    let pool = log.pool().clone();
+    sqlx::raw_sql(TABLE).execute(&pool).await?;
+    let transport = MemoryTransport::new();
+    let bus = Bus::builder()
+        .log(log)
+        .transport(transport.clone())
+        .source("bank")
+        .build()?;
+
+    let payments = accounts(&bus).await?;
     let screen = bus
         .subscribe::<BalanceChanged>("screen")
         .handler(async |changed, ctx| {
@@ -106,36 +112,44 @@ async fn main() -> anyhow::Result<()> {
 #[cfg(all(test, feature = "testing"))]
 mod tests {
     use super::*;
-    use postrider::testing::{CrashPoint, TestBus};
+    use postrider::{
+        clock::ManualClock,
+        sqlite::SqliteOptions,
+        testing::{CrashPoint, TestBus},
+    };
 
     #[tokio::test]
     async fn a_payment_counts_once_wherever_the_process_dies() {
         for point in [CrashPoint::BeforeCommit, CrashPoint::AfterCommit, CrashPoint::BeforeAck] {
-            let mut app = TestBus::start(async |bus| {
-                let payments = bus
-                    .subscribe::<PaymentReceived>("accounts")
-                    .middleware(Transactional::new());
-                let payments = payments.handler(async |payment, ctx| {
-                    let (account, cents) = (payment.account.clone(), payment.cents);
-                    ctx.publish(&BalanceChanged { account, cents }).await?;
-                    Ok(())
-                });
-                payments.start().await.map(drop)
-            })
-            .await
-            .unwrap();
+            // The handler writes to SQLite, so the log is there as well.
+            let dir = tempfile::tempdir().unwrap();
+            let clock = ManualClock::shared();
+            let options = SqliteOptions::default().with_clock(clock.clone());
+            let log = SqliteLog::open_with(dir.path().join("test.db"), options).await.unwrap();
+            let pool = log.pool().clone();
+            sqlx::raw_sql(TABLE).execute(&pool).await.unwrap();
+            let mut app = TestBus::builder()
+                .log(log, clock)
+                .start(async |bus| accounts(bus).await.map(drop))
+                .await
+                .unwrap();
             app.crash_at(point);
             app.bus()
                 .publish(&PaymentReceived {
                     account: "ada".to_owned(),
-                    cents: 5,
+                    cents: 300,
                 })
                 .await
                 .unwrap();
-            app.settle().await;
+            app.advance(Duration::from_secs(10)).await;
             assert!(app.has_crashed());
             app.restart().await.unwrap();
             app.advance(Duration::from_secs(60)).await;
+            let cents: i64 = sqlx::query_scalar("SELECT cents FROM balance")
+                .fetch_one(&pool)
+                .await
+                .unwrap();
+            assert_eq!(cents, 300, "{point:?}");
             assert_eq!(app.published::<BalanceChanged>().len(), 1, "{point:?}");
             app.no_dead_letters().await;
         }

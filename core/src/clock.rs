@@ -2,6 +2,7 @@
 //!
 //! Not tokio's paused clock: paused, it advances while a database driver waits for real I/O and fires its time-outs.
 
+use crate::{Error, ErrorKind, Result};
 use async_trait::async_trait;
 use std::{
     collections::BTreeMap,
@@ -146,6 +147,22 @@ impl Default for SystemClock {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Whether there is a tokio runtime whose timers are enabled: without them tasks panic, long after whoever started them was told
+/// that all is well.
+pub(crate) fn check_timers() -> Result<()> {
+    let text = match tokio::runtime::Handle::try_current() {
+        Err(_) => {
+            "the bus cannot start: there is no tokio runtime here; call it in one, such as under `#[tokio::main]`"
+        }
+        // There is no question that can be asked: whoever makes a timer without a driver panics.
+        Ok(_) => match std::panic::catch_unwind(|| drop(tokio::time::sleep(Duration::ZERO))) {
+            Ok(()) => return Ok(()),
+            Err(_) => "the bus cannot start: the tokio runtime has no timers; build it with `enable_all()`",
+        },
+    };
+    Err(Error::new(ErrorKind::Config, text))
 }
 
 #[async_trait]

@@ -1,4 +1,4 @@
-use super::{Bus, Inner, lifecycle::Lifecycle, tasks::Task};
+use super::{Bus, Inner, accepting::Accepting, lifecycle::Lifecycle, tasks::Task};
 use crate::{
     AnyEvent, Error, ErrorKind, EventLog, Limits, Mailbox, Message, Result, Topic, Transport,
     bus::TaskContext,
@@ -19,6 +19,7 @@ pub struct BusBuilder {
     source: String,
     relay: RelayOptions,
     seed: Option<u64>,
+    relays: bool,
     tasks: Vec<Task>,
     layers: Vec<Layer<AnyEvent>>,
     subscriptions: HashMap<String, SubscriptionOptions>,
@@ -34,6 +35,7 @@ impl Default for BusBuilder {
             source: "postrider".to_owned(),
             relay: RelayOptions::default(),
             seed: None,
+            relays: true,
             tasks: Vec::new(),
             layers: Vec::new(),
             subscriptions: HashMap::new(),
@@ -64,6 +66,13 @@ impl BusBuilder {
     /// Sets how the relay works.
     pub fn relay(mut self, options: RelayOptions) -> Self {
         self.relay = options;
+        self
+    }
+
+    /// Leaves what this process publishes to the relays of other processes on the same log: [`Bus::start`] starts none here,
+    /// only background tasks.
+    pub fn without_relay(mut self) -> Self {
+        self.relays = false;
         self
     }
 
@@ -152,6 +161,8 @@ impl BusBuilder {
             source: self.source.into(),
             relay: Arc::new(relay),
             seed: self.seed,
+            accepting: Accepting::default(),
+            relays: self.relays,
             wake: Arc::new(Wake::default()),
             reporter: Arc::new(Reporter::new(status)),
             board: Board::default(),

@@ -3,6 +3,7 @@
 use super::{Bus, TaskContext, tasks::Task};
 use crate::{
     Error, ErrorKind, Mailbox, Result,
+    clock::check_timers,
     health::{Part, PartState, Status},
     log::{Owner, Session, SessionOptions},
     relay::{Attempts, End, Engine, Parts, Publishing, RelayOptions, Reporter, Wake, clean_up},
@@ -54,8 +55,10 @@ impl Bus {
     ///
     /// # Errors
     /// Of the log, if the mailbox cannot be opened: then nothing has been started, and it may be tried again.
-    /// [`ErrorKind::Unsupported`] if the transport has no publisher; [`ErrorKind::Closed`] after a shutdown or a start.
+    /// [`ErrorKind::Unsupported`] if the transport has no publisher; [`ErrorKind::Closed`] after a shutdown or a start;
+    /// [`ErrorKind::Config`] in a tokio runtime without timers.
     pub async fn start(&self) -> Result<()> {
+        check_timers()?;
         let inner = &self.0;
         let lifecycle = &inner.lifecycle;
         let take = || lifecycle.tasks.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -69,6 +72,7 @@ impl Bus {
             *lifecycle.tasks.lock().unwrap_or_else(PoisonError::into_inner) = Some(tasks);
             return Err(error);
         }
+        inner.accepting.started();
         for task in tasks {
             let ctx = TaskContext {
                 bus: self.clone(),
@@ -88,7 +92,7 @@ impl Bus {
 
     async fn start_relay(&self) -> Result<()> {
         let inner = &self.0;
-        if inner.log.is_none() {
+        if inner.log.is_none() || !inner.relays {
             return Ok(());
         }
         let publishing = Publishing {
@@ -180,12 +184,15 @@ impl Bus {
     /// Stops everything, within `deadline`: subscriptions take no more messages and finish those in hand, the relay
     /// claims no more and finishes what is with the broker, leases are handed back, background tasks are told to stop.
     ///
-    /// Nothing is lost: what was not finished is delivered or published again later.
+    /// Nothing is lost: what was not finished is delivered or published again later. Handlers publish until it returns; from
+    /// then on publishing is refused with [`ErrorKind::Closed`], though a log would still take it: shut the bus down behind
+    /// everything that publishes.
     ///
     /// # Errors
     /// [`ErrorKind::Unavailable`] if something had to be cut off.
     pub async fn shutdown(&self, deadline: Duration) -> Result<()> {
         let lifecycle = &self.0.lifecycle;
+        let _closes = self.0.accepting.closes();
         lifecycle.stop.cancel();
         lifecycle.tracker.close();
         tokio::select! {

@@ -1,5 +1,6 @@
 //! The bus: an event log, a transport, the relay between them, and the subscriptions.
 
+mod accepting;
 mod builder;
 mod lifecycle;
 mod publish;
@@ -20,6 +21,7 @@ use crate::{
     publisher::PublisherExt as _,
     relay::{RelayOptions, RelayReport, Reporter, Wake},
 };
+use accepting::Accepting;
 use async_trait::async_trait;
 use lifecycle::Lifecycle;
 use std::{
@@ -31,7 +33,8 @@ use std::{
 
 /// The bus. Clones are handles on the same bus.
 ///
-/// It does nothing by itself until [`start`](Bus::start) starts the relay; publishing only needs the log.
+/// It does nothing by itself until [`start`](Bus::start) starts the relay; publishing only needs the log. A process that only
+/// publishes says so ([`without_relay`](BusBuilder::without_relay)), or a bus that was never started is told of in the log file.
 #[derive(Debug, Clone)]
 pub struct Bus(Arc<Inner>);
 
@@ -50,6 +53,9 @@ struct Inner {
     groups: Arc<Mutex<HashSet<GroupName>>>,
     built_at: Timestamp,
     lifecycle: Lifecycle,
+    accepting: Accepting,
+    /// Whether this process is to carry what is published.
+    relays: bool,
     layers: Vec<Layer<AnyEvent>>,
     subscriptions: HashMap<String, SubscriptionOptions>,
 }
@@ -74,8 +80,8 @@ impl Bus {
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] if the event cannot be encoded or is over the [limits](Limits); [`ErrorKind::Unsupported`]
-    /// without a log; otherwise of the log. Whether it happened is unknown only if the log's connection was lost in the
-    /// middle of the commit.
+    /// without a log; [`ErrorKind::Closed`] after the [shutdown](Bus::shutdown); otherwise of the log. Whether it happened is
+    /// unknown only if the log's connection was lost in the middle of the commit.
     pub fn publish<'a>(&'a self, event: impl IntoMessage) -> Publish<'a> {
         Publish::new(self, None, event)
     }
@@ -328,14 +334,18 @@ impl Drop for InGroup {
 #[async_trait]
 impl EventBus for Bus {
     async fn publish_records(&self, batch: Vec<NewRecord>) -> Result<()> {
+        self.check_open()?;
         let batch = self.complete_all(batch)?;
         self.need_log()?.store().append(&Mailbox::outbox(), &batch).await?;
         self.0.wake.committed();
+        self.watch_for_start();
         Ok(())
     }
 
     async fn publish_records_in(&self, tx: Lent<'_>, batch: Vec<NewRecord>) -> Result<()> {
+        self.check_open()?;
         let batch = self.complete_all(batch)?;
+        self.watch_for_start();
         let Some((tx, batch)) = tx.collect(&Mailbox::outbox(), batch) else {
             return Ok(());
         };
@@ -348,6 +358,7 @@ impl EventBus for Bus {
     }
 
     async fn send_messages(&self, batch: Vec<Message>) -> Result<()> {
+        self.check_open()?;
         let batch: Vec<Message> = batch.into_iter().map(|m| self.complete(m)).collect::<Result<_>>()?;
         let outcomes = self.0.transport.publisher()?.publish_all(&batch).await;
         match batch

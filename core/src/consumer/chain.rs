@@ -81,6 +81,8 @@ impl<E: Event> Chain<E> {
 
     /// Whether what was said of it can be had together.
     pub(super) fn checked(self) -> Result<Self> {
+        self.for_all.iter().try_for_each(|layer| layer.check())?;
+        self.stack.iter().try_for_each(|layer| layer.check())?;
         if self.steps.is_durable && self.sharing().is_some() {
             let text = "a durable chain has a transaction for each step: `Transactional` cannot go around it";
             return Err(Error::new(ErrorKind::Config, text).with("type", E::kind()));

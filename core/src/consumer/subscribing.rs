@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     AnyEvent, Bus, Error, ErrorKind, Event, GroupName, Mailbox, RelayOptions, Result, Subscription, Topic,
+    clock::check_timers,
     health::{Part, PartState, Status},
     log::{GroupMember, Owner},
     relay::{TopicPattern, Wake},
@@ -237,14 +238,16 @@ impl<E: Event, S> Subscribing<E, S, Empty> {
             .or(self.is_durable.then_some("durable()"))
             .or(is_transactional.then_some("Transactional"));
         let for_all = self.about.for_all.clone();
-        self.about.finished.push(match misplaced {
-            None => Ok(Arc::new(BatchChain::<E>::new(how, name, run, for_all))),
+        let checked = match misplaced {
+            None => for_all.iter().try_for_each(|layer| layer.check()),
             Some(what) => Err(
-                Error::new(ErrorKind::Config, "this cannot be said of a handler of batches")
+                Error::new(ErrorKind::Config, "batch handlers do not support this setting")
                     .with("what", what)
                     .with("type", E::kind()),
             ),
-        });
+        };
+        let chain = checked.map(|()| Arc::new(BatchChain::<E>::new(how, name, run, for_all)) as Arc<dyn AnyChain>);
+        self.about.finished.push(chain);
         self.stack.clear();
         self.moved()
     }
@@ -335,6 +338,7 @@ impl<E: Event, S, At> Subscribing<E, S, At> {
 
 impl About {
     async fn start(self) -> Result<Running> {
+        check_timers()?;
         let bus = self.bus.clone();
         let group = GroupName::parse(self.group)?;
         let of_configuration = bus.subscription_options(&group).cloned().unwrap_or_default();

@@ -231,6 +231,17 @@ pub trait LogAdmin: Debug + Send + Sync + 'static {
     /// Held by `log::failed_records_are_redriven_and_discarded`.
     async fn count_failed(&self, filter: &Filter) -> Result<u64>;
 
+    /// The mailboxes there are: those something was appended to, or that a session was opened on.
+    ///
+    /// # Contract
+    /// Reading, counting, redriving and discarding bring none into being. Cheap where it is implemented; the default asks
+    /// for all [`stats`](LogAdmin::stats).
+    ///
+    /// Held by `log::mailboxes_are_known_by_name`.
+    async fn mailboxes(&self) -> Result<Vec<Mailbox>> {
+        Ok(self.stats().await?.into_keys().collect())
+    }
+
     /// The numbers of every mailbox there is.
     ///
     /// # Contract
@@ -258,6 +269,9 @@ macro_rules! forward {
             }
             async fn count_failed(&self, filter: &Filter) -> Result<u64> {
                 (**self).count_failed(filter).await
+            }
+            async fn mailboxes(&self) -> Result<Vec<Mailbox>> {
+                (**self).mailboxes().await
             }
             async fn stats(&self) -> Result<BTreeMap<Mailbox, Stats>> {
                 (**self).stats().await

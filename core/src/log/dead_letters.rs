@@ -1,5 +1,5 @@
 use super::{Cursor, Filter, Listing, LogAdmin, Page, RecordState, Stored};
-use crate::{MessageId, Result, clock::Clock};
+use crate::{Error, ErrorKind, Mailbox, MessageId, Result, clock::Clock};
 use std::{fmt, num::NonZeroU32, sync::Arc, time::Duration};
 
 /// The dead letters of a mailbox, as a person works with them: count, look, then redrive or discard. The same for outboxes
@@ -39,25 +39,58 @@ impl DeadLetters {
     /// How many there are.
     ///
     /// # Errors
-    /// Of the log.
+    /// [`ErrorKind::Invalid`] if the log has no such inbox: no group of that name has ever subscribed on it. Otherwise of the
+    /// log.
     pub async fn count(&self) -> Result<u64> {
-        self.admin.count_failed(&self.filter).await
+        match self.admin.count_failed(&self.filter).await? {
+            0 => self.check_mailbox().await.map(|()| 0),
+            count => Ok(count),
+        }
+    }
+
+    /// Tells an inbox without dead letters from a misspelt one.
+    async fn check_mailbox(&self) -> Result<()> {
+        let mailbox = &self.filter.mailbox;
+        if *mailbox == Mailbox::outbox() {
+            return Ok(());
+        }
+        let known = self.admin.mailboxes().await?;
+        if known.contains(mailbox) {
+            return Ok(());
+        }
+        let known: Vec<String> = known.iter().map(ToString::to_string).collect();
+        let text = "the event log has no such mailbox: is the name of the group misspelt, or has it never subscribed on this log?";
+        Err(Error::new(ErrorKind::Invalid, text).with("mailbox", mailbox).with(
+            "there are",
+            if known.is_empty() {
+                "none".to_owned()
+            } else {
+                known.join(", ")
+            },
+        ))
     }
 
     /// A page of them, oldest first, each with its message, its attempts and the last ten errors.
     ///
     /// # Errors
-    /// Of the log.
+    /// As [`count`](DeadLetters::count).
     pub async fn list(&self, after: Option<Cursor>, limit: u32) -> Result<Listing> {
-        self.admin.list(&self.filter, &Page { after, limit }).await
+        let listing = self.admin.list(&self.filter, &Page { after, limit }).await?;
+        if listing.entries.is_empty() {
+            self.check_mailbox().await?;
+        }
+        Ok(listing)
     }
 
     /// One of them; `None` if it is none, or none any more.
     ///
     /// # Errors
-    /// Of the log.
+    /// As [`count`](DeadLetters::count).
     pub async fn show(&self, id: MessageId) -> Result<Option<Stored>> {
         let found = self.admin.show(&self.filter.mailbox, id).await?;
+        if found.is_none() {
+            self.check_mailbox().await?;
+        }
         Ok(found.filter(|stored| stored.state == RecordState::Failed && self.filter.matches(&stored.message)))
     }
 
@@ -65,7 +98,7 @@ impl DeadLetters {
     /// meanwhile are not redriven twice. Dropping the future ends it; what has been redriven stays so.
     ///
     /// # Errors
-    /// Of the log: what came before has been redriven.
+    /// As [`count`](DeadLetters::count); what came before has been redriven.
     pub async fn redrive(&self, pace: Pace) -> Result<u64> {
         let total = self.count().await?;
         let (step, wait) = match pace {
@@ -91,7 +124,7 @@ impl DeadLetters {
     /// Removes them, and says how many. They are lost.
     ///
     /// # Errors
-    /// Of the log: what came before has been removed.
+    /// As [`count`](DeadLetters::count); what came before has been removed.
     pub async fn discard(&self) -> Result<u64> {
         let total = self.count().await?;
         let mut removed = 0;

@@ -1,5 +1,6 @@
-//! Testing an application that uses Postrider, in one process, in milliseconds: memory for the log and the broker, a clock
-//! that moves when told, a process that dies where it is told to.
+//! Testing an application that uses Postrider, in one process, in milliseconds: memory for the broker and, unless told
+//! otherwise, for the log, a clock that moves when told, a process that dies where it is told to. Handlers that write to the log's
+//! own database are tested on that database: [`TestBusBuilder::log`].
 //!
 //! ```
 //! use postrider_core::{Event, testing::TestBus};
@@ -36,8 +37,10 @@
 // What it is for is to fail a test.
 #![allow(clippy::panic)]
 
+mod builder;
 mod crash;
 
+pub use builder::TestBusBuilder;
 pub use crash::CrashPoint;
 
 use crate::{
@@ -45,7 +48,7 @@ use crate::{
     Middleware, Next, RelayOptions, Result, Transport,
     clock::ManualClock,
     log::{Filter, Page, RecordState, Stats, Stored},
-    memory::{MemoryLog, MemoryTransport},
+    memory::MemoryTransport,
 };
 use crash::{Life, reached_by};
 use futures_util::future::BoxFuture;
@@ -59,8 +62,6 @@ use std::{
     time::Duration,
 };
 
-/// How often nothing may have changed until it counts as quiet.
-const QUIET: u32 = 5;
 const LEASE: Duration = Duration::from_secs(15);
 
 type Wire = Box<dyn Fn(Bus) -> BoxFuture<'static, Result<()>> + Send + Sync>;
@@ -71,9 +72,11 @@ pub struct TestBus {
     bus: Bus,
     life: Arc<Life>,
     clock: Arc<ManualClock>,
-    log: MemoryLog,
+    log: EventLog,
     transport: MemoryTransport,
     records: Arc<Records>,
+    /// For so many milliseconds nothing may have changed until it counts as quiet.
+    quiet: u32,
     describe: Describe,
     wire: Wire,
 }
@@ -110,7 +113,12 @@ impl TestBus {
     where
         W: AsyncFn(&Bus) -> Result<()> + WireFn + Send + Sync + 'static,
     {
-        Self::start_with(|builder| builder, wire).await
+        Self::builder().start(wire).await
+    }
+
+    /// Describes a test that differs: on another log, with a bus of other settings.
+    pub fn builder() -> TestBusBuilder {
+        TestBusBuilder::default()
     }
 
     /// The same with a bus that is described further: its source, limits, middleware.
@@ -122,26 +130,7 @@ impl TestBus {
         D: Fn(BusBuilder) -> BusBuilder + Send + Sync + 'static,
         W: AsyncFn(&Bus) -> Result<()> + WireFn + Send + Sync + 'static,
     {
-        let clock = ManualClock::shared();
-        let log = MemoryLog::on_clock(clock.clone());
-        let transport = MemoryTransport::on_clock(clock.clone());
-        let records = Arc::new(Records::default());
-        let life = Arc::new(Life::default());
-        let describe: Describe = Box::new(describe);
-        let wire: Wire = wire.erased();
-        let bus = build(&life, &clock, &log, &transport, &records, &describe)?;
-        let this = Self {
-            bus,
-            life,
-            clock,
-            log,
-            transport,
-            records,
-            describe,
-            wire,
-        };
-        this.begin().await?;
-        Ok(this)
+        Self::builder().describe(describe).start(wire).await
     }
 
     async fn begin(&self) -> Result<()> {
@@ -168,11 +157,12 @@ impl TestBus {
     }
 
     /// Lets everything run until nothing happens any more without time passing: events are published, delivered and
-    /// handled. Handlers may do real input and output, as long as no step of it takes more than some milliseconds.
+    /// handled. Handlers may do real input and output, as long as no step of it takes more than some milliseconds
+    /// ([`TestBusBuilder::quiet`]).
     pub async fn settle(&self) {
         let mut last = None;
         let mut unchanged = 0;
-        while unchanged < QUIET {
+        while unchanged < self.quiet {
             for _ in 0..100 {
                 tokio::task::yield_now().await;
             }
@@ -290,15 +280,15 @@ impl TestBus {
 
     async fn failed(&self, mailbox: Mailbox) -> Vec<Stored> {
         let filter = Filter::of(mailbox).with_state(RecordState::Failed);
-        let log = EventLog::from(self.log.clone());
-        let Ok(admin) = log.admin() else { return Vec::new() };
+        let Ok(admin) = self.log.admin() else { return Vec::new() };
         let listing = admin.list(&filter, &Page::first(1000)).await;
         listing.map(|listing| listing.entries).unwrap_or_default()
     }
 
     async fn stats(&self) -> BTreeMap<Mailbox, Stats> {
-        let log = EventLog::from(self.log.clone());
-        let Ok(admin) = log.admin() else { return BTreeMap::new() };
+        let Ok(admin) = self.log.admin() else {
+            return BTreeMap::new();
+        };
         admin.stats().await.unwrap_or_default()
     }
 
@@ -323,12 +313,12 @@ impl TestBus {
 fn build(
     life: &Arc<Life>,
     clock: &Arc<ManualClock>,
-    log: &MemoryLog,
+    log: &EventLog,
     transport: &MemoryTransport,
     records: &Arc<Records>,
     describe: &Describe,
 ) -> Result<Bus> {
-    let (log, transport) = reached_by(life, EventLog::from(log.clone()), Transport::from(transport.clone()))?;
+    let (log, transport) = reached_by(life, log.clone(), Transport::from(transport.clone()))?;
     let builder = Bus::builder()
         .log(log)
         .transport(transport)

@@ -56,6 +56,7 @@ macro_rules! log_conformance {
             errors_are_kept_the_last_ten
             stats_count
             pages_are_stable_under_writes
+            mailboxes_are_known_by_name
             close_hands_over_at_once
             mailboxes_are_apart
             messages_are_admitted_once

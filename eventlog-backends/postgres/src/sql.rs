@@ -459,6 +459,7 @@ statements! {
     );
     discard: concat!("DELETE FROM {parked} p USING ", places!(parked), " WHERE p.ctid = u.at AND p.state >= 3");
     list: &list();
+    mailboxes: "SELECT name FROM {mailbox}";
     stats: "SELECT m.name, \
         (SELECT count(*) FROM {event} WHERE mailbox = m.id), \
         (SELECT count(*) FROM {parked} WHERE mailbox = m.id AND state < 3), \

@@ -185,6 +185,12 @@ impl LogAdmin for SqliteLog {
         Ok(u64::try_from(count.map_err(doing("counting dead letters"))?).unwrap_or(0))
     }
 
+    async fn mailboxes(&self) -> Result<Vec<Mailbox>> {
+        let all = sqlx::query_scalar::<_, String>(self.sql().mailboxes.clone()).fetch_all(self.pool());
+        let names = all.await.map_err(doing("listing mailboxes"))?;
+        names.iter().map(|name| name.parse()).collect()
+    }
+
     async fn stats(&self) -> Result<BTreeMap<Mailbox, Stats>> {
         let now = micros(self.clock().now());
         let all = sqlx::query(self.sql().stats.clone()).fetch_all(self.pool());

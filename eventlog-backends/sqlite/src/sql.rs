@@ -263,6 +263,7 @@ statements! {
     redrive_in_place: "UPDATE {parked} SET state = 0, attempts = 0, due_at = ?2, finished_at = NULL WHERE id = ?1";
     redrive_at_the_end: "UPDATE {parked} SET id = ?3, state = 0, attempts = 0, due_at = ?2, finished_at = NULL WHERE id = ?1";
     list: &list();
+    mailboxes: "SELECT name FROM {mailbox}";
     stats: "SELECT m.name, \
         (SELECT count(*) FROM {event} WHERE mailbox = m.id), \
         (SELECT count(*) FROM {parked} WHERE mailbox = m.id AND state < 3), \

@@ -18,7 +18,7 @@ pub use tracing::Tracing;
 pub use transactional::Transactional;
 
 use super::{Context, HandlerError, HandlerResult};
-use crate::AnyEvent;
+use crate::{AnyEvent, Result};
 use futures_util::{FutureExt as _, future::BoxFuture};
 use std::{fmt, num::NonZeroUsize, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
@@ -70,6 +70,14 @@ pub trait Middleware<E: Sync + 'static = AnyEvent>: Send + Sync + 'static {
         async { None }
     }
 
+    /// Whether its settings make sense: asked when a subscription starts.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`](crate::ErrorKind::Config) that names the setting: the start is refused.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Whether deliveries may share a transaction, and how many: said by [`Transactional`] alone.
     #[doc(hidden)]
     fn transaction(&self) -> Option<Sharing> {
@@ -96,6 +104,7 @@ pub(crate) trait Around<E>: Send + Sync {
         event: Option<&'a E>,
         error: &'a HandlerError,
     ) -> BoxFuture<'a, Option<Verdict>>;
+    fn check(&self) -> Result<()>;
     fn transaction(&self) -> Option<Sharing>;
 }
 
@@ -113,6 +122,9 @@ impl<E: Sync + 'static, M: Middleware<E>> Around<E> for M {
         error: &'a HandlerError,
     ) -> BoxFuture<'a, Option<Verdict>> {
         Box::pin(Middleware::fallback(self, ctx, event, error))
+    }
+    fn check(&self) -> Result<()> {
+        Middleware::check(self)
     }
     fn transaction(&self) -> Option<Sharing> {
         Middleware::transaction(self)

@@ -1,4 +1,5 @@
 use super::{Context, HandlerError, HandlerResult, Middleware, Next};
+use crate::{Error, ErrorKind, Result};
 use std::time::Duration;
 
 /// Ends an attempt that takes too long: handlers are cut off where they wait, what succeeded before is compensated, and
@@ -22,5 +23,13 @@ impl<E: Sync + 'static> Middleware<E> for Timeout {
             result = next.run(ctx, event) => result,
             () = clock.sleep(self.0) => Err(HandlerError::from(format!("the chain took longer than {:?}", self.0))),
         }
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.0.is_zero() {
+            let text = "the time-out of the `Timeout` middleware is 0s: it has to be longer than zero";
+            return Err(Error::new(ErrorKind::Config, text));
+        }
+        Ok(())
     }
 }

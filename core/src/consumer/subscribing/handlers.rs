@@ -46,7 +46,7 @@ impl<E: Event, At> Subscribing<E, NoState, At> {
     /// Adds a step: an `async fn(&E, &mut Context) -> HandlerResult`, or an async closure that captures nothing.
     pub fn handler<F>(self, handler: F) -> Subscribing<E, NoState, AtStep>
     where
-        F: HandlerFn<E>, // what it captures: give it to `.state(value)`, and take it as the first argument
+        F: HandlerFn<E>, // what it captures: give it to `.state(value)`; an error of its own: `.handler_returning`
     {
         self.push(type_name::<F>(), Box::new(Plain(handler)), None)
     }
@@ -68,7 +68,7 @@ impl<E: Event> Subscribing<E, NoState, AtStep> {
     /// How the step before is taken back when a later one fails.
     pub fn compensate<F>(mut self, compensation: F) -> Self
     where
-        F: HandlerFn<E>, // what it captures: give it to `.state(value)`, and take it as the first argument
+        F: HandlerFn<E>, // what it captures: give it to `.state(value)`; an error of its own: `.handler_returning`
     {
         self.edit(|step| step.compensate = Some(Box::new(Plain(compensation))));
         self

@@ -112,7 +112,9 @@ impl LogAdmin for MemoryLog {
     }
 
     async fn redrive(&self, filter: &Filter, max: u64) -> Result<u64> {
-        let queue = self.queue(&filter.mailbox);
+        let Some(queue) = self.queues().get(&filter.mailbox).cloned() else {
+            return Ok(0);
+        };
         let mut rows = queue.rows();
         let found = failed(&rows, filter, max);
         for position in &found {
@@ -124,7 +126,9 @@ impl LogAdmin for MemoryLog {
     }
 
     async fn discard(&self, filter: &Filter, max: u64) -> Result<u64> {
-        let queue = self.queue(&filter.mailbox);
+        let Some(queue) = self.queues().get(&filter.mailbox).cloned() else {
+            return Ok(0);
+        };
         let mut rows = queue.rows();
         let found = failed(&rows, filter, max);
         for position in &found {
@@ -138,6 +142,10 @@ impl LogAdmin for MemoryLog {
     async fn count_failed(&self, filter: &Filter) -> Result<u64> {
         let queue = self.queues().get(&filter.mailbox).cloned();
         Ok(queue.map_or(0, |queue| failed(&queue.rows(), filter, u64::MAX).len() as u64))
+    }
+
+    async fn mailboxes(&self) -> Result<Vec<Mailbox>> {
+        Ok(self.queues().keys().cloned().collect())
     }
 
     async fn stats(&self) -> Result<BTreeMap<Mailbox, Stats>> {

@@ -214,3 +214,35 @@ pub async fn pages_are_stable_under_writes(fixture: &dyn LogFixture) {
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
 }
+
+/// A mailbox is there once something has used it, and looking for dead letters of one that is not brings none into being.
+pub async fn mailboxes_are_known_by_name(fixture: &dyn LogFixture) {
+    let log = fixture.log();
+    let admin = log.admin().unwrap();
+    let inbox = |group: &str| Mailbox::Inbox(postrider_core::GroupName::parse(group.to_owned()).unwrap());
+    let _desk = Desk::on(
+        fixture,
+        fixture.log(),
+        postrider_core::log::SessionOptions::new(postrider_core::log::Owner::new()),
+        inbox("here"),
+    )
+    .await;
+    let misspelt = Filter::of(inbox("heer"));
+    assert_eq!(admin.count_failed(&misspelt).await.unwrap(), 0);
+    assert_eq!(admin.redrive(&misspelt, 10).await.unwrap(), 0);
+    assert_eq!(admin.discard(&misspelt, 10).await.unwrap(), 0);
+    assert!(
+        admin
+            .list(&misspelt, &Page::default())
+            .await
+            .unwrap()
+            .entries
+            .is_empty()
+    );
+    assert_eq!(admin.show(&inbox("heer"), MessageId::new()).await.unwrap(), None);
+    let known = admin.mailboxes().await.unwrap();
+    assert!(
+        known.contains(&inbox("here")) && !known.contains(&inbox("heer")),
+        "{known:?}"
+    );
+}
