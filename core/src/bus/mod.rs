@@ -2,6 +2,7 @@
 
 mod accepting;
 mod builder;
+mod handling;
 mod lifecycle;
 mod publish;
 mod tasks;
@@ -166,7 +167,11 @@ impl Bus {
     /// # Errors
     /// [`ErrorKind::Unsupported`] if the log has no transactions; otherwise of the database.
     pub async fn begin(&self) -> Result<LogTx> {
-        let log = self.need_log()?.transactions()?;
+        let log = self.need_log()?;
+        if !log.capabilities().concurrent_writers {
+            self.not_beside_a_transaction("begin")?;
+        }
+        let log = log.transactions()?;
         let bus = Arc::downgrade(&self.0);
         let wake = move |_: &Mailbox| {
             if let Some(inner) = bus.upgrade() {
@@ -335,6 +340,7 @@ impl Drop for InGroup {
 impl EventBus for Bus {
     async fn publish_records(&self, batch: Vec<NewRecord>) -> Result<()> {
         self.check_open()?;
+        self.not_beside_a_transaction("publish")?;
         let batch = self.complete_all(batch)?;
         self.need_log()?.store().append(&Mailbox::outbox(), &batch).await?;
         self.0.wake.committed();

@@ -309,7 +309,7 @@ impl<E: Event> Chain<E> {
             ctx.begin_attempt(by.attempts + 1);
             ctx.lend(tx);
             ctx.is_in_batch = true;
-            let result = self.attempt(event, ctx).await;
+            let result = tools.bus.in_transaction(self.attempt(event, ctx)).await;
             tx = ctx.take_transaction()?;
             let result = match result {
                 Ok(()) if ctx.has_failed_in_batch => Err("a run of it has failed in the batch's transaction".into()),

@@ -280,7 +280,8 @@ impl<E: Sync + 'static> Run<'_, E> {
             (Some(compensation), true) => &**compensation,
             _ => &*step.run,
         };
-        if let Err(error) = step.guarded(run, event, ctx).await {
+        let bus = ctx.bus().clone();
+        if let Err(error) = bus.in_transaction(step.guarded(run, event, ctx)).await {
             let error = ctx.rolled_back_after(error).await;
             return Err(ctx.judged(error));
         }

@@ -7,7 +7,7 @@ use super::{
     shared::Shared,
 };
 use crate::{
-    Delivery, Mailbox, Message, Reachability,
+    Delivery, Error, ErrorKind, Mailbox, Message, Reachability,
     log::{Admission, Arrival, AttemptError, NewRecord, Placement},
     publisher::Outcomes,
     relay::{Attempts, Refusal},
@@ -147,11 +147,16 @@ impl Shared {
         Mailbox::Inbox((*self.group).clone())
     }
 
-    /// Writes records into the inbox, however long it takes: what they are about is not acknowledged before. `false` if
-    /// the subscription was stopped before it came to that.
-    pub(super) async fn store(&self, records: &[NewRecord]) -> bool {
-        let Some(log) = &self.tools.log else { return false };
+    /// Writes records into the inbox, however long an outage takes: what they are about is not acknowledged before.
+    pub(super) async fn store(&self, records: &[NewRecord]) -> Stored {
+        let Some(log) = &self.tools.log else {
+            return Stored::Stopped;
+        };
         while let Err(error) = log.store().append(&self.inbox(), records).await {
+            if is_of_a_record(&error) {
+                tracing::error!(group = %self.group, records = records.len(), error = error.to_chain(), "the inbox refuses a record");
+                return Stored::Refused;
+            }
             tracing::warn!(group = %self.group, records = records.len(), error = error.to_chain(), "the inbox cannot be written to, it will be tried again");
             self.gate.log_is_away(error.to_chain());
             if self
@@ -160,26 +165,51 @@ impl Shared {
                 .await
                 .is_none()
             {
-                return false;
+                return Stored::Stopped;
             }
         }
         self.gate.log_is_back();
         self.wake.committed();
-        true
+        Stored::Yes
     }
 
     /// What the inbox knows of deliveries; `None` if the subscription was stopped before it answered.
     pub(super) async fn look(&self, deliveries: &[Delivery]) -> Option<Vec<Admission>> {
-        let inbox = self.tools.log.as_ref().and_then(|log| log.inbox().ok())?;
         let arrivals: Vec<Arrival> = deliveries
             .iter()
             .map(|delivery| Arrival::new(delivery.message()).ordered(self.ordered))
             .collect();
+        match self.ask(&arrivals).await? {
+            Some(answers) => Some(answers),
+            None => {
+                // One of them makes no sense to the log: it can neither wait there nor be known there.
+                let mut answers = Vec::with_capacity(arrivals.len());
+                for arrival in &arrivals {
+                    let answer = self.ask(std::slice::from_ref(arrival)).await?;
+                    answers.push(
+                        answer
+                            .and_then(|answers| answers.first().copied())
+                            .unwrap_or(Admission::New),
+                    );
+                }
+                Some(answers)
+            }
+        }
+    }
+
+    /// Asks the inbox, however long an outage takes: `Some(None)` if it refuses the question.
+    #[allow(clippy::option_option)]
+    async fn ask(&self, arrivals: &[Arrival]) -> Option<Option<Vec<Admission>>> {
+        let inbox = self.tools.log.as_ref().and_then(|log| log.inbox().ok())?;
         loop {
-            match inbox.look(&self.group, &arrivals).await {
+            match inbox.look(&self.group, arrivals).await {
                 Ok(answers) => {
                     self.gate.log_is_back();
-                    return Some(answers);
+                    return Some(Some(answers));
+                }
+                Err(error) if is_of_a_record(&error) => {
+                    tracing::warn!(group = %self.group, messages = arrivals.len(), error = error.to_chain(), "the inbox refuses a question");
+                    return Some(None);
                 }
                 Err(error) => {
                     tracing::warn!(group = %self.group, error = error.to_chain(), "the inbox cannot be asked, it will be tried again");
@@ -189,6 +219,22 @@ impl Shared {
             self.stop.run_until_cancelled(self.tools.clock.sleep(PAUSE)).await?;
         }
     }
+}
+
+/// Whether records were written into the inbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stored {
+    /// They were.
+    Yes,
+    /// The subscription was stopped before it came to that.
+    Stopped,
+    /// The log will never take one of them.
+    Refused,
+}
+
+/// Whether an error of the log says something about a record, and nothing about the log.
+fn is_of_a_record(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Invalid)
 }
 
 /// A record that waits, or a dead letter.

@@ -6,7 +6,7 @@ use super::{
     context::Tools,
     gate::Gate,
     handled::{Handled, HandledBy, Origin},
-    inbox::{ANOTHER_VERSION, behind, record},
+    inbox::{ANOTHER_VERSION, Stored, behind, record},
     members::{Members, Who},
     running::Counters,
 };
@@ -18,7 +18,10 @@ use crate::{
 };
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::{
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicUsize},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 use tokio_util::sync::CancellationToken;
@@ -39,6 +42,12 @@ pub(super) struct Shared {
     pub(super) ordered: bool,
     /// There is an inbox that messages can wait in.
     pub(super) parks: bool,
+    /// The transport keeps dead letters of its own.
+    pub(super) has_dead_letters: bool,
+    /// The broker counts how often it delivers a message.
+    pub(super) counts_deliveries: bool,
+    /// How many of the next deliveries may have ended the process before, where the broker does not count.
+    pub(super) young: AtomicUsize,
     /// The broker itself can deliver again after a delay.
     pub(super) delays: bool,
     /// Some chains handle several messages together.
@@ -70,10 +79,12 @@ pub(super) struct Finished {
 }
 
 impl Shared {
-    pub(super) fn gathers(&self, message: &Message) -> Option<Arc<dyn AnyChain>> {
-        if !self.any_gathers {
+    pub(super) fn gathers(&self, delivery: &Delivery) -> Option<Arc<dyn AnyChain>> {
+        // One that came before is handled by itself: it may be what ended the process.
+        if !self.any_gathers || (self.counts_deliveries && self.parks && delivery.delivery_count() > 1) {
             return None;
         }
+        let message = delivery.message();
         let chain = self.chains.get(message.kind())?;
         chain.gathering()?;
         Some(chain.clone())
@@ -104,6 +115,7 @@ impl Shared {
                 attempts: 0,
                 errors: Vec::new(),
             },
+            Some(chain) if self.is_suspicious(&delivery) => Box::pin(self.handle_counted(&**chain, &delivery)).await,
             Some(chain) => {
                 let mut ctx = Context::new(message.clone(), self.tools.clone());
                 chain.handle(&mut ctx, &self.by(&delivery)).await
@@ -111,6 +123,27 @@ impl Shared {
             None => Box::pin(self.without_chain(message)).await,
         };
         self.finish(delivery, key, handled).await
+    }
+
+    /// The same for a message that may have ended the process before: so often, and it is a dead letter.
+    async fn handle_counted(&self, chain: &dyn AnyChain, delivery: &Delivery) -> Handled {
+        let message = delivery.message();
+        let start = self.begin_start(message).await;
+        if let Some(start) = &start
+            && start.before >= self.retry.max_attempts
+        {
+            let why = format!(
+                "the process ended, or was cut off, {} times while it handled this message",
+                start.before
+            );
+            return Handled::dead(self.tools.clock.now(), why);
+        }
+        let mut ctx = Context::new(message.clone(), self.tools.clone());
+        let handled = chain.handle(&mut ctx, &self.by(delivery)).await;
+        if let Some(start) = start {
+            self.end_start(start).await;
+        }
+        handled
     }
 
     /// Several messages through one chain, together: `each` is given what became of each, by its place, when it is known.
@@ -158,6 +191,10 @@ impl Shared {
     pub(super) fn is_connected(&self) {
         if !self.gate.is_paused() {
             self.status.is(PartState::Running);
+        }
+        if !self.counts_deliveries {
+            self.young
+                .store(self.max_in_flight.load(Ordering::Relaxed), Ordering::Relaxed);
         }
         self.connected.send_replace(true);
     }
@@ -288,34 +325,53 @@ impl Shared {
     async fn park(&self, delivery: Delivery, key: Option<u64>, placement: Placement) -> Finished {
         let record = record(delivery.message(), placement);
         // Without an inbox there is nobody who would ever look there again.
-        let is_parked = self.parks && self.store(std::slice::from_ref(&record)).await;
-        let settlement = if is_parked {
+        let stored = match self.parks {
+            true => self.store(std::slice::from_ref(&record)).await,
+            false => Stored::Stopped,
+        };
+        if stored == Stored::Yes {
             self.counters.parked(1);
-            delivery.ack()
-        } else {
-            delivery.release()
+        }
+        self.stored(delivery, key, stored)
+    }
+
+    /// What the broker is told of a message that was to be stored in the inbox.
+    fn stored(&self, delivery: Delivery, key: Option<u64>, stored: Stored) -> Finished {
+        let settlement = match stored {
+            Stored::Yes => delivery.ack(),
+            // The log never takes it: the transport may. Where that cannot either, the message comes again.
+            Stored::Refused if self.has_dead_letters => {
+                self.counters.dead_lettered(1);
+                delivery.dead_letter()
+            }
+            Stored::Refused | Stored::Stopped => delivery.release(),
         };
         Finished {
             settlement,
             key,
-            is_parked,
+            is_parked: stored == Stored::Yes,
         }
     }
 
     /// Parks deliveries behind what waits of their key.
     pub(super) async fn park_behind(&self, deliveries: Vec<Delivery>, key: Option<u64>) -> Vec<Finished> {
         let records: Vec<_> = deliveries.iter().map(|d| record(d.message(), behind())).collect();
-        let is_parked = self.store(&records).await;
-        if is_parked {
-            self.counters.parked(records.len());
+        let mut all = self.store(&records).await;
+        let mut finished = Vec::with_capacity(deliveries.len());
+        for (delivery, record) in deliveries.into_iter().zip(&records) {
+            let mut stored = all;
+            if all == Stored::Refused && records.len() > 1 {
+                stored = self.store(std::slice::from_ref(record)).await;
+                if stored == Stored::Stopped {
+                    all = Stored::Stopped;
+                }
+            }
+            if stored == Stored::Yes {
+                self.counters.parked(1);
+            }
+            finished.push(self.stored(delivery, key, stored));
         }
-        let settle = |delivery: Delivery| if is_parked { delivery.ack() } else { delivery.release() };
-        let finished = |delivery| Finished {
-            settlement: settle(delivery),
-            key,
-            is_parked,
-        };
-        deliveries.into_iter().map(finished).collect()
+        finished
     }
 
     /// Makes a dead letter: in the log's inbox of the group, and only then is the broker's copy acknowledged.
@@ -327,12 +383,11 @@ impl Shared {
             delivery.dead_letter()
         } else {
             let record = record(message, Placement::Failed { attempts, errors });
-            if self.store(std::slice::from_ref(&record)).await {
+            let stored = self.store(std::slice::from_ref(&record)).await;
+            if stored == Stored::Yes {
                 self.counters.dead_lettered(1);
-                delivery.ack()
-            } else {
-                delivery.release()
             }
+            self.stored(delivery, key, stored).settlement
         };
         Finished {
             settlement,

@@ -441,6 +441,9 @@ impl About {
             max_in_flight: AtomicUsize::new(max_in_flight),
             ordered,
             parks,
+            has_dead_letters: can.dead_letter,
+            counts_deliveries: can.delivery_count,
+            young: AtomicUsize::new(0),
             delays: can.delayed_retry,
             on_exhausted: match options.on_exhausted.unwrap_or_default() {
                 OnExhausted::DeadLetter => Verdict::DeadLetter,

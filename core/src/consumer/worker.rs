@@ -372,8 +372,7 @@ impl Worker {
     fn start_key(&self, hand: &mut InHand, key: u64) {
         let Some(waiting) = hand.keys.get_mut(&key) else { return };
         let mut deliveries = VecDeque::new();
-        let takes_part =
-            |waiting: &Waiting| !waiting.is_held_back && self.shared.gathers(waiting.delivery.message()).is_none();
+        let takes_part = |waiting: &Waiting| !waiting.is_held_back && self.shared.gathers(&waiting.delivery).is_none();
         while deliveries.len() < RUN
             && let Some(Waiting { delivery, .. }) = waiting.pop_front_if(|waiting| takes_part(waiting))
         {
@@ -402,7 +401,7 @@ impl Worker {
 
     /// Begins one delivery.
     fn start(&self, hand: &mut InHand, delivery: Delivery, key: Option<u64>) {
-        if let Some(chain) = self.shared.gathers(delivery.message()) {
+        if let Some(chain) = self.shared.gathers(&delivery) {
             hand.gatherings.add(chain, delivery, key, &*self.shared.tools.clock);
             return;
         }

@@ -12,6 +12,9 @@ pub struct LogCapabilities {
     pub scheduling: bool,
     /// Keeps what succeeded, while the retention lasts.
     pub history: bool,
+    /// Has two transactions that write open side by side. Without it, a second one that a handler begins beside its own waits
+    /// for ever, so it is refused.
+    pub concurrent_writers: bool,
 }
 
 impl LogCapabilities {
@@ -22,6 +25,7 @@ impl LogCapabilities {
             order_by_key: true,
             scheduling: true,
             history: true,
+            concurrent_writers: true,
         }
     }
     /// Sets whether it keeps the order of a key.
@@ -34,6 +38,12 @@ impl LogCapabilities {
     #[must_use]
     pub const fn with_scheduling(mut self, yes: bool) -> Self {
         self.scheduling = yes;
+        self
+    }
+    /// Sets whether two transactions that write can be open side by side.
+    #[must_use]
+    pub const fn with_concurrent_writers(mut self, yes: bool) -> Self {
+        self.concurrent_writers = yes;
         self
     }
     /// Sets whether it keeps what succeeded.

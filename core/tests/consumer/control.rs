@@ -298,3 +298,48 @@ async fn one_message_that_misses_a_service_stops_no_other() {
         assert!(waiting.iter().all(|stored| stored.attempts == 0), "{waiting:?}");
     }
 }
+
+/// A message whose handling never ends before its process does is a dead letter after so many starts.
+#[tokio::test]
+async fn a_message_that_ends_its_process_is_a_dead_letter_at_last() {
+    let world = World::start(options()).await;
+    let begun = Arc::new(AtomicU32::new(0));
+    let mut lives = 0;
+    loop {
+        lives += 1;
+        assert!(lives < 10, "it comes again for ever");
+        let before = begun.load(Ordering::SeqCst);
+        let running = world
+            .bus
+            .subscribe::<OrderPlaced>("g")
+            .retry(Retry::default().with_max_attempts(3))
+            .state(begun.clone())
+            .handler(async |begun: &AtomicU32, order, _| {
+                if order.id == 0 {
+                    begun.fetch_add(1, Ordering::SeqCst);
+                    std::future::pending::<()>().await;
+                }
+                Ok(())
+            })
+            .start()
+            .await
+            .unwrap();
+        if lives == 1 {
+            world.bus.publish(&placed(0, "ada")).await.unwrap();
+        }
+        world.bus.publish(&placed(lives, "bob")).await.unwrap();
+        world.until(|_| running.report().handled == 1).await;
+        for _ in 0..20 {
+            world.settle().await;
+        }
+        if running.report().dead_lettered == 1 {
+            break;
+        }
+        assert_eq!(begun.load(Ordering::SeqCst), before + 1);
+        let _ = running.stop(Duration::ZERO).await;
+    }
+    // The first delivery is not counted, since nothing speaks against it.
+    assert_eq!((lives, begun.load(Ordering::SeqCst)), (5, 4));
+    let stored = crate::dead(&world, "g").await.remove(0);
+    assert!(stored.errors[0].text.contains("3 times"), "{:?}", stored.errors);
+}

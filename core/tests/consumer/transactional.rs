@@ -481,3 +481,39 @@ async fn an_error_about_a_missing_transaction_says_the_true_reason() {
     );
     assert!(!over.contains("add the `Transactional`"), "{over}");
 }
+
+/// Publishing beside the transaction that a handler runs in, in place of in it, is an error that says what to do.
+#[tokio::test]
+async fn a_transaction_beside_that_of_the_handler_is_refused() {
+    let world = World::start(options()).await;
+    let bus = world.bus.clone();
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .middleware(Transactional::new())
+        .retry(Retry::none())
+        .state(bus)
+        .handler(async |bus: &Bus, order, ctx| {
+            let paid = OrderPaid { order: order.id };
+            match order.id {
+                1 => bus.publish(&paid).await?,
+                _ => ctx.publish(&paid).await?,
+            };
+            Ok(())
+        })
+        .start()
+        .await
+        .unwrap();
+    for id in 1..=2 {
+        world.bus.publish(&placed(id, &id.to_string())).await.unwrap();
+    }
+    for _ in 0..5 {
+        world.pass(secs(1)).await;
+    }
+    world
+        .until(|_| running.report().dead_lettered == 1 && running.report().handled == 1)
+        .await;
+    for stored in dead(&world, "g").await {
+        assert!(stored.errors[0].text.contains("ctx.publish"), "{:?}", stored.errors);
+    }
+}

@@ -184,10 +184,14 @@ impl fmt::Debug for SqliteLog {
 
 impl From<SqliteLog> for EventLog {
     fn from(log: SqliteLog) -> Self {
-        Self::new("sqlite", log.clone(), LogCapabilities::all())
-            .with_transactions(log.clone())
-            .with_inbox(log.clone())
-            .with_admin(log)
+        Self::new(
+            "sqlite",
+            log.clone(),
+            LogCapabilities::all().with_concurrent_writers(false),
+        )
+        .with_transactions(log.clone())
+        .with_inbox(log.clone())
+        .with_admin(log)
     }
 }
 

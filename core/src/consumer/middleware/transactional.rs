@@ -71,7 +71,8 @@ impl<E: Sync + 'static> Middleware<E> for Transactional {
             }
         }
         ctx.lend(tx);
-        let result = next.run(ctx, event).await;
+        let bus = ctx.bus().clone();
+        let result = bus.in_transaction(next.run(ctx, event)).await;
         let Some(tx) = ctx.take_transaction() else {
             return result;
         };
