@@ -6,11 +6,13 @@ use std::collections::VecDeque;
 ///
 /// For logs read with a cursor, behind which everything is known. Keys are hashes
 /// ([`Message::key_hash`](crate::Message::key_hash)): two keys that collide only wait for each other.
+///
+/// What is passed over costs its position, eight bytes, however much it is: a backlog of one key must not keep the cursor
+/// from the others.
 #[derive(Debug, Default)]
 pub struct Holdings {
     held: FxHashMap<u64, Option<u64>>,
     keys: FxHashMap<u64, Key>,
-    passed_over: usize,
     /// Keys that became free with something passed over.
     freed: VecDeque<u64>,
     claim: u64,
@@ -25,9 +27,6 @@ struct Key {
 }
 
 impl Holdings {
-    /// How many records passed over it remembers before [`is_full`](Holdings::is_full).
-    pub const MAX_PASSED_OVER: usize = 65_536;
-
     /// Begins a claim: what it takes of one key counts as one run.
     pub fn begin_claim(&mut self) {
         self.claim += 1;
@@ -44,7 +43,6 @@ impl Holdings {
             if busy {
                 let at = entry.passed_over.partition_point(|p| *p < position);
                 entry.passed_over.insert(at, position);
-                self.passed_over += 1;
                 return false;
             }
             entry.held += 1;
@@ -85,7 +83,6 @@ impl Holdings {
             };
             key.held += 1;
             key.claim = claim;
-            self.passed_over -= 1;
             self.held.insert(position, Some(hash));
             taken.push(position);
         }
@@ -129,7 +126,6 @@ impl Holdings {
         let key = self.keys.entry(hash).or_default();
         let at = key.passed_over.partition_point(|p| *p < position);
         key.passed_over.insert(at, position);
-        self.passed_over += 1;
         if key.held == 0 {
             self.freed.push_back(hash);
         }
@@ -141,6 +137,20 @@ impl Holdings {
         self.keys
             .get(&key)
             .map_or_else(Vec::new, |key| key.passed_over.iter().copied().collect())
+    }
+
+    /// The first of what was passed over for a key, up to `max`, in order.
+    #[must_use]
+    pub fn first_passed_over(&self, key: u64, max: usize) -> Vec<u64> {
+        self.keys
+            .get(&key)
+            .map_or_else(Vec::new, |key| key.passed_over.iter().take(max).copied().collect())
+    }
+
+    /// Whether anything was passed over for a key.
+    #[must_use]
+    pub fn has_passed_over(&self, key: u64) -> bool {
+        self.keys.get(&key).is_some_and(|key| !key.passed_over.is_empty())
     }
 
     /// What was passed over for a key and `belongs` to it (hashes collide), forgotten here: it is being parked behind
@@ -157,7 +167,6 @@ impl Holdings {
             }
             !forget
         });
-        self.passed_over -= forgotten.len();
         self.forget_if_idle(hash);
         forgotten
     }
@@ -180,12 +189,12 @@ impl Holdings {
 
     /// The positions behind `cursor` that are out or passed over: not to be read again.
     pub fn known_above(&self, cursor: u64) -> impl Iterator<Item = u64> {
-        let passed_over = self.keys.values().flat_map(|key| key.passed_over.iter());
-        self.held
-            .keys()
-            .chain(passed_over)
-            .copied()
-            .filter(move |position| *position > cursor)
+        let passed_over = self.keys.values().flat_map(move |key| {
+            let first = key.passed_over.partition_point(|position| *position <= cursor);
+            key.passed_over.range(first..)
+        });
+        let held = self.held.keys().filter(move |position| **position > cursor);
+        held.chain(passed_over).copied()
     }
 
     /// Whether something of this key is out, given by an earlier claim than the one begun last.
@@ -211,12 +220,6 @@ impl Holdings {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.held.is_empty()
-    }
-
-    /// Whether so much has been passed over that the cursor should stand still until a key is free.
-    #[must_use]
-    pub fn is_full(&self) -> bool {
-        self.passed_over >= Self::MAX_PASSED_OVER
     }
 
     /// Forgets everything: the lease is lost, and the cursor begins anew.
@@ -270,7 +273,7 @@ mod tests {
         let mut again = h.take_freed(10);
         again.sort_unstable();
         assert_eq!(again, [1, 2, 3, 4]);
-        assert!(h.is_held(4) && !h.is_full());
+        assert!(h.is_held(4));
         assert_eq!(h.forget_key(7, |_| true), [] as [u64; 0]);
     }
 }

@@ -35,6 +35,8 @@ macro_rules! log_conformance {
             never_is_a_time_like_any_other
             nothing_waiting_stops_a_neighbour
             a_busy_key_is_passed_over_and_given_later
+            a_backlog_of_one_key_hinders_no_other
+            a_long_run_waits_behind_its_head_in_order
             order_survives_failure
             a_key_waits_for_whatever_is_parked_of_it
             order_survives_a_take_over

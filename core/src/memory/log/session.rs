@@ -208,9 +208,6 @@ impl Claiming<'_> {
     fn fresh(&mut self) -> bool {
         let mut looks = self.max.saturating_mul(SCANNED_PER_GIVEN);
         while self.room() > 0 {
-            if self.held.holdings.is_full() {
-                return true;
-            }
             let Some((position, row)) = self.rows.hot.next_after(self.held.cursor) else {
                 return true;
             };

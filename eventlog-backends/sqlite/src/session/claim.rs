@@ -360,13 +360,7 @@ impl Claiming<'_> {
         };
         let mut may_read = self.max.saturating_mul(READ_PER_GIVEN);
         while self.room() > 0 {
-            let (cursor, is_full) = {
-                let held = self.shared.held();
-                (held.cursor, held.holdings.is_full())
-            };
-            if is_full {
-                return Ok(true);
-            }
+            let cursor = self.shared.held().cursor;
             let wanted = self.room().min(may_read);
             if wanted == 0 {
                 return Ok(false);

@@ -36,6 +36,8 @@ const READ_PER_GIVEN: usize = 8;
 const LEAST_OF_A_LANE: usize = 16;
 /// How often it is looked for strays; oftener where the lease is short.
 const SWEEP_EVERY: Duration = Duration::from_secs(60);
+/// How much of what was passed over for a key is parked at once.
+pub(super) const PARKED_AT_ONCE: usize = 1000;
 /// Where somebody else was parking the same keys.
 const PARK_AGAIN: Duration = Duration::from_millis(10);
 /// The column of the payload, of those that make a message.
@@ -366,7 +368,7 @@ impl Claiming<'_> {
             let all: Vec<i16> = held.active().map(|(lane, _)| *lane).collect();
             let begin = first % all.len().max(1);
             for number in all[begin..].iter().chain(&all[..begin]) {
-                let Some(lane) = held.lanes.get(number).filter(|lane| !lane.holdings.is_full()) else {
+                let Some(lane) = held.lanes.get(number) else {
                     continue;
                 };
                 if self.stopped.contains_key(number) {
@@ -489,13 +491,17 @@ impl Claiming<'_> {
                     && lane.parked.contains_key(&hash)
                 {
                     let key = (number, message.topic().as_str().to_owned(), key.to_owned());
-                    // What was passed over while a settle was parking the key comes before it.
-                    for passed_over in lane.holdings.passed_over(hash) {
+                    // What was passed over comes before it: while a settle was parking the key, or more than is parked at once.
+                    let before = lane.holdings.first_passed_over(hash, PARKED_AT_ONCE + 1);
+                    let is_next = were_freed || before.len() <= PARKED_AT_ONCE;
+                    for passed_over in before.into_iter().take(PARKED_AT_ONCE) {
                         if lane.moving.insert(passed_over) {
                             behind.push((number, id(passed_over), hash, key.clone()));
                         }
                     }
-                    behind.push((number, at, hash, key));
+                    if is_next || lane.holdings.take(position(at), Some(hash)) {
+                        behind.push((number, at, hash, key));
+                    }
                     continue;
                 }
                 if were_freed || lane.holdings.take(position(at), hash) {

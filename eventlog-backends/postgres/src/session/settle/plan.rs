@@ -4,7 +4,7 @@ use crate::{
     append::{KeyOf, state},
     log::unexpected,
     row::{errors_to_text, secs},
-    session::{Held, Out, id, lanes, position, untag},
+    session::{Held, Out, claim::PARKED_AT_ONCE, id, lanes, position, untag},
     tid::Tid,
 };
 use postrider_core::{
@@ -206,7 +206,8 @@ impl Plan {
         let Some(lane) = held.lanes.get(&place.0) else {
             return Ok(());
         };
-        let passed_over = lane.holdings.passed_over(hash);
+        // A part of it: the rest is parked by the claims to come, which find the key parked.
+        let passed_over = lane.holdings.first_passed_over(hash, PARKED_AT_ONCE);
         if passed_over.is_empty() || self.effects.forget.iter().any(|(_, other, _)| *other == hash) {
             return Ok(());
         }
