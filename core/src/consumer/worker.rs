@@ -320,6 +320,11 @@ impl Worker {
             }
         };
         for (delivery, mut answer) in looked.deliveries.into_iter().zip(answers) {
+            // What was before it in its key has been dropped.
+            if delivery.gone().is_cancelled() {
+                hand.settlements.push(delivery.release());
+                continue;
+            }
             let key = delivery.message().key_hash();
             // Those before it in this loop may have been parked at once, too.
             if answer == Admission::New && key.is_some_and(|key| hand.parked_meanwhile.contains(&key)) {
