@@ -161,7 +161,8 @@ impl Engine {
         };
         self.log_answered();
         if !claimed.lease.is_same(&self.lease) {
-            if self.in_hand.len() > self.in_flight || !self.settling.is_empty() {
+            // Once lost, what is left is with the client, with those behind it: nothing to lose again at each claim.
+            if self.has_lease && (self.in_hand.len() > self.in_flight || !self.settling.is_empty()) {
                 self.lose_lease();
             } else {
                 self.tenure += 1;
