@@ -12,7 +12,7 @@ use std::{
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context as TaskContext, Poll, Waker},
-    time::{Duration, Instant},
+    time::Duration,
 };
 use tokio::sync::Notify;
 use tokio_util::{
@@ -168,7 +168,7 @@ impl Member {
                 continue;
             };
             tokio::task::coop::consume_budget().await;
-            let began = Instant::now();
+            let began = self.shared.tools.clock.elapsed();
             let mut handling: BoxFuture<'static, ()> = match job {
                 Job::Run(run) => Box::pin(handle(self.shared.clone(), self.queue.clone(), run)),
                 Job::Together(chain, batch) => {
@@ -186,7 +186,7 @@ impl Member {
                     });
                 }
             }
-            if began.elapsed() >= LONG {
+            if self.shared.tools.clock.elapsed().saturating_sub(began) >= LONG {
                 tokio::task::yield_now().await;
             }
         }

@@ -178,7 +178,7 @@ impl Site {
         if ctx.has_transaction() {
             let goes = match with_barrier {
                 true => {
-                    let barrier = ctx.barrier(&step.to_string());
+                    let barrier = ctx.barrier(&step.to_string()).await?;
                     barrier.forward(ctx.transaction()?).await?
                 }
                 false => true,
@@ -211,7 +211,7 @@ impl Site {
             return Err(HandlerError::unavailable("the bank is closed"));
         }
         world.note(format_args!("{} takes back {} step {step}", self.reach.name, short(of)));
-        let barrier = ctx.barrier(&step.to_string());
+        let barrier = ctx.barrier(&step.to_string()).await?;
         if barrier.compensate(ctx.transaction()?).await? {
             let effect = Effect {
                 id: of,
