@@ -378,21 +378,30 @@ impl Shared {
     async fn bury(&self, delivery: Delivery, key: Option<u64>, attempts: u32, errors: Vec<AttemptError>) -> Finished {
         let message = delivery.message();
         tracing::error!(message = %message.id(), topic = %message.topic(), group = %self.group, attempts, error = errors.last().map(|e| &*e.text), "the message could not be handled: it is a dead letter");
+        // Where its key waits for a person, so does what is in hand of it.
+        let hold_key = self.parks && key.is_some() && self.tools.bus.relay_options().holds_key(message.topic());
+        let mut is_parked = false;
         let settlement = if self.tools.log.is_none() {
             self.counters.dead_lettered(1);
             delivery.dead_letter()
         } else {
-            let record = record(message, Placement::Failed { attempts, errors });
+            let placement = Placement::Failed {
+                attempts,
+                errors,
+                hold_key,
+            };
+            let record = record(message, placement);
             let stored = self.store(std::slice::from_ref(&record)).await;
             if stored == Stored::Yes {
                 self.counters.dead_lettered(1);
+                is_parked = hold_key;
             }
             self.stored(delivery, key, stored).settlement
         };
         Finished {
             settlement,
             key,
-            is_parked: false,
+            is_parked,
         }
     }
 }

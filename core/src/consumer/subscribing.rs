@@ -469,7 +469,11 @@ impl About {
                 max_publishing: FROM_INBOX_AT_ONCE,
                 batch_size: 2 * FROM_INBOX_AT_ONCE,
                 max_in_flight: 8 * FROM_INBOX_AT_ONCE,
-                topics: Vec::new(),
+                topics: if ordered {
+                    bus.relay_options().topics_of_inbox()
+                } else {
+                    Vec::new()
+                },
                 on_exhausted: None,
                 ..bus.relay_options().clone()
             };

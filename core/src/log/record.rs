@@ -95,6 +95,8 @@ pub enum Placement {
         attempts: u32,
         /// What went wrong.
         errors: Vec<AttemptError>,
+        /// Whether later ones of its key wait until a person has redriven or discarded it.
+        hold_key: bool,
     },
 }
 

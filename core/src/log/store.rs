@@ -63,11 +63,12 @@ pub trait EventLogStore: Debug + Send + Sync + 'static {
     /// - All or nothing; durable when it returns. An empty batch does nothing.
     /// - Records of one call and one key keep their order.
     /// - Parked and failed records are unique by (mailbox, message id): a second one changes nothing and is no error.
+    /// - One that failed with `hold_key` holds its key as a settled one does: later ones of it wait.
     /// - Every byte of payload, headers and key comes back as it was.
     /// - Cancelled, it has happened or it has not.
     ///
     /// Held by `log::append_claim_settle_round_trip`, `log::bytes_come_back_as_they_were`,
-    /// `log::parked_and_failed_are_unique`.
+    /// `log::parked_and_failed_are_unique`, `log::a_record_that_failed_on_arrival_can_hold_its_key`.
     ///
     /// # Errors
     /// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable): whether it happened is unknown where the connection

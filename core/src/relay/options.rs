@@ -219,6 +219,20 @@ impl RelayOptions {
         Lease::check(self.lease).map_err(|e| e.with("option", "relay.lease"))
     }
 
+    /// What becomes of a key of `topic` whose record failed.
+    pub(crate) fn holds_key(&self, topic: &Topic) -> bool {
+        self.of(topic).on_failed == OnFailed::HoldKey
+    }
+
+    /// What of the topics' options holds for inboxes, too: what becomes of keys. The rest is about publishing.
+    pub(crate) fn topics_of_inbox(&self) -> Vec<(TopicPattern, TopicOptions)> {
+        let of_inbox = |options: &TopicOptions| TopicOptions::default().with_on_failed(options.on_failed);
+        let topics = self.topics.iter();
+        topics
+            .map(|(pattern, options)| (pattern.clone(), of_inbox(options)))
+            .collect()
+    }
+
     /// What holds for `topic`.
     pub(super) fn of(&self, topic: &Topic) -> OfTopic {
         let found = self.topics.iter().find(|(pattern, _)| pattern.matches(topic));
@@ -394,7 +408,8 @@ pub enum OnFailed {
     /// The next of the key goes on.
     #[default]
     ReleaseKey,
-    /// The key waits until a person has redriven or discarded the failed record.
+    /// The key waits until a person has redriven or discarded the failed record: in the outbox, and in the inboxes of groups that
+    /// ask for order.
     HoldKey,
 }
 

@@ -49,6 +49,7 @@ macro_rules! log_conformance {
             failed_records_are_redriven_and_discarded
             a_redriven_record_may_be_refused_again
             a_failed_record_can_hold_its_key
+            a_record_that_failed_on_arrival_can_hold_its_key
             parked_and_failed_are_unique
             retries_do_not_starve_what_is_new
             what_succeeded_is_kept_only_if_asked

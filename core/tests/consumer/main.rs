@@ -7,6 +7,7 @@ mod batches;
 mod chains;
 mod control;
 mod durable;
+mod holding;
 mod inbox;
 mod members;
 mod middleware;

@@ -134,9 +134,18 @@ impl PostgresLog {
                     parked.push(&record.message)?;
                     parked_rest.push(state::DUE, *after, *attempts, errors)?;
                 }
-                Placement::Failed { attempts, errors } => {
+                Placement::Failed {
+                    attempts,
+                    errors,
+                    hold_key,
+                } => {
                     parked.push(&record.message)?;
-                    parked_rest.push(state::FAILED, Duration::ZERO, *attempts, errors)?;
+                    let state = if *hold_key {
+                        state::FAILED_AND_HOLDING
+                    } else {
+                        state::FAILED
+                    };
+                    parked_rest.push(state, Duration::ZERO, *attempts, errors)?;
                 }
                 _ => return Err(crate::log::unexpected("the Postgres log does not know this placement")),
             }
@@ -191,7 +200,7 @@ impl PostgresLog {
         let failed = doing("parking messages");
         let mut keys = BTreeSet::new();
         for (n, state) in rest.state.iter().enumerate() {
-            if let Some(key) = columns.key[n].filter(|_| *state == state::DUE) {
+            if let Some(key) = columns.key[n].filter(|_| *state != state::FAILED) {
                 keys.insert((columns.lane[n], columns.topic[n].to_owned(), key.to_owned()));
             }
         }

@@ -125,12 +125,21 @@ impl SqliteLog {
                     now,
                     *attempts,
                     errors,
-                    Some(later(now, *after)),
+                    (state::DUE, Some(later(now, *after))),
                 )
                 .await
             }
-            Placement::Failed { attempts, errors } => {
-                self.insert_parked(connection, mailbox, record, now, *attempts, errors, None)
+            Placement::Failed {
+                attempts,
+                errors,
+                hold_key,
+            } => {
+                let state = if *hold_key {
+                    state::FAILED_AND_HOLDING
+                } else {
+                    state::FAILED
+                };
+                self.insert_parked(connection, mailbox, record, now, *attempts, errors, (state, None))
                     .await
             }
             _ => Err(crate::log::unexpected(
@@ -149,7 +158,7 @@ impl SqliteLog {
         now: i64,
         attempts: u32,
         errors: &[AttemptError],
-        due_at: Option<i64>,
+        (state, due_at): (i64, Option<i64>),
     ) -> Result<()> {
         let failed = doing("parking a message");
         let (sql, message) = (self.sql(), &record.message);
@@ -171,11 +180,7 @@ impl SqliteLog {
         };
         let mut kept = Vec::new();
         AttemptError::keep(&mut kept, errors);
-        let state = match due_at {
-            None => state::FAILED,
-            Some(_) if is_behind => state::BEHIND,
-            Some(_) => state::DUE,
-        };
+        let state = if is_behind { state::BEHIND } else { state };
         bind(sqlx::query(sql.park_new.clone()).bind(mailbox), message, now)?
             .bind(id)
             .bind(i64::from(attempts))

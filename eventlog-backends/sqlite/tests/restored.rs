@@ -135,6 +135,7 @@ fn an_ok_means_committed_whatever_was_cut_off() {
                     log.append(&Mailbox::outbox(), &[record(None, &name)]).await.unwrap();
                     expected.push(name);
                     let dead = record(None, "dead").placed(Placement::Failed {
+                        hold_key: false,
                         attempts: 1,
                         errors: Vec::new(),
                     });
@@ -175,6 +176,7 @@ fn nothing_is_lost_below_the_cursor() {
                 log.append(&outbox, &old).await.unwrap();
                 assert_eq!(drain(&*session, 20).await.len(), 20);
                 let dead = record(None, "dead").placed(Placement::Failed {
+                    hold_key: false,
                     attempts: 1,
                     errors: Vec::new(),
                 });

@@ -214,10 +214,14 @@ impl Rows {
                     attempts,
                     errors,
                 } => (ParkedState::Due(now + *after), *attempts, errors),
-                Placement::Failed { attempts, errors } => {
+                Placement::Failed {
+                    attempts,
+                    errors,
+                    hold_key,
+                } => {
                     let state = ParkedState::Failed {
                         at: now,
-                        holds_key: false,
+                        holds_key: *hold_key,
                     };
                     (state, *attempts, errors)
                 }

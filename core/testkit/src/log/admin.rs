@@ -7,7 +7,7 @@ use super::{
 };
 use postrider_core::{
     ErrorKind, Mailbox, MessageId, RouteName,
-    log::{Cursor, Filter, NewRecord, Outcome, Page, RecordState},
+    log::{Admission, Arrival, Cursor, Filter, NewRecord, Outcome, Page, Placement, RecordState},
 };
 use std::{collections::BTreeMap, time::Duration};
 
@@ -129,6 +129,52 @@ pub async fn a_failed_record_can_hold_its_key(fixture: &dyn LogFixture) {
     assert_eq!(desk.drain().await, ["1", "2", "3"], "redriven, it goes on in its place");
     assert_eq!(admin.discard(&of("j"), 10).await.unwrap(), 1);
     assert_eq!(desk.drain().await, ["2", "3"], "discarded, the next goes on");
+}
+
+/// The same for one that comes as a dead letter: what waits of its key, and what comes later, goes on when a person has decided.
+pub async fn a_record_that_failed_on_arrival_can_hold_its_key(fixture: &dyn LogFixture) {
+    let log = fixture.log();
+    let admin = log.admin().unwrap();
+    let mailbox = Mailbox::Inbox(postrider_core::GroupName::new("holding"));
+    let options = postrider_core::log::SessionOptions::new(postrider_core::log::Owner::new()).with_lease(LONG);
+    let desk = Desk::on(fixture, fixture.log(), options, mailbox).await;
+    let dead = |key, name, hold_key| {
+        NewRecord::new(message("t", Some(key), name)).placed(Placement::Failed {
+            attempts: 2,
+            errors: vec![desk.error("hopeless")],
+            hold_key,
+        })
+    };
+    let behind = |key, name| {
+        NewRecord::new(message("t", Some(key), name)).placed(Placement::Parked {
+            after: Duration::ZERO,
+            attempts: 0,
+            errors: Vec::new(),
+        })
+    };
+    for key in ["k", "j"] {
+        desk.append(&[dead(key, "1", true)]).await;
+        desk.append(&[behind(key, "2")]).await;
+    }
+    desk.append(&[dead("i", "1", false), behind("i", "2")]).await;
+    if let Ok(inbox) = log.inbox() {
+        let Mailbox::Inbox(group) = &desk.mailbox else {
+            panic!("it is an inbox")
+        };
+        let arrival = Arrival::new(&message("t", Some("k"), "3"));
+        let answers = inbox.look(group, &[arrival]).await.unwrap();
+        assert_eq!(answers, [Admission::HeldBack]);
+    }
+    fixture.advance(SHORT * 2).await;
+    assert_eq!(desk.drain().await, ["2"], "of the key that nobody holds");
+    desk.append(&[behind("k", "3")]).await;
+    fixture.advance(SHORT * 2).await;
+    assert!(desk.take().await.is_empty());
+    let of = |key| Filter::of(desk.mailbox.clone()).with_key(key);
+    assert_eq!(admin.redrive(&of("k"), 10).await.unwrap(), 1);
+    assert_eq!(desk.drain().await, ["1", "2", "3"], "redriven, it goes on in its place");
+    assert_eq!(admin.discard(&of("j"), 10).await.unwrap(), 1);
+    assert_eq!(desk.drain().await, ["2"], "discarded, the next goes on");
 }
 
 /// The numbers are right.

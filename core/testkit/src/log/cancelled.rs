@@ -31,6 +31,7 @@ fn group() -> GroupName {
 
 fn dead(name: &str) -> NewRecord {
     NewRecord::new(message("t", None, name)).placed(Placement::Failed {
+        hold_key: false,
         attempts: 1,
         errors: Vec::new(),
     })

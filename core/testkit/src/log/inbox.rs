@@ -132,6 +132,7 @@ pub async fn admission_knows_what_waits(fixture: &dyn LogFixture) {
     );
     let other_topic = message("u", Some("k"), "4");
     let failed = NewRecord::new(dead.clone()).placed(Placement::Failed {
+        hold_key: false,
         attempts: 3,
         errors: Vec::new(),
     });

@@ -199,6 +199,7 @@ pub async fn parked_and_failed_are_unique(fixture: &dyn LogFixture) {
         })
     };
     let dead = NewRecord::new(message("t", None, "dead").with_id(dead_id())).placed(Placement::Failed {
+        hold_key: false,
         attempts: 1,
         errors: vec![desk.error("no")],
     });

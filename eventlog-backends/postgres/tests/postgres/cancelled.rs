@@ -21,6 +21,7 @@ fn parked(name: &str) -> NewRecord {
 fn dead(name: &str) -> NewRecord {
     let message = Message::new(Topic::new("t"), "t.v1", name.to_owned());
     NewRecord::new(message).placed(Placement::Failed {
+        hold_key: false,
         attempts: 1,
         errors: Vec::new(),
     })
