@@ -128,6 +128,26 @@ pub trait Subscriber: Debug + Send + Sync + 'static {
     /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) for what was not declared as a capability;
     /// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable) if the broker cannot be reached.
     async fn subscribe(&self, subscription: &Subscription) -> Result<Feed>;
+
+    /// Declares what the group needs, and joins it not: what is published from then on waits for its first member.
+    ///
+    /// # Contract
+    /// Does what [`subscribe`](Subscriber::subscribe) declares, and nothing else: no member counts, none is disturbed. A second
+    /// call changes nothing, and adds the topics that are new. With [`broadcast`](Subscription::broadcast) there is nothing that
+    /// could wait: refused.
+    ///
+    /// Held by `transport::what_is_published_to_a_declared_group_waits_for_it`.
+    ///
+    /// # Errors
+    /// As [`subscribe`](Subscriber::subscribe).
+    async fn declare(&self, subscription: &Subscription) -> Result<()>;
+}
+
+/// The error of [`declare`](Subscriber::declare) for a broadcast, whose members have nothing that outlasts them.
+#[must_use]
+pub fn nothing_to_declare(group: &GroupName) -> Error {
+    let text = "a broadcast cannot be declared: nothing waits for a member that is not there";
+    Error::new(crate::ErrorKind::Unsupported, text).with("group", group)
 }
 
 /// How a driver names a delivery: chosen by it, opaque to everybody else, unique within the feed until it is settled.
@@ -265,6 +285,9 @@ macro_rules! forward {
         impl<S: Subscriber + ?Sized> Subscriber for $pointer<S> {
             async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
                 (**self).subscribe(subscription).await
+            }
+            async fn declare(&self, subscription: &Subscription) -> Result<()> {
+                (**self).declare(subscription).await
             }
         }
         #[async_trait]

@@ -314,3 +314,36 @@ fn a_runtime_without_timers_is_refused_at_the_start() {
         }
     });
 }
+
+#[tokio::test]
+async fn a_group_can_be_declared_before_it_has_a_member() {
+    let clock = postrider_core::clock::ManualClock::shared();
+    let (log, clock2) = (MemoryLog::on_clock(clock.clone()), clock.clone());
+    // This broker takes nothing that no group wants, as RabbitMQ.
+    let transport = MemoryTransport::on_clock(clock.clone()).confirm_when_handled();
+    let bus = Bus::builder()
+        .log(log)
+        .transport(transport)
+        .clock(clock2)
+        .build()
+        .unwrap();
+    bus.start().await.unwrap();
+    bus.declare::<OrderPlaced>("billing").await.unwrap();
+    bus.declare::<OrderPlaced>("billing").await.unwrap();
+    let bad = bus.declare::<OrderPlaced>("two words").await.unwrap_err();
+    assert_eq!(bad.kind(), ErrorKind::Invalid);
+    bus.publish(&placed(1, None)).await.unwrap();
+    for _ in 0..200 {
+        tokio::task::yield_now().await;
+    }
+    assert!(bus.relay_report().paused_topics.is_empty(), "{:?}", bus.relay_report());
+    let running = bus
+        .subscribe::<OrderPlaced>("billing")
+        .handler(fine)
+        .start()
+        .await
+        .unwrap();
+    while running.report().handled == 0 {
+        tokio::task::yield_now().await;
+    }
+}

@@ -104,6 +104,9 @@ impl Subscriber for Faulty<dyn Subscriber> {
         };
         Ok(Feed::new(deliveries, Faulty(faults, settler)))
     }
+    async fn declare(&self, subscription: &Subscription) -> Result<()> {
+        self.1.declare(subscription).await
+    }
 }
 
 #[derive(Debug)]
@@ -272,6 +275,9 @@ struct Refusing;
 #[async_trait]
 impl Subscriber for Refusing {
     async fn subscribe(&self, _: &Subscription) -> Result<Feed> {
+        Err(Error::new(ErrorKind::Config, "no such exchange"))
+    }
+    async fn declare(&self, _: &Subscription) -> Result<()> {
         Err(Error::new(ErrorKind::Config, "no such exchange"))
     }
 }

@@ -251,6 +251,9 @@ impl<S: Subscriber> Subscriber for NoDeadLetters<S> {
         let feed = self.0.subscribe(subscription).await?;
         Ok(feed.map_settler(NoDeadLetters))
     }
+    async fn declare(&self, subscription: &Subscription) -> Result<()> {
+        self.0.declare(subscription).await
+    }
 }
 
 #[async_trait]

@@ -165,6 +165,10 @@ impl Settler for Acks {
 
 #[async_trait]
 impl Subscriber for Broker {
+    /// It keeps everything anyway.
+    async fn declare(&self, _: &Subscription) -> Result<()> {
+        Ok(())
+    }
     async fn subscribe(&self, _: &Subscription) -> Result<Feed> {
         let acks: HashSet<String> = lines(&self.dir.join("acks")).into_iter().collect();
         let all = lines(&self.dir.join("messages"));

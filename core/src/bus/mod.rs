@@ -191,6 +191,24 @@ impl Bus {
         Subscribing::new(self.clone(), group)
     }
 
+    /// Declares the queue of `group` for events of type `E`, and consumes nothing: what is published from then on waits for the
+    /// group's first member. For a deploy that publishes before its consumers are there: on brokers that route, such as RabbitMQ, an
+    /// event that no group wants yet waits in the outbox, and its topic counts as paused.
+    ///
+    /// For a group of several types call it for each. The order of keys is asked for where `E` has a key, or as the configuration
+    /// of [`subscription`](BusBuilder::subscription) says: it has to be what the group will ask for itself, which for a group that
+    /// handles types with and without keys is order.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for a group that is no name; [`ErrorKind::Unsupported`] if the transport cannot give what is asked
+    /// for; otherwise of the broker.
+    pub async fn declare<E: Event>(&self, group: impl Into<String>) -> Result<()> {
+        let group = GroupName::parse(group.into())?;
+        let options = self.subscription_options(&group).cloned().unwrap_or_default();
+        let subscription = options.describe(group, vec![E::TOPIC], E::KEYED)?;
+        self.0.transport.subscriber(&subscription)?.declare(&subscription).await
+    }
+
     /// The dead letters of a mailbox: `Mailbox::outbox()`, or `Mailbox::Inbox(group)`.
     ///
     /// # Errors

@@ -1,5 +1,5 @@
 use super::Retry;
-use crate::{Error, ErrorKind, Result, clock::bounded, subscriber::QueueOptions};
+use crate::{Error, ErrorKind, GroupName, Result, Subscription, Topic, clock::LONGEST, subscriber::QueueOptions};
 use serde::Deserialize;
 use std::time::Duration;
 
@@ -124,12 +124,24 @@ impl SubscriptionOptions {
     /// What is the broker's affair.
     pub(super) fn queue(&self) -> QueueOptions {
         QueueOptions {
-            expiry: self.queue_expiry.map(bounded),
-            message_expiry: self.message_expiry.map(bounded),
+            // "Never" is what the broker does without being told.
+            expiry: self.queue_expiry.filter(|expiry| *expiry < LONGEST),
+            message_expiry: self.message_expiry.filter(|expiry| *expiry < LONGEST),
             dead_letter_to: self.dead_letter_to.clone(),
             bind: self.bind.clone(),
             declare: self.declare,
         }
+    }
+
+    /// What these make of a group's topics for the broker; `keyed` says whether an event type has a key.
+    pub(crate) fn describe(&self, group: GroupName, topics: Vec<Topic>, keyed: bool) -> Result<Subscription> {
+        self.validate().map_err(|error| error.with("group", &group))?;
+        let max_in_flight = self.max_in_flight.unwrap_or(256);
+        let mut subscription = Subscription::new(group, topics).with_max_in_flight(max_in_flight);
+        subscription.ordered = self.ordered.unwrap_or(keyed);
+        subscription.broadcast = self.broadcast.unwrap_or(false);
+        subscription.queue = self.queue();
+        Ok(subscription)
     }
 
     pub(super) fn validate(&self) -> Result<()> {

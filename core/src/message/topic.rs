@@ -58,6 +58,58 @@ const fn problem(name: &str) -> Option<&'static str> {
     None
 }
 
+/// The text of a panic that a constant may have, too.
+struct Told {
+    bytes: [u8; Told::MOST],
+    len: usize,
+}
+
+impl Told {
+    const MOST: usize = 256;
+    /// So many bytes of a name are shown.
+    const SHOWN: usize = 64;
+
+    const fn new(what: &str, name: &str, why: &str) -> Self {
+        let told = Self {
+            bytes: [0; Self::MOST],
+            len: 0,
+        };
+        let told = told.with(what.as_bytes(), Self::MOST).with(b"`", 1);
+        let told = told.with(name.as_bytes(), Self::SHOWN);
+        let told = if name.len() > Self::SHOWN {
+            told.with("…".as_bytes(), 3)
+        } else {
+            told
+        };
+        told.with(b"`: ", 3).with(why.as_bytes(), Self::MOST)
+    }
+
+    /// At most `most` bytes, to the last whole character of them.
+    const fn with(mut self, text: &[u8], most: usize) -> Self {
+        let mut end = if text.len() < most { text.len() } else { most };
+        while end < text.len() && end > 0 && text[end] & 0b1100_0000 == 0b1000_0000 {
+            end -= 1;
+        }
+        let mut at = 0;
+        while at < end && self.len < Self::MOST {
+            self.bytes[self.len] = text[at];
+            self.len += 1;
+            at += 1;
+        }
+        self
+    }
+}
+
+#[track_caller]
+#[allow(clippy::panic)]
+const fn panic_with(told: &Told) -> ! {
+    let (text, _) = told.bytes.split_at(told.len);
+    match std::str::from_utf8(text) {
+        Ok(text) => panic!("{}", text),
+        Err(_) => panic!("not a name"),
+    }
+}
+
 /// A name as an error shows it: hostile ones can be long.
 pub(crate) fn shortened(text: &str) -> String {
     const SHOWN: usize = 64;
@@ -76,10 +128,12 @@ macro_rules! name_type {
             /// If the name breaks the rules; in a constant that is a compile error.
             #[must_use]
             #[allow(clippy::panic)]
+            #[track_caller]
             pub const fn new(name: &'static str) -> Self {
                 match problem(name) {
                     None => Self(Text::from_static(name)),
-                    Some(why) => panic!("{}", why),
+                    // What a constant is evaluated with formats nothing: the parts are put together by hand.
+                    Some(why) => panic_with(&Told::new(concat!("not a ", $what, ": "), name, why)),
                 }
             }
 
@@ -133,6 +187,30 @@ impl RouteName {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wrong_literal_is_shown_in_the_panic() {
+        let long: &'static str = "ä".repeat(200).leak();
+        for (name, says) in [
+            (
+                "orders placed",
+                "not a topic: `orders placed`: it may contain only the characters",
+            ),
+            ("", "not a topic: ``: it is empty"),
+            (long, "…`: it has more than 200 bytes"),
+        ] {
+            let panic = std::panic::catch_unwind(|| Topic::new(name)).unwrap_err();
+            let text = panic.downcast_ref::<String>().unwrap();
+            assert!(text.contains(says) && text.len() < 200, "{text}");
+        }
+        let group = std::panic::catch_unwind(|| GroupName::new("a b")).unwrap_err();
+        assert!(
+            group
+                .downcast_ref::<String>()
+                .unwrap()
+                .starts_with("not a group name: `a b`")
+        );
+    }
 
     #[test]
     fn names_are_checked() {

@@ -243,6 +243,9 @@ impl Subscriber for Mortal<Arc<dyn Subscriber>> {
             Mortal::new(settler, &self.life),
         ))
     }
+    async fn declare(&self, subscription: &Subscription) -> Result<()> {
+        self.reach()?.declare(subscription).await
+    }
 }
 
 #[async_trait]

@@ -103,6 +103,7 @@ macro_rules! transport_conformance {
             competing_consumers_share
             members_share_the_partitions
             a_late_subscriber_gets_what_waited
+            what_is_published_to_a_declared_group_waits_for_it
             a_broadcast_reaches_every_member
             a_pattern_takes_every_topic_that_matches
             concurrent_close_loses_nothing

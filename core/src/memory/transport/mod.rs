@@ -12,6 +12,7 @@ use crate::{
     clock::{Clock, SystemClock},
     publisher::Outcomes,
     relay::TopicPattern,
+    subscriber::nothing_to_declare,
 };
 use async_trait::async_trait;
 use feed::Member;
@@ -285,6 +286,26 @@ impl State {
 #[async_trait]
 impl Subscriber for MemoryTransport {
     async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
+        let group = self.declared(subscription);
+        let member = Arc::new(Member::new(group, self.broker.clone(), subscription));
+        Ok(Feed::new(
+            feed::MemoryDeliveries(member.clone()),
+            feed::MemorySettler(member),
+        ))
+    }
+
+    async fn declare(&self, subscription: &Subscription) -> Result<()> {
+        if subscription.broadcast {
+            return Err(nothing_to_declare(&subscription.group));
+        }
+        self.declared(subscription);
+        Ok(())
+    }
+}
+
+impl MemoryTransport {
+    /// The group, with what it is to get.
+    fn declared(&self, subscription: &Subscription) -> Arc<Group> {
         let mut state = self.state();
         let group = if subscription.broadcast {
             Arc::default()
@@ -312,11 +333,6 @@ impl Subscriber for MemoryTransport {
                 }
             }
         }
-        drop(state);
-        let member = Arc::new(Member::new(group, self.broker.clone(), subscription));
-        Ok(Feed::new(
-            feed::MemoryDeliveries(member.clone()),
-            feed::MemorySettler(member),
-        ))
+        group
     }
 }

@@ -5,7 +5,7 @@ use super::{
     fixture::{names, publish},
 };
 use postrider_core::PublisherExt as _;
-use postrider_core::{Delivery, ErrorKind, Subscription, relay::TopicPattern};
+use postrider_core::{Delivery, ErrorKind, Order, Subscription, relay::TopicPattern};
 use std::collections::BTreeSet;
 
 /// Each group gets each message once, whichever of its topics it was sent to.
@@ -71,6 +71,43 @@ pub async fn a_late_subscriber_gets_what_waited(fixture: &dyn TransportFixture) 
     let mut got = late.drain().await;
     got.sort();
     assert_eq!(got, ["1", "2", "3"]);
+}
+
+/// A group that was declared before it has ever had a member gets what was published meanwhile, in order and once, however often
+/// it is declared, and a member that is there is not disturbed.
+pub async fn what_is_published_to_a_declared_group_waits_for_it(fixture: &dyn TransportFixture) {
+    let transport = fixture.transport();
+    let subscription = || {
+        let subscription = Subscription::new(fixture.group("declared"), vec![fixture.topic("t")]);
+        match transport.capabilities().order {
+            Order::None => subscription.unordered(),
+            _ => subscription,
+        }
+    };
+    let declare = async || {
+        let asked = subscription();
+        let subscriber = transport.subscriber(&asked).expect("a subscriber");
+        subscriber.declare(&asked).await.expect("it is declared");
+    };
+    declare().await;
+    declare().await;
+    let sent: Vec<String> = (0..20).map(|n| format!("k:{n:02}")).collect();
+    let names = |sent: &[String]| sent.iter().map(|name| name[2..].to_owned()).collect::<Vec<_>>();
+    publish(fixture, &sent.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let mut member = Member::on(fixture, subscription()).await;
+    let mut got = member.drain().await;
+    if transport.capabilities().order == Order::None {
+        got.sort();
+    }
+    assert_eq!(got, names(&sent));
+    declare().await;
+    publish(fixture, &["k:more"]).await;
+    assert_eq!(member.drain().await, ["more"]);
+    let broadcast = subscription().broadcast();
+    if transport.capabilities().broadcast {
+        let refused = transport.subscriber(&broadcast).unwrap().declare(&broadcast).await;
+        assert_eq!(refused.unwrap_err().kind(), ErrorKind::Unsupported);
+    }
 }
 
 /// Of a broadcast each member gets everything from when it joined, and nothing waits for one that has gone.

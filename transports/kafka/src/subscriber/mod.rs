@@ -15,7 +15,7 @@ use crate::{
 use async_trait::async_trait;
 use feed::KafkaSource;
 use hold::Hold;
-use postrider_core::{Feed, Result, Subscriber, Subscription, partition::Membership};
+use postrider_core::{Feed, Result, Subscriber, Subscription, partition::Membership, subscriber::nothing_to_declare};
 use std::sync::Arc;
 
 #[derive(Debug)]
@@ -48,6 +48,16 @@ impl Subscriber for KafkaSubscriber {
             .feed(KafkaSource::new(shared.membership.clone()), shared.clone());
         off_thread(move || member::start(shared, working)).await??;
         Ok(feed)
+    }
+
+    /// A topic keeps its messages whether a group has read them or not, and a new group begins with the earliest: the topics are
+    /// all that is to be declared.
+    async fn declare(&self, subscription: &Subscription) -> Result<()> {
+        if subscription.broadcast {
+            return Err(nothing_to_declare(&subscription.group));
+        }
+        let topics = subscription.topics.iter().map(postrider_core::Topic::as_str);
+        self.publisher.topology().ensure(topics).await
     }
 }
 

@@ -321,7 +321,7 @@ impl Link {
         let outcome = match (result, returned) {
             (Err(error), _) => Err(lost(&error)),
             (Ok(_), Some(why)) => Err(PublishError::unroutable(format!(
-                "no queue is bound for it on exchange `{}`: {why}",
+                "no queue is bound for it on exchange `{}`: {why}; subscribe or declare a group for its topic, or set unroutable = Drop",
                 self.exchange
             ))),
             (Ok(Confirmation::Nack(_)), None) => Err(PublishError::destination(

@@ -6,15 +6,15 @@ mod leases;
 mod member;
 
 use crate::{
-    connection::Broker,
+    connection::{Broker, close_soon},
     publisher::RabbitMqPublisher,
-    topology::{CopyQueues, broadcast_queue},
+    topology::{CopyQueues, Declaring, broadcast_queue},
 };
 use async_trait::async_trait;
 use feed::RabbitMqSource;
 use hold::Hold;
 use member::Member;
-use postrider_core::{Feed, Result, Subscriber, Subscription, partition::Membership};
+use postrider_core::{Feed, Result, Subscriber, Subscription, partition::Membership, subscriber::nothing_to_declare};
 use rustc_hash::FxHashMap;
 use std::{
     sync::{Arc, Mutex},
@@ -58,6 +58,23 @@ impl Subscriber for RabbitMqSubscriber {
             drop(working);
         });
         Ok(feed)
+    }
+
+    async fn declare(&self, subscription: &Subscription) -> Result<()> {
+        if subscription.broadcast {
+            return Err(nothing_to_declare(&subscription.group));
+        }
+        let broker = self.broker.for_queue(&subscription.queue)?;
+        let connection = Arc::new(broker.connect(&format!("declaring {}", subscription.group)).await?);
+        let declaring = Declaring::on(&connection, &broker).await?;
+        let declared = async {
+            declaring.exchange().await?;
+            declaring.group(subscription).await?;
+            declaring.end().await
+        };
+        let declared = declared.await;
+        close_soon(connection);
+        declared
     }
 }
 
