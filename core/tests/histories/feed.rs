@@ -29,6 +29,9 @@ impl FaultySubscriber {
 
 #[async_trait]
 impl Subscriber for FaultySubscriber {
+    async fn declare(&self, subscription: &Subscription) -> Result<()> {
+        self.inner.declare(subscription).await
+    }
     async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
         self.reach.life.pass().await?;
         let (inner, settler) = self.inner.subscribe(subscription).await?.into_parts();
