@@ -6,6 +6,9 @@ pub mod guarantees {}
 #[doc = include_str!("handlers.md")]
 pub mod handlers {}
 
+#[doc = include_str!("health.md")]
+pub mod health {}
+
 #[doc = include_str!("options.md")]
 pub mod options {}
 
