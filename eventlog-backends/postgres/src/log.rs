@@ -9,7 +9,7 @@ use crate::{
 use async_trait::async_trait;
 use postrider_core::{
     Error, ErrorKind, EventLog, Mailbox, Result,
-    clock::{Clock, SystemClock},
+    clock::{Clock, LONGEST, SystemClock},
     log::{EventLogStore, Lease, LogCapabilities, LogSchema, NewRecord, Purge, Session, SessionOptions},
 };
 use sqlx::{
@@ -23,6 +23,9 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
+
+/// The most milliseconds that Postgres takes for a setting.
+const LONGEST_SETTING: u128 = 2_147_483_647;
 
 /// The event log in a Postgres database. Clones are handles on the same log.
 #[derive(Clone)]
@@ -82,7 +85,7 @@ impl PostgresLog {
             .map_err(doing("reading the address of the Postgres server"))?;
         let pool = PgPoolOptions::new()
             .max_connections(options.max_connections)
-            .acquire_timeout(options.acquire_timeout)
+            .acquire_timeout(options.acquire_timeout.min(LONGEST))
             .after_release(|connection, _| Box::pin(own::is_idle(connection)))
             .connect_with(connect)
             .await
@@ -168,7 +171,7 @@ impl PostgresLog {
     /// an index for everything that is looked for.
     pub(crate) async fn own_connection(&self, role: Role) -> Result<PgConnection> {
         let failed = doing("opening a connection for the relay");
-        let lock_timeout = format!("{}ms", self.0.options.lock_timeout.as_millis());
+        let lock_timeout = format!("{}ms", self.0.options.lock_timeout.as_millis().min(LONGEST_SETTING));
         let of_role: &[(&str, &str)] = match role {
             Role::Claim => &[("lock_timeout", &lock_timeout)],
             Role::Settle => &[("synchronous_commit", "off"), ("lock_timeout", &lock_timeout)],

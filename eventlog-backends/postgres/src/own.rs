@@ -6,7 +6,7 @@
 //! nobody else has, and whatever begins a transaction there is closed rather than given back if it is cut off.
 
 use crate::{PostgresLog, PostgresOptions, error::doing};
-use postrider_core::{Error, ErrorKind, Result};
+use postrider_core::{Error, ErrorKind, Result, clock::LONGEST};
 use sqlx::{
     PgConnection, PgPool, Postgres,
     pool::PoolConnection,
@@ -26,7 +26,7 @@ const FRESH: Duration = Duration::from_secs(1);
 pub(crate) fn pool(connect: &PgConnectOptions, options: &PostgresOptions) -> PgPool {
     PgPoolOptions::new()
         .max_connections(options.max_connections)
-        .acquire_timeout(options.acquire_timeout)
+        .acquire_timeout(options.acquire_timeout.min(LONGEST))
         .idle_timeout(IDLE)
         // As below, but not for each statement.
         .test_before_acquire(false)

@@ -2,8 +2,11 @@
 
 use bytes::Bytes;
 use postrider_core::{
-    Error, ErrorKind, Message, MessageId, MessageParts, Result, Topic, clock::Timestamp, event::JsonError,
-    log::AttemptError, message::Text,
+    Error, ErrorKind, Message, MessageId, MessageParts, Result, Topic,
+    clock::{Timestamp, bounded},
+    event::JsonError,
+    log::AttemptError,
+    message::Text,
 };
 use sqlx::{
     Decode, Postgres, Row as _, Type, ValueRef as _,
@@ -20,7 +23,7 @@ pub(crate) fn lane_of(key: Option<&str>, id: MessageId) -> i16 {
 
 /// A delay as the statements take it, in seconds; more than a century counts as one.
 pub(crate) fn secs(duration: Duration) -> f64 {
-    duration.as_secs_f64().min(3_155_760_000.0)
+    bounded(duration).as_secs_f64()
 }
 
 /// A time as Postgres has it, which goes farther than ours: `infinity` and years beyond those of [`Timestamp`] are read as

@@ -57,7 +57,7 @@ impl Watch {
     /// How long until the next look is due, if that is every `interval`; zero once for whoever is to look.
     pub(crate) fn due_in(&self, now: Moment, interval: Duration) -> Duration {
         let mut polled_at = self.polled_at.lock().unwrap_or_else(PoisonError::into_inner);
-        let left = (*polled_at + interval).saturating_sub(now);
+        let left = polled_at.saturating_add(interval).saturating_sub(now);
         if left.is_zero() {
             *polled_at = now;
         }

@@ -3,7 +3,7 @@
 use crate::{
     SqliteLog,
     error::{NOT_NULL, code, doing},
-    row::{errors_to_text, headers, micros},
+    row::{errors_to_text, headers, micros, time},
 };
 use postrider_core::{
     Mailbox, Message, Result,
@@ -242,5 +242,5 @@ impl SqliteLog {
 
 /// `now` and a delay, in microseconds.
 pub(crate) fn later(now: i64, delay: Duration) -> i64 {
-    now.saturating_add(i64::try_from(delay.as_micros()).unwrap_or(i64::MAX))
+    micros(postrider_core::clock::later(time(now), delay))
 }

@@ -22,6 +22,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// The longest that SQLite waits for a lock: it counts milliseconds in 32 bits.
+const LONGEST_WAIT: Duration = Duration::from_millis(2_147_483_647);
+
 /// The event log in a SQLite file. Clones are handles on the same log.
 #[derive(Clone)]
 pub struct SqliteLog(Arc<Inner>);
@@ -61,7 +64,7 @@ impl SqliteLog {
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(synchronous)
-            .busy_timeout(options.busy_timeout);
+            .busy_timeout(options.busy_timeout.min(LONGEST_WAIT));
         let file = |error: Error| error.with("file", path.display());
         let began = Instant::now();
         loop {
@@ -109,7 +112,7 @@ impl SqliteLog {
         let relay = connect
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Normal)
-            .busy_timeout(options.busy_timeout)
+            .busy_timeout(options.busy_timeout.min(LONGEST_WAIT))
             .row_buffer_size(1024)
             .disable_statement_logging();
         Ok(Self(Arc::new(Inner {

@@ -3,7 +3,7 @@
 use super::locked;
 use crate::{
     Message, MessageId, Topic,
-    clock::{Moment, Timestamp},
+    clock::{Moment, Timestamp, later},
     log::{AttemptError, GroupMember, NewRecord, Note, Owner, Placement, Purge},
 };
 use std::{
@@ -206,14 +206,14 @@ impl Rows {
                     continue;
                 }
                 Placement::Scheduled { after } => {
-                    self.scheduled.insert((now + *after, position), row);
+                    self.scheduled.insert((later(now, *after), position), row);
                     continue;
                 }
                 Placement::Parked {
                     after,
                     attempts,
                     errors,
-                } => (ParkedState::Due(now + *after), *attempts, errors),
+                } => (ParkedState::Due(later(now, *after)), *attempts, errors),
                 Placement::Failed {
                     attempts,
                     errors,

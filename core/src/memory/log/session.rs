@@ -4,7 +4,7 @@ use super::{
 };
 use crate::{
     Message, Result, Topic,
-    clock::{Clock, Timestamp},
+    clock::{Clock, Timestamp, later},
     log::{
         AttemptError, Claim, Claimed, Holdings, Lease, Outcome, Record, RecordTag, Session, SessionOptions,
         SettleReport, Settled, Until,
@@ -313,7 +313,7 @@ impl Session for MemorySession {
                 }
                 Outcome::Parked(parking) => {
                     let state = match parking.until {
-                        Until::After(delay) => ParkedState::Due(now + delay),
+                        Until::After(delay) => ParkedState::Due(later(now, delay)),
                         Until::Resumed => ParkedState::ForTopic,
                     };
                     if !parking.keep {

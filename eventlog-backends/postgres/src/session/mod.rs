@@ -346,7 +346,7 @@ impl Session for PostgresSession {
 
     async fn wait(&self, at_most: Duration) -> Result<()> {
         let (shared, clock) = (&self.shared, self.shared.log.clock());
-        let until = clock.elapsed() + at_most;
+        let until = clock.elapsed().saturating_add(at_most);
         let _waiting = Waiting::begin(&shared.is_waiting);
         loop {
             let now = clock.elapsed();

@@ -232,7 +232,7 @@ impl Session for SqliteSession {
     async fn wait(&self, at_most: Duration) -> Result<()> {
         let (shared, clock) = (&self.shared, self.shared.log.clock());
         let every = shared.log.options().watch_interval;
-        let until = clock.elapsed() + at_most;
+        let until = clock.elapsed().saturating_add(at_most);
         loop {
             let left = until.saturating_sub(clock.elapsed());
             if left.is_zero() || shared.held().closed {
