@@ -139,6 +139,52 @@ fn whole<E: Event>(n: usize, make: impl Fn(u64) -> E) -> anyhow::Result<Duration
     })
 }
 
+/// What a handler does that computes: 10 ms of one core.
+fn compute() {
+    let began = Instant::now();
+    let mut x = 1u64;
+    while began.elapsed() < Duration::from_millis(10) {
+        for _ in 0..1000 {
+            x = std::hint::black_box(x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1));
+        }
+    }
+}
+
+/// Events whose handlers compute, in a group on a runtime of two threads.
+fn computing(n: usize) -> anyhow::Result<Duration> {
+    let bus = Bus::builder()
+        .log(MemoryLog::new())
+        .transport(MemoryTransport::new().with_retention(0))
+        .relay(options())
+        .build()?;
+    let handled = Arc::new(AtomicUsize::new(0));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        bus.subscribe::<Keyed>("bench")
+            .state(handled.clone())
+            .handler(async |handled: &AtomicUsize, _, _ctx| {
+                compute();
+                handled.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            })
+            .start()
+            .await?;
+        bus.publish_all(messages(n, |n| Keyed { n, text: String::new() })?)
+            .await?;
+        let began = Instant::now();
+        bus.start().await?;
+        while handled.load(Ordering::Relaxed) < n {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let took = began.elapsed();
+        bus.shutdown(Duration::from_secs(10)).await?;
+        Ok(took)
+    })
+}
+
 pub(crate) fn run(size: Size, table: &mut Table) -> anyhow::Result<()> {
     let (n, rounds) = (size.of(400_000), size.rounds());
     let text = || "an event of a usual size, about a hundred bytes of JSON in all, give or take".to_owned();
@@ -180,6 +226,20 @@ pub(crate) fn run(size: Size, table: &mut Table) -> anyhow::Result<()> {
         n,
         || raw(n, keyed),
         || whole(n, keyed),
+    )?;
+    let n = size.of(400);
+    table.compare(
+        name,
+        "10 ms of CPU in each handler, two threads",
+        "/s",
+        rounds,
+        n,
+        || {
+            let began = Instant::now();
+            (0..n).for_each(|_| compute());
+            Ok(began.elapsed())
+        },
+        || computing(n),
     )?;
     Ok(())
 }

@@ -237,23 +237,8 @@ async fn end_to_end(broker: &impl Broker, carry: Carry) -> anyhow::Result<Durati
         keys,
         order,
     } = carry;
-    static SERVER: OnceLock<Postgres> = OnceLock::new();
-    let server = SERVER.get_or_init(|| Postgres::start_with(&["max_wal_size=4GB", "shared_buffers=1GB"]));
-    let options = postrider::postgres::PostgresOptions::default().with_schema(server.fresh_name());
-    let log = PostgresLog::connect_with(&server.url(), options).await?;
     let handled = Arc::new(AtomicUsize::new(0));
-    let relay = RelayOptions::default()
-        .with_batch_size(1000)
-        .with_max_in_flight(8000)
-        .with_retention(Duration::ZERO)
-        .topic(TopicPattern::parse("*")?, TopicOptions::default().with_order(order));
-    let bus = Bus::builder()
-        .log(log)
-        .transport(broker.transport()?)
-        .relay(relay)
-        .source("bench")
-        .build()?;
-    bus.migrate().await?;
+    let bus = outbox(broker, order).await?;
     let text = "x".repeat(bytes.saturating_sub(36));
     let event = |n| Carried {
         n,
@@ -297,6 +282,64 @@ async fn end_to_end(broker: &impl Broker, carry: Carry) -> anyhow::Result<Durati
     Ok(took)
 }
 
+/// From an outbox on Postgres to the broker, which has a group that wants the events and no member.
+async fn outbox_to_broker(broker: &impl Broker, carry: Carry) -> anyhow::Result<Duration> {
+    let Carry {
+        count,
+        bytes,
+        keys,
+        order,
+    } = carry;
+    let (bus, work) = (outbox(broker, order).await?, Work::new(0, 0)?);
+    declare(broker, &work.subscription).await?;
+    let text = "x".repeat(bytes.saturating_sub(36));
+    let topic = work.topic.clone();
+    let event = |n| Carried {
+        n,
+        keys,
+        text: text.clone(),
+    };
+    let message = |n| anyhow::Ok((&event(n)).into_message()?.with_topic(topic.clone()));
+    for first in (0..count as u64).step_by(1000) {
+        let batch = (first..count as u64).take(1000).map(message);
+        bus.publish_all(batch.collect::<anyhow::Result<Vec<_>>>()?).await?;
+    }
+    bus.publish_direct(message(count as u64)?).await?;
+    let began = Instant::now();
+    bus.start().await?;
+    while bus.relay_report().counts.published < count as u64 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        anyhow::ensure!(
+            began.elapsed() < Duration::from_secs(300),
+            "not everything was published"
+        );
+    }
+    let took = began.elapsed();
+    bus.shutdown(Duration::from_secs(20)).await?;
+    Ok(took)
+}
+
+/// A bus with an empty outbox on Postgres.
+async fn outbox(broker: &impl Broker, order: SendOrder) -> anyhow::Result<Bus> {
+    static SERVER: OnceLock<Postgres> = OnceLock::new();
+    let server = SERVER.get_or_init(|| Postgres::start_with(&["max_wal_size=4GB", "shared_buffers=1GB"]));
+    let options = postrider::postgres::PostgresOptions::default().with_schema(server.fresh_name());
+    let log = PostgresLog::connect_with(&server.url(), options).await?;
+    let relay = RelayOptions::default()
+        .with_batch_size(1000)
+        .with_max_in_flight(8000)
+        .with_retention(Duration::ZERO)
+        .topic(TopicPattern::parse("*")?, TopicOptions::default().with_order(order));
+    let bus = Bus::builder()
+        .log(log)
+        .transport(broker.transport()?)
+        .relay(relay)
+        .source("bench")
+        .build()?;
+    bus.migrate().await?;
+    Ok(bus)
+}
+
 pub(crate) fn run(kind: &str, size: Size, table: &mut Table) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -325,6 +368,26 @@ fn cases(
     runtime: &tokio::runtime::Runtime,
 ) -> anyhow::Result<()> {
     let (count, rounds) = (size.of(count), size.rounds());
+    let relayed = size.of(40_000);
+    table.compare(
+        name,
+        "raw publish, and outbox to broker, 256 B",
+        "/s",
+        rounds,
+        relayed,
+        || runtime.block_on(async { broker.publish_raw(&Work::new(relayed, 256)?).await }),
+        || {
+            runtime.block_on(outbox_to_broker(
+                broker,
+                Carry {
+                    count: relayed,
+                    bytes: 256,
+                    keys: 1000,
+                    order: SendOrder::Strict,
+                },
+            ))
+        },
+    )?;
     for bytes in [256, 1024] {
         table.compare(
             name,
