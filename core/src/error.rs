@@ -11,6 +11,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum ErrorKind {
     /// A database, a broker or a service cannot be reached or is overloaded. Trying again later may succeed.
     Unavailable,
+    /// Everything that could serve the call is in use by this process, such as all connections of a pool. Trying again soon may
+    /// succeed; nothing is away.
+    Busy,
     /// The input is wrong: an empty topic, an oversized payload, bytes that do not decode.
     Invalid,
     /// Somebody else changed the same thing at the same time. Trying again may succeed.
@@ -78,7 +81,10 @@ impl Error {
     /// Whether the same call may succeed later without anybody changing anything: the only thing a retry asks.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
-        matches!(self.0.kind, ErrorKind::Unavailable | ErrorKind::Conflict)
+        matches!(
+            self.0.kind,
+            ErrorKind::Unavailable | ErrorKind::Busy | ErrorKind::Conflict
+        )
     }
 
     /// The whole chain on one line, as it is kept with a record and shown to an operator.

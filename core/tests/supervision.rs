@@ -6,8 +6,8 @@ mod world;
 
 use async_trait::async_trait;
 use postrider_core::{
-    Bus, Deliveries, DeliveryTag, Disposition, Error, ErrorKind, EventLog, Feed, GroupName, Incoming, Mailbox, Result,
-    Settler, Subscriber, Subscription, Topic, Transport,
+    Bus, Deliveries, DeliveryTag, Disposition, Error, ErrorKind, EventLog, Feed, GroupName, Incoming, Mailbox, Message,
+    Outcomes, Publisher, Reachability, Result, Settler, Subscriber, Subscription, Topic, Transport,
     consumer::Flow,
     health::{Part, PartState},
     log::{Claim, Claimed, EventLogStore, NewRecord, Purge, Session, SessionOptions, SettleReport, Settled},
@@ -33,6 +33,8 @@ struct Faults {
     settles_hang: AtomicBool,
     closes_hang: AtomicBool,
     wait_returns_at_once: AtomicBool,
+    /// Waits that fail.
+    wait_fails: AtomicU32,
     empty_batches: AtomicBool,
     asked: AtomicU32,
 }
@@ -74,6 +76,12 @@ impl Session for Faulty<dyn Session> {
         self.1.resume(topic, max).await
     }
     async fn wait(&self, at_most: Duration) -> Result<()> {
+        if happens(&self.0.wait_fails) {
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                "the connection that listens was lost",
+            ));
+        }
         match self.0.wait_returns_at_once.load(Ordering::SeqCst) {
             true => Ok(()),
             false => self.1.wait(at_most).await,
@@ -323,4 +331,49 @@ async fn waits_that_end_at_once_do_not_spin() {
     }
     let asked = faults.asked.load(Ordering::SeqCst);
     assert!(asked < 200, "asked {asked} times in 10 s");
+}
+
+/// A publisher that reports no outcome has not published.
+#[tokio::test]
+async fn a_publisher_without_outcomes_has_not_published() {
+    let world = World::new(options()).await;
+    let forgetful = Transport::from(world.transport.clone()).map_publisher(|_| Forgetful);
+    let bus = Bus::builder()
+        .transport(forgetful)
+        .clock(world.clock.clone())
+        .build()
+        .unwrap();
+    let error = bus.publish_direct(event("t", None, "1")).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.to_chain().contains("without an outcome"), "{}", error.to_chain());
+}
+
+#[derive(Debug)]
+struct Forgetful;
+
+#[async_trait]
+impl Publisher for Forgetful {
+    async fn publish(&self, _: &[Message], _: &Outcomes) {}
+    async fn check(&self) -> Reachability {
+        Reachability::Up
+    }
+}
+
+/// After an error of its wait the relay listens again within a poll interval.
+#[tokio::test]
+async fn an_error_of_the_wait_leaves_no_relay_deaf() {
+    let (world, bus, faults) = faulty().await;
+    bus.start().await.unwrap();
+    world.settle().await;
+    faults.wait_fails.store(1, Ordering::SeqCst);
+    // What makes the engine wait anew.
+    bus.publish(event("t", None, "1")).await.unwrap();
+    world.until(|w| w.published("t").len() == 1).await;
+    world.settle().await;
+    // Another process, whose commits nobody tells this one of.
+    world.bus.publish(event("t", None, "2")).await.unwrap();
+    for _ in 0..12 {
+        world.pass(Duration::from_millis(100)).await;
+    }
+    assert_eq!(world.published("t").len(), 2);
 }

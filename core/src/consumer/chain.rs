@@ -13,6 +13,9 @@ use async_trait::async_trait;
 use futures_util::{FutureExt as _, future::BoxFuture};
 use std::{any::type_name, borrow::Cow, fmt, num::NonZeroUsize, panic::AssertUnwindSafe, time::Duration};
 
+/// How long a message waits for a connection of the log's pool that was not free.
+const BUSY: Duration = Duration::from_millis(100);
+
 /// Where the outcomes of a batch go, with their places.
 pub(super) type Tell = tokio::sync::mpsc::UnboundedSender<(usize, Handled)>;
 
@@ -197,6 +200,15 @@ impl<E: Event> Chain<E> {
                 by.tell_of_recovery(ctx.message(), tried.attempts);
                 return Handled::Done;
             };
+            if error.is_busy() {
+                // By its own handlers, as a rule: no outage, and no attempt.
+                drop(pass);
+                let slept = Box::pin(by.stop.run_until_cancelled(by.tools.clock.sleep(BUSY)));
+                if slept.await.is_none() {
+                    return Handled::Released;
+                }
+                continue;
+            }
             if error.kind() == HandlerErrorKind::Unavailable {
                 let why = error.to_chain();
                 match pass.unavailable(&*by.tools.clock, message, why.clone()) {

@@ -72,6 +72,12 @@ impl HandlerError {
         self.kind == HandlerErrorKind::Unavailable && log_error(&*self.source).is_some_and(is_outage)
     }
 
+    /// Whether the log is in use to the full by this process: nothing is away, and it is tried again in a moment.
+    pub(super) fn is_busy(&self) -> bool {
+        self.kind == HandlerErrorKind::Unavailable
+            && log_error(&*self.source).is_some_and(|error| error.kind() == ErrorKind::Busy)
+    }
+
     pub(super) fn held_back() -> Self {
         Self::new(
             HandlerErrorKind::HeldBack,
@@ -139,7 +145,7 @@ impl<E: Into<Cause>> From<E> for HandlerError {
         let cause = cause.into();
         // The log that failed is nobody's failure.
         let kind = match log_error(&*cause) {
-            Some(error) if is_outage(error) => HandlerErrorKind::Unavailable,
+            Some(error) if is_outage(error) || error.kind() == ErrorKind::Busy => HandlerErrorKind::Unavailable,
             _ => HandlerErrorKind::Transient,
         };
         Self::new(kind, cause)

@@ -158,7 +158,9 @@ impl Shared {
                 return Stored::Refused;
             }
             tracing::warn!(group = %self.group, records = records.len(), error = error.to_chain(), "the inbox cannot be written to, it will be tried again");
-            self.gate.log_is_away(error.to_chain());
+            if error.kind() != ErrorKind::Busy {
+                self.gate.log_is_away(error.to_chain());
+            }
             if self
                 .stop
                 .run_until_cancelled(self.tools.clock.sleep(PAUSE))
@@ -213,7 +215,9 @@ impl Shared {
                 }
                 Err(error) => {
                     tracing::warn!(group = %self.group, error = error.to_chain(), "the inbox cannot be asked, it will be tried again");
-                    self.gate.log_is_away(error.to_chain());
+                    if error.kind() != ErrorKind::Busy {
+                        self.gate.log_is_away(error.to_chain());
+                    }
                 }
             }
             self.stop.run_until_cancelled(self.tools.clock.sleep(PAUSE)).await?;

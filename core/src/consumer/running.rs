@@ -1,5 +1,8 @@
 use super::shared::Shared;
-use crate::{Error, ErrorKind, GroupName, Result, health::PartState};
+use crate::{
+    Error, ErrorKind, GroupName, Result,
+    health::{PartState, Trouble},
+};
 use std::{
     fmt,
     sync::{
@@ -105,6 +108,9 @@ impl Running {
         match gate.outage().or_else(|| gate.log_away()) {
             _ if gate.is_paused() => Flow::Paused,
             Some(why) => Flow::Waiting(why),
+            None if self.shared.status.has(Trouble::Outcomes).is_some() => {
+                Flow::Waiting("the broker does not take the outcomes of deliveries".to_owned())
+            }
             None if !self.shared.is_joined() => Flow::Connecting(self.shared.broker_away()),
             None => Flow::Running,
         }

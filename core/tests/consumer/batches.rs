@@ -297,3 +297,37 @@ async fn a_service_that_is_away_pauses_batches_too() {
     }
     world.until(|_| running.report().handled == 40).await;
 }
+
+/// What a batch has handled is acknowledged, and its keys go on, while a neighbour waits for its next try in place.
+#[tokio::test]
+async fn a_neighbour_that_waits_withholds_no_outcome() {
+    let world = World::start(options()).await;
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .retry(Retry::default().with_in_place(2))
+        .batch_handler(of(4), async |orders, ctx| {
+            let mut outcomes = Vec::new();
+            for (place, order) in orders.iter().enumerate() {
+                outcomes.push(match (order.id, ctx.of(place).attempt()) {
+                    (0, 1) => Err(HandlerError::retry_after(secs(1), "not yet")),
+                    _ => Ok(()),
+                });
+            }
+            outcomes
+        })
+        .start()
+        .await
+        .unwrap();
+    for id in 0..4 {
+        world.bus.publish(&placed(id, &format!("c{id}"))).await.unwrap();
+    }
+    world.until(|_| running.report().handled == 3).await;
+    world.bus.publish(&placed(4, "c1")).await.unwrap();
+    for _ in 0..3 {
+        world.pass(Duration::from_millis(100)).await;
+    }
+    world.until(|_| running.report().handled == 4).await;
+    world.pass(secs(2)).await;
+    world.until(|_| running.report().handled == 5).await;
+}

@@ -35,6 +35,62 @@ struct Failures {
     admit: AtomicU32,
 }
 
+/// Errors of a pool whose connections are all in use, in place of those of a database that is away.
+#[derive(Debug)]
+struct Full(Arc<dyn TransactionalLog>, Arc<AtomicU32>);
+
+#[async_trait]
+impl TransactionalLog for Full {
+    async fn begin(&self) -> Result<Box<dyn LogTransaction>> {
+        match fails(&self.1) {
+            Err(_) => Err(Error::new(ErrorKind::Busy, "no connection became free")),
+            Ok(()) => self.0.begin().await,
+        }
+    }
+    async fn append_in(&self, tx: Lent<'_>, mailbox: &Mailbox, batch: &[NewRecord]) -> Result<()> {
+        self.0.append_in(tx, mailbox, batch).await
+    }
+}
+
+/// A full pool is no outage: the subscription goes on, and no attempt is counted.
+#[tokio::test]
+async fn a_full_pool_is_no_outage() {
+    let world = World::start(options()).await;
+    let full = Arc::new(AtomicU32::new(20));
+    let log = EventLog::from(world.log.clone());
+    let transactions = log.transactions().unwrap().clone();
+    let bus = Bus::builder()
+        .log(log.with_transactions(Full(transactions, full.clone())))
+        .transport(Transport::from(world.transport.clone()))
+        .relay(options())
+        .clock(world.clock.clone())
+        .build()
+        .unwrap();
+    let running = bus
+        .subscribe::<OrderPlaced>("g")
+        .middleware(Transactional::new())
+        .retry(Retry::none())
+        .handler(async |_, ctx| {
+            assert_eq!(ctx.attempt(), 1);
+            Ok(())
+        })
+        .start()
+        .await
+        .unwrap();
+    for id in 0..5 {
+        world.bus.publish(&placed(id, &format!("c{id}"))).await.unwrap();
+    }
+    while full.load(Ordering::SeqCst) > 0 {
+        world.settle().await;
+        assert_eq!(running.flow(), postrider_core::consumer::Flow::Running);
+        world.clock.advance(Duration::from_millis(50));
+    }
+    for _ in 0..10 {
+        world.pass(Duration::from_millis(100)).await;
+    }
+    world.until(|_| running.report().handled == 5).await;
+}
+
 /// Whether a call fails. The database is away, or full, or takes no writes: no call says anything about the message.
 fn fails(left: &AtomicU32) -> Result<()> {
     let before = left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));

@@ -67,7 +67,17 @@ impl TransactionalLog for PostgresLog {
             let text = "beginning a transaction failed: the runtime is shutting down";
             Error::new(ErrorKind::Unavailable, text).because(error)
         })?;
-        let tx = begun.map_err(doing("beginning a transaction"))?;
+        let tx = begun.map_err(|error| {
+            let pool = self.pool();
+            let is_full = pool.num_idle() == 0 && pool.size() >= pool.options().get_max_connections();
+            match error {
+                sqlx::Error::PoolTimedOut if is_full => {
+                    let text = "no connection of the Postgres pool became free: all of them are in use by this process";
+                    Error::new(ErrorKind::Busy, text).with("connections", pool.size())
+                }
+                error => doing("beginning a transaction")(error),
+            }
+        })?;
         Ok(Box::new(PostgresTransaction(tx)))
     }
 

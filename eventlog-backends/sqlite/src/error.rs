@@ -41,7 +41,7 @@ pub(crate) fn from_sqlx(doing: &'static str, error: sqlx::Error) -> Error {
         },
         None => match &error {
             sqlx::Error::PoolTimedOut => (
-                ErrorKind::Unavailable,
+                ErrorKind::Busy,
                 "no connection of the SQLite pool became free: is a transaction held open while another is begun?",
             ),
             sqlx::Error::PoolClosed => (ErrorKind::Closed, "the SQLite pool has been closed"),
