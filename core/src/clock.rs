@@ -95,18 +95,24 @@ pub trait Clock: Debug + Send + Sync + 'static {
     /// # Contract
     /// May jump, either way: used for what is stored and shown (when a record is due, when it was published), never
     /// for how long something of this process has lasted.
+    ///
+    /// Held by `core::a_wall_clock_that_jumps_does_not_matter`.
     fn now(&self) -> Timestamp;
 
     /// The time since the clock began.
     ///
     /// # Contract
     /// Never goes back and does not jump with the wall clock: leases, time-outs and backoff count on it.
+    ///
+    /// Held by `core::it_ends_before_it_ends_for_the_others_and_for_good`.
     fn elapsed(&self) -> Moment;
 
     /// Waits for `duration`.
     ///
     /// # Contract
     /// Returns once [`elapsed`](Clock::elapsed) has advanced by `duration`. Dropping the future ends the wait.
+    ///
+    /// Held by `core::a_step_and_a_chain_are_cut_off_by_their_time_outs`.
     async fn sleep(&self, duration: Duration);
 }
 

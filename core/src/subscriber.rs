@@ -122,7 +122,10 @@ pub trait Subscriber: Debug + Send + Sync + 'static {
     ///   keeps for one whose process died goes after a while.
     ///
     /// Held by `transport::every_message_once_to_each_group`, `transport::competing_consumers_share`,
-    /// `transport::a_late_subscriber_gets_what_waited`, `transport::order_per_key`, `transport::a_broadcast_reaches_every_member`.
+    /// `transport::a_late_subscriber_gets_what_waited`, `transport::order_per_key`,
+    /// `transport::order_per_key_through_a_member_that_dies`, `transport::order_per_key_while_another_member_looks`,
+    /// `transport::members_share_the_partitions`, `transport::a_rolling_deploy_loses_nothing`,
+    /// `transport::a_broadcast_reaches_every_member`, `transport::a_pattern_takes_every_topic_that_matches`.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) for what was not declared as a capability;
@@ -208,8 +211,10 @@ pub struct Received {
 pub enum Incoming {
     /// Messages: at least one.
     Batch(Vec<Received>),
-    /// The partition is going to somebody else. Core settles or releases each of its deliveries; the driver lets it go
-    /// when none is left, or when it cannot wait longer.
+    /// The partition is going to another member. Core settles or releases each of its deliveries: handlers under way finish,
+    /// the rest is released at once. The driver lets the partition go as soon as none is outstanding. It waits as long as the
+    /// broker lets it, for a handler may take its time, and in any case until [`close`](Settler::close) has to return; what it lets
+    /// go unsettled comes to another member while a handler here still has it.
     Revoked(Assignment),
     /// The partition is gone already. What is settled of it from now on is in vain.
     Lost(Assignment),
@@ -225,9 +230,11 @@ pub trait Deliveries: Debug + Send + 'static {
     /// - Cancel-safe: takes nothing before its last await. Core calls it only while it has room, so not calling it is
     ///   the backpressure.
     /// - Reconnects by itself. An error is reported once and the next call goes on; after
-    ///   [`ErrorKind::Closed`](crate::ErrorKind::Closed) nothing comes any more.
+    ///   [`ErrorKind::Closed`](crate::ErrorKind::Closed) nothing comes any more. Before a [`close`](Settler::close) that says
+    ///   that the feed has ended and cannot be mended: core joins the group anew, with backoff.
     ///
-    /// Held by `transport::unsettled_comes_back`, `transport::concurrent_close_loses_nothing`.
+    /// Held by `transport::unsettled_comes_back`, `transport::concurrent_close_loses_nothing`,
+    /// `transport::a_closed_feed_says_so`, `transport::a_feed_outlives_the_broker`.
     async fn next(&mut self, max: usize) -> Result<Incoming>;
 }
 
@@ -256,6 +263,8 @@ pub trait Settler: Debug + Send + Sync + 'static {
     /// Tells the broker what became of deliveries.
     ///
     /// # Contract
+    /// - Returns within some seconds, also while the broker is away: what it cannot say now is an error, and the message comes
+    ///   again. Core has one call at a time under way, and shows a settle that hangs as a fault of the subscription.
     /// - One outcome each, in order. `Ok` for an ack means that the message does not come back while the broker lives
     ///   as it promises and the feed is closed or dropped, and not killed: drivers may group acks, so of a member that is
     ///   killed what was acknowledged last may come again. Where [`individual_acks`](crate::Capabilities::individual_acks)
@@ -265,7 +274,9 @@ pub trait Settler: Debug + Send + Sync + 'static {
     /// - What was released or retried comes back with a higher delivery count where that is declared, what was retried
     ///   with its attempts, and what follows it in its key comes behind it where order was asked for.
     ///
-    /// Held by `transport::what_is_retried_comes_back`, `transport::undeclared_is_refused`.
+    /// Held by `transport::what_is_retried_comes_back`, `transport::what_is_released_comes_back_in_order`,
+    /// `transport::a_second_settle_is_an_error`, `transport::dead_letters_do_not_come_back`,
+    /// `transport::undeclared_is_refused`.
     async fn settle(&self, batch: &[(DeliveryTag, Disposition)]) -> Vec<Result<()>>;
 
     /// Ends the feed: no more deliveries, what was settled is flushed, what was not comes back. A feed that is dropped

@@ -10,8 +10,6 @@ pub enum Order {
     /// Nothing.
     #[default]
     None,
-    /// One member of a group receives, the others stand by.
-    OneActive,
     /// Keys are spread over the members of a group, each key with one of them.
     Partitioned,
 }

@@ -18,18 +18,24 @@ pub trait EventBus: Debug + Send + Sync + 'static {
     ///
     /// # Contract
     /// All or none. Durable when it returns.
+    ///
+    /// Held by `core::a_double_replaces_the_bus`, `log::append_claim_settle_round_trip`.
     async fn publish_records(&self, batch: Vec<NewRecord>) -> Result<()>;
 
     /// Publishes in the caller's transaction.
     ///
     /// # Contract
     /// All with its commit, or none.
+    ///
+    /// Held by `core::a_double_replaces_the_bus`, `log::rollback_leaves_nothing`.
     async fn publish_records_in(&self, tx: Lent<'_>, batch: Vec<NewRecord>) -> Result<()>;
 
     /// Sends to the broker at once.
     ///
     /// # Contract
     /// `Ok` once the broker has confirmed all; after an error some may have been sent.
+    ///
+    /// Held by `core::a_double_replaces_the_bus`.
     async fn send_messages(&self, batch: Vec<Message>) -> Result<()>;
 }
 

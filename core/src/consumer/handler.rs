@@ -6,6 +6,8 @@ use std::{marker::PhantomData, sync::Arc};
 ///
 /// # Contract
 /// At least once: a step may see an event again, after a failure or a crash.
+///
+/// Held by `core::a_chain_is_tried_again_and_publishes_under_the_same_id`.
 pub trait Handler<E>: Send + Sync + 'static {
     /// Does its part.
     fn execute(&self, event: &E, ctx: &mut Context) -> impl Future<Output = HandlerResult> + Send;

@@ -12,6 +12,8 @@ pub trait Codec<E> {
     /// # Contract
     /// What it writes, [`decode`](Codec::decode) reads back as an equal event. Must not block.
     ///
+    /// Held by `core::options_of_one_event_go_with_it`.
+    ///
     /// # Errors
     /// [`ErrorKind::Invalid`] if it cannot be written; nothing is published then.
     fn encode(event: &E) -> Result<Bytes>;
@@ -21,6 +23,8 @@ pub trait Codec<E> {
     /// # Contract
     /// Takes any bytes, foreign ones too: refuses them with an error. A panic counts as one. The error is logged and stored
     /// with the dead letter: it quotes no value of the payload (for JSON: [`JsonError`]).
+    ///
+    /// Held by `core::what_does_not_decode_is_told_without_its_values`.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] if the bytes are none; the message is then dead-lettered with this reason, never retried.

@@ -184,7 +184,10 @@ pub struct Stats {
     pub oldest_pending: Option<Duration>,
 }
 
-/// What tools and people do with a log: optional, attached to [`EventLog`](super::EventLog). The same for all mailboxes.
+/// What tools and people do with a log, attached to [`EventLog`](super::EventLog). The same for all mailboxes.
+///
+/// A log has to have it: dead letters that nobody can see, redrive or discard are lost, and the conformance kit looks at records
+/// through it. It is a part of its own so that wrappers can replace it.
 #[async_trait]
 pub trait LogAdmin: Debug + Send + Sync + 'static {
     /// A page of records, oldest first.
@@ -203,6 +206,8 @@ pub trait LogAdmin: Debug + Send + Sync + 'static {
     ///
     /// # Contract
     /// Finds it in whatever state it is, with up to ten errors; `None` if it is not there (any more).
+    ///
+    /// Held by `log::failed_records_are_redriven_and_discarded`, `log::errors_are_kept_the_last_ten`.
     async fn show(&self, mailbox: &Mailbox, id: MessageId) -> Result<Option<Stored>>;
 
     /// Makes up to `max` failed records pending again, oldest first, and says how many.
@@ -211,7 +216,7 @@ pub trait LogAdmin: Debug + Send + Sync + 'static {
     /// Their attempts begin anew, their errors are kept. One that held its key goes on in its place; another enters at
     /// the end. Records that are not failed are left alone.
     ///
-    /// Held by `log::failed_records_are_redriven_and_discarded`.
+    /// Held by `log::failed_records_are_redriven_and_discarded`, `log::a_redriven_record_may_be_refused_again`.
     async fn redrive(&self, filter: &Filter, max: u64) -> Result<u64>;
 
     /// Removes up to `max` failed records, oldest first, and says how many. They are lost.

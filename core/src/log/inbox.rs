@@ -94,6 +94,7 @@ pub trait InboxLog: Debug + Send + Sync + 'static {
     ///   the second waits for the first; if that commits it is a `Duplicate`, else `New`.
     /// - Named twice in one batch, the second is a `Duplicate`.
     /// - Batches that name the same ids in other orders do not deadlock.
+    /// - The mailbox of the group's inbox need not be there: receipts and notes may be older than anything appended to it.
     /// - `HeldBack` may be out of date when it arrives: parking decides by itself whether there is still something to
     ///   wait behind.
     ///
@@ -129,7 +130,7 @@ pub trait InboxLog: Debug + Send + Sync + 'static {
     /// told `false` if that commits. Without a transaction it is committed when it returns. Notes are purged with the
     /// [receipts](super::Purge::receipts_after), by the age of their last write, but not while their message is in the inbox.
     ///
-    /// Held by `log::notes_are_compared_and_set`.
+    /// Held by `log::notes_are_compared_and_set`, `log::notes_are_kept_while_their_message_waits`.
     async fn write_note(
         &self,
         tx: Option<Lent<'_>>,

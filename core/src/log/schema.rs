@@ -10,6 +10,8 @@ pub trait LogSchema: Debug + Send + Sync + 'static {
     /// # Contract
     /// Does nothing where they are of this version or a newer one. Safe on several nodes at once. All or nothing.
     ///
+    /// Held, for the log that has tables to be made, by `postgres::many_nodes_migrate_at_once`.
+    ///
     /// # Errors
     /// [`ErrorKind::Config`](crate::ErrorKind::Config) if the right to create tables is lacking; it says what to do.
     async fn migrate(&self) -> Result<()>;

@@ -234,7 +234,12 @@ pub trait Session: Debug + Send + Sync {
     /// - Cancelling it may leave records held that nobody got; they come back with the end of the session.
     ///
     /// Held by `log::claims_are_exclusive`, `log::order_survives_failure`, `log::due_times_are_kept`, `log::never_is_a_time_like_any_other`,
-    /// `log::nothing_waiting_stops_a_neighbour`.
+    /// `log::nothing_waiting_stops_a_neighbour`, `log::an_expired_lease_is_taken_over`,
+    /// `log::a_busy_key_is_passed_over_and_given_later`, `log::a_key_waits_for_whatever_is_parked_of_it`,
+    /// `log::order_survives_a_take_over`, `log::keyless_records_are_not_held_back`,
+    /// `log::topics_that_wait_are_told_to_the_next_holder`, `log::retries_do_not_starve_what_is_new`,
+    /// `log::claims_are_bounded_by_bytes`, `log::random_histories_lose_nothing_and_keep_order`,
+    /// `log::calls_overlap_and_keys_keep_their_order`.
     ///
     /// # Errors
     /// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable): nothing was taken.
@@ -252,7 +257,8 @@ pub trait Session: Debug + Send + Sync {
     /// - Settles of one session take effect in the order they were called in.
     ///
     /// Held by `log::a_stale_settle_changes_nothing`, `log::a_parked_record_is_settled_again`,
-    /// `log::released_records_keep_their_place`.
+    /// `log::released_records_keep_their_place`, `log::a_failed_record_can_hold_its_key`,
+    /// `log::what_succeeded_is_kept_only_if_asked`, `log::errors_are_kept_the_last_ten`.
     ///
     /// # Errors
     /// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable).
@@ -274,6 +280,8 @@ pub trait Session: Debug + Send + Sync {
     /// Returns within about [`poll_interval`](SessionOptions::poll_interval) of it, at the latest after `at_most` by the
     /// log's clock, and may return for no reason. Cancel-safe. (Events published in this process wake the engine without
     /// it; what the last claim said of [`next_due`](Claimed::next_due) the engine counts itself.)
+    ///
+    /// Held by `log::a_wait_ends_with_news_or_with_its_time`.
     async fn wait(&self, at_most: Duration) -> Result<()>;
 
     /// Gives back everything and the lease, so that others go on at once.

@@ -68,7 +68,7 @@ pub trait EventLogStore: Debug + Send + Sync + 'static {
     /// - Cancelled, it has happened or it has not.
     ///
     /// Held by `log::append_claim_settle_round_trip`, `log::bytes_come_back_as_they_were`,
-    /// `log::parked_and_failed_are_unique`, `log::a_record_that_failed_on_arrival_can_hold_its_key`.
+    /// `log::parked_and_failed_are_unique`, `log::a_record_parked_on_arrival_keeps_its_place`, `log::a_record_that_failed_on_arrival_can_hold_its_key`.
     ///
     /// # Errors
     /// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable): whether it happened is unknown where the connection
@@ -78,7 +78,9 @@ pub trait EventLogStore: Debug + Send + Sync + 'static {
     /// Opens a session on a mailbox, which comes into being with it.
     ///
     /// # Contract
-    /// Takes no lease yet: a session that never claims holds nobody back.
+    /// Takes no lease yet: a session that never claims holds nobody back. Mailboxes know nothing of each other.
+    ///
+    /// Held by `log::an_expired_lease_is_taken_over`, `log::a_live_lease_is_renewed`, `log::mailboxes_are_apart`.
     ///
     /// # Errors
     /// [`ErrorKind::Config`](crate::ErrorKind::Config) for a lease shorter than

@@ -26,6 +26,8 @@ pub trait TransactionOf<Log: ?Sized>: Send {
     /// # Contract
     /// The connection on which the caller's own statements run, as the type the log's `append_in` recovers. It touches
     /// no database and never begins, commits or ends anything.
+    ///
+    /// Held by `log::rollback_leaves_nothing`.
     fn lend(&mut self) -> Lent<'_>;
 
     /// Lends the connection for statements that have to run now: what was lent, unless that puts events aside until the
@@ -164,6 +166,8 @@ pub trait LogTransaction: Debug + Send {
     /// # Contract
     /// Durable when it returns `Ok`. It is an error if the database answered with a rollback, as it does after an error
     /// in the transaction that somebody swallowed. Dropping it uncommitted rolls back.
+    ///
+    /// Held by `log::rollback_leaves_nothing`.
     async fn commit(self: Box<Self>) -> Result<()>;
 
     /// Commits just behind an append that went well: so no statement of the transaction has failed, and a log that would
@@ -171,6 +175,8 @@ pub trait LogTransaction: Debug + Send {
     ///
     /// # Contract
     /// As [`commit`](LogTransaction::commit).
+    ///
+    /// Held by `log::rollback_leaves_nothing`.
     #[allow(clippy::must_use_candidate)] // it is a future, which has to be used
     async fn commit_appended(self: Box<Self>) -> Result<()> {
         self.commit().await
@@ -180,6 +186,8 @@ pub trait LogTransaction: Debug + Send {
     ///
     /// # Contract
     /// Nothing written in it remains, events included.
+    ///
+    /// Held by `log::rollback_leaves_nothing`.
     async fn rollback(self: Box<Self>) -> Result<()>;
 
     /// Sets, releases or goes back to the savepoint.
@@ -211,6 +219,8 @@ pub trait TransactionalLog: Debug + Send + Sync + 'static {
     ///
     /// # Contract
     /// A transaction that can write: it does not fail later because it began as a reader.
+    ///
+    /// Held by `log::rollback_leaves_nothing`, `log::an_append_after_a_cancelled_begin_is_durable`.
     async fn begin(&self) -> Result<Box<dyn LogTransaction>>;
 
     /// Appends records in the caller's transaction.

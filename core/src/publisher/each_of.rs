@@ -15,12 +15,16 @@ pub trait PublishOne: Debug + Send + Sync + 'static {
     ///
     /// # Contract
     /// As [`Publisher::publish`] for a batch of one. Calls overlap, for messages of different keys.
+    ///
+    /// Held by `core::each_of_keeps_a_key_in_order_and_holds_back_behind_a_refusal`.
     fn publish_one(&self, message: &Message) -> impl Future<Output = Result<(), PublishError>> + Send;
 
     /// Asks whether the broker can be reached; [`Reachability::Unknown`] unless the author knows better.
     ///
     /// # Contract
     /// As [`Publisher::check`].
+    ///
+    /// Held by `transport::a_broker_that_stands_still_is_told`.
     fn check(&self) -> impl Future<Output = Reachability> + Send {
         std::future::ready(Reachability::Unknown)
     }

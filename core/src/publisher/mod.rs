@@ -177,13 +177,16 @@ pub trait Publisher: Debug + Send + Sync + 'static {
     /// - After `Unavailable` it recovers by itself.
     ///
     /// Held by `transport::every_message_once_to_each_group`, `transport::content_is_intact`,
-    /// `transport::each_message_has_one_outcome`.
+    /// `transport::each_message_has_one_outcome`, `transport::publishing_nothing_is_fine`,
+    /// `transport::what_was_confirmed_outlives_the_broker`, `transport::what_was_confirmed_outlives_its_connection`.
     async fn publish(&self, batch: &[Message], outcomes: &Outcomes);
 
     /// Asks whether the broker can be reached, without publishing anything.
     ///
     /// # Contract
     /// Connects if there is no connection. [`Reachability::Unknown`] where there is no way to ask.
+    ///
+    /// Held by `transport::a_broker_that_stands_still_is_told`.
     async fn check(&self) -> Reachability;
 }
 

@@ -61,6 +61,7 @@ macro_rules! log_conformance {
             pages_are_stable_under_writes
             mailboxes_are_known_by_name
             close_hands_over_at_once
+            a_wait_ends_with_news_or_with_its_time
             mailboxes_are_apart
             messages_are_admitted_once
             admission_knows_what_waits

@@ -1,7 +1,7 @@
 //! What a person does with a log.
 
 use super::{
-    Desk, LogFixture,
+    Desk, LogFixture, NEEDS_ADMIN,
     fixture::{LONG, SHORT, name, names},
     message,
 };
@@ -14,7 +14,7 @@ use std::{collections::BTreeMap, time::Duration};
 /// A dead letter is found, shown, redriven from the beginning, or discarded; nothing else is touched.
 pub async fn failed_records_are_redriven_and_discarded(fixture: &dyn LogFixture) {
     let log = fixture.log();
-    let admin = log.admin().unwrap();
+    let admin = log.admin().expect(NEEDS_ADMIN);
     let desk = Desk::open(fixture).await;
     desk.put(&["k:1", "k:2", "3", "4"]).await;
     let records = desk.take().await;
@@ -84,7 +84,7 @@ pub async fn a_redriven_record_may_be_refused_again(fixture: &dyn LogFixture) {
     desk.put(&["k:1", "k:2"]).await;
     assert_eq!(
         log.admin()
-            .unwrap()
+            .expect(NEEDS_ADMIN)
             .redrive(&Filter::of(desk.mailbox.clone()), 1)
             .await
             .unwrap(),
@@ -112,7 +112,7 @@ pub async fn a_redriven_record_may_be_refused_again(fixture: &dyn LogFixture) {
 /// A failed record that holds its key lets nothing of it pass until a person decides.
 pub async fn a_failed_record_can_hold_its_key(fixture: &dyn LogFixture) {
     let log = fixture.log();
-    let admin = log.admin().unwrap();
+    let admin = log.admin().expect(NEEDS_ADMIN);
     let desk = Desk::open(fixture).await;
     desk.put(&["k:1", "k:2", "j:1", "j:2"]).await;
     let records = desk.take().await;
@@ -134,7 +134,7 @@ pub async fn a_failed_record_can_hold_its_key(fixture: &dyn LogFixture) {
 /// The same for one that comes as a dead letter: what waits of its key, and what comes later, goes on when a person has decided.
 pub async fn a_record_that_failed_on_arrival_can_hold_its_key(fixture: &dyn LogFixture) {
     let log = fixture.log();
-    let admin = log.admin().unwrap();
+    let admin = log.admin().expect(NEEDS_ADMIN);
     let mailbox = Mailbox::Inbox(postrider_core::GroupName::new("holding"));
     let options = postrider_core::log::SessionOptions::new(postrider_core::log::Owner::new()).with_lease(LONG);
     let desk = Desk::on(fixture, fixture.log(), options, mailbox).await;
@@ -180,7 +180,7 @@ pub async fn a_record_that_failed_on_arrival_can_hold_its_key(fixture: &dyn LogF
 /// The numbers are right.
 pub async fn stats_count(fixture: &dyn LogFixture) {
     let log = fixture.log();
-    let admin = log.admin().unwrap();
+    let admin = log.admin().expect(NEEDS_ADMIN);
     let desk = Desk::open(fixture).await;
     desk.put(&["1", "2", "3", "4", "k:5", "k:6"]).await;
     let later = NewRecord::new(message("t", None, "later")).after(LONG);
@@ -208,7 +208,7 @@ pub async fn stats_count(fixture: &dyn LogFixture) {
 /// Pages show each record once that stays what it is, whatever happens beside it.
 pub async fn pages_are_stable_under_writes(fixture: &dyn LogFixture) {
     let log = fixture.log();
-    let admin = log.admin().unwrap();
+    let admin = log.admin().expect(NEEDS_ADMIN);
     let desk = Desk::open(fixture).await;
     let all: Vec<String> = (0..60).map(|n| format!("k{n}:{n}")).collect();
     desk.put(&all.iter().map(String::as_str).collect::<Vec<_>>()).await;
@@ -264,7 +264,7 @@ pub async fn pages_are_stable_under_writes(fixture: &dyn LogFixture) {
 /// A mailbox is there once something has used it, and looking for dead letters of one that is not brings none into being.
 pub async fn mailboxes_are_known_by_name(fixture: &dyn LogFixture) {
     let log = fixture.log();
-    let admin = log.admin().unwrap();
+    let admin = log.admin().expect(NEEDS_ADMIN);
     let inbox = |group: &str| Mailbox::Inbox(postrider_core::GroupName::parse(group.to_owned()).unwrap());
     let _desk = Desk::on(
         fixture,

@@ -1,7 +1,7 @@
 //! Who holds what.
 
 use super::{
-    Desk, LogFixture,
+    Desk, LogFixture, NEEDS_ADMIN,
     fixture::{LONG, SHORT, names},
 };
 use postrider_core::{
@@ -95,7 +95,7 @@ pub async fn a_stale_settle_changes_nothing(fixture: &dyn LogFixture) {
     );
     next.done(&taken).await;
     let log = fixture.log();
-    let stats = log.admin().unwrap().stats().await.unwrap()[&next.mailbox];
+    let stats = log.admin().expect(NEEDS_ADMIN).stats().await.unwrap()[&next.mailbox];
     assert_eq!((stats.pending, stats.failed), (0, 0));
     next.session.close().await.unwrap();
     // It may come back, under another lease, and what it had before stays lost.
@@ -142,4 +142,34 @@ pub async fn close_hands_over_at_once(fixture: &dyn LogFixture) {
     let short = options(Lease::SHORTEST / 2);
     let error = fixture.log().store().open(&two.mailbox, &short).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Config);
+}
+
+/// A wait ends soon after another process has committed something, and at the latest with its time.
+pub async fn a_wait_ends_with_news_or_with_its_time(fixture: &dyn LogFixture) {
+    let desk = Desk::open(fixture).await;
+    assert!(desk.take().await.is_empty());
+    // How many seconds of the log's clock it takes.
+    let waits = async |at_most| {
+        let mut wait = std::pin::pin!(desk.session.wait(at_most));
+        for secs in 0..60 {
+            if let Ok(ended) = tokio::time::timeout(Duration::from_millis(100), &mut wait).await {
+                ended.expect("a wait");
+                return secs;
+            }
+            fixture.advance(SHORT).await;
+        }
+        panic!("a wait of {at_most:?} does not end");
+    };
+    assert!(waits(SHORT * 5).await <= 10);
+    let other = fixture.other().await;
+    let record = postrider_core::log::NewRecord::new(super::message("t", None, "news"));
+    other.store().append(&desk.mailbox, &[record]).await.expect("appended");
+    assert!(waits(LONG).await <= 10);
+    // (A wait may end for no reason, before the news.)
+    let mut got = Vec::new();
+    for _ in 0..5 {
+        got.extend(names(&desk.take().await));
+        fixture.advance(SHORT).await;
+    }
+    assert_eq!(got, ["news"]);
 }

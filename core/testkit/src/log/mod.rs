@@ -25,3 +25,6 @@ pub use records::*;
 pub use retention::*;
 
 use fixture::{Desk, message};
+
+/// What a log without administration is told.
+const NEEDS_ADMIN: &str = "a log has a `LogAdmin`: without it nobody can work with its dead letters";

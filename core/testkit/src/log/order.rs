@@ -1,7 +1,7 @@
 //! The order of keys, and who waits for whom.
 
 use super::{
-    Desk, LogFixture,
+    Desk, LogFixture, NEEDS_ADMIN,
     fixture::{LONG, SHORT, names, of_key},
     message,
 };
@@ -72,7 +72,7 @@ pub async fn a_redriven_record_lets_nothing_overtake(fixture: &dyn LogFixture) {
     assert_eq!(names(&held), ["1"]);
     desk.put(&["k:2", "k:3"]).await;
     assert!(desk.take().await.is_empty(), "1 is out");
-    let admin = fixture.log().admin().unwrap().clone();
+    let admin = fixture.log().admin().expect(NEEDS_ADMIN).clone();
     let filter = postrider_core::log::Filter::of(desk.mailbox.clone());
     assert_eq!(admin.redrive(&filter, 10).await.unwrap(), 1);
     desk.put(&["k:4", "k:5"]).await;
@@ -92,7 +92,7 @@ pub async fn a_redriven_record_lets_nothing_overtake_after_a_take_over(fixture: 
     one.settle(vec![(&dead[0], one.failed(false))]).await;
     one.put(&["k:1", "k:2"]).await;
     assert_eq!(names(&one.take().await), ["1", "2"]);
-    let admin = fixture.log().admin().unwrap().clone();
+    let admin = fixture.log().admin().expect(NEEDS_ADMIN).clone();
     let filter = postrider_core::log::Filter::of(one.mailbox.clone());
     assert_eq!(admin.redrive(&filter, 10).await.unwrap(), 1);
     one.put(&["k:3"]).await;

@@ -1,7 +1,7 @@
 //! What comes out is what went in.
 
 use super::{
-    Desk, LogFixture,
+    Desk, LogFixture, NEEDS_ADMIN,
     fixture::{LONG, name, names},
     message,
 };
@@ -207,9 +207,15 @@ pub async fn parked_and_failed_are_unique(fixture: &dyn LogFixture) {
     desk.append(&[record(2)]).await;
     desk.append(&[dead.clone(), record(3)]).await;
     let log = fixture.log();
-    let stats = log.admin().unwrap().stats().await.unwrap()[&desk.mailbox];
+    let stats = log.admin().expect(NEEDS_ADMIN).stats().await.unwrap()[&desk.mailbox];
     assert_eq!((stats.parked, stats.failed, stats.pending), (1, 1, 1));
-    let stored = log.admin().unwrap().show(&desk.mailbox, id()).await.unwrap().unwrap();
+    let stored = log
+        .admin()
+        .expect(NEEDS_ADMIN)
+        .show(&desk.mailbox, id())
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(stored.attempts, 1);
 }
 

@@ -1,7 +1,7 @@
 //! What is kept, and for how long.
 
 use super::{
-    Desk, LogFixture,
+    Desk, LogFixture, NEEDS_ADMIN,
     fixture::{LONG, SHORT, name},
 };
 use postrider_core::log::{Outcome, Owner, Parking, Purge, SessionOptions, Until};
@@ -16,7 +16,7 @@ pub async fn what_succeeded_is_kept_only_if_asked(fixture: &dyn LogFixture) {
         let desk = Desk::with(fixture, log.clone(), options).await;
         desk.put(&["1", "k:2"]).await;
         desk.drain().await;
-        let stats = log.admin().unwrap().stats().await.unwrap()[&desk.mailbox];
+        let stats = log.admin().expect(NEEDS_ADMIN).stats().await.unwrap()[&desk.mailbox];
         let expected = if log.capabilities().history { 2 } else { 0 };
         assert_eq!((stats.succeeded, stats.pending), (expected, 0), "keep: {keep}");
         desk.session.close().await.unwrap();
@@ -48,7 +48,7 @@ pub async fn purge_is_bounded_and_takes_only_what_is_due(fixture: &dyn LogFixtur
         assert_eq!(both.0.unwrap() + both.1.unwrap(), 3, "together they take each once");
     }
     assert_eq!(log.store().purge(&purge(100)).await.unwrap(), 0);
-    let stats = log.admin().unwrap().stats().await.unwrap()[&desk.mailbox];
+    let stats = log.admin().expect(NEEDS_ADMIN).stats().await.unwrap()[&desk.mailbox];
     assert_eq!(
         (stats.failed, stats.pending),
         (2, 3),
@@ -74,7 +74,7 @@ pub async fn errors_are_kept_the_last_ten(fixture: &dyn LogFixture) {
     }
     let stored = log
         .admin()
-        .unwrap()
+        .expect(NEEDS_ADMIN)
         .show(&desk.mailbox, record.message.id())
         .await
         .unwrap()

@@ -37,7 +37,10 @@ pub async fn concurrent_close_loses_nothing(fixture: &dyn TransportFixture) {
                 }
                 drop(unfinished);
             }
-            Ok(_) => {}
+            // The partition is let go once the broker has been told of all that came with it.
+            Ok(_) => {
+                closing.settling.settle(Vec::new()).await;
+            }
             Err(error) => {
                 assert_eq!(error.kind(), ErrorKind::Closed);
                 break;
