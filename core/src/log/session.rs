@@ -234,7 +234,8 @@ pub trait Session: Debug + Send + Sync {
     /// - Cancelling it may leave records held that nobody got; they come back with the end of the session.
     ///
     /// Held by `log::claims_are_exclusive`, `log::order_survives_failure`, `log::due_times_are_kept`, `log::never_is_a_time_like_any_other`,
-    /// `log::nothing_waiting_stops_a_neighbour`, `log::an_expired_lease_is_taken_over`,
+    /// `log::nothing_waiting_stops_a_neighbour`, `log::a_backlog_of_one_key_hinders_no_other`,
+    /// `log::a_long_run_waits_behind_its_head_in_order`, `log::an_expired_lease_is_taken_over`,
     /// `log::a_busy_key_is_passed_over_and_given_later`, `log::a_key_waits_for_whatever_is_parked_of_it`,
     /// `log::order_survives_a_take_over`, `log::keyless_records_are_not_held_back`,
     /// `log::topics_that_wait_are_told_to_the_next_holder`, `log::retries_do_not_starve_what_is_new`,
