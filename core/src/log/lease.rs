@@ -113,14 +113,14 @@ impl Lease {
     /// Renews it every third of `length` until it is over: the task a session keeps, and stops by dropping it.
     ///
     /// `renew` answers whether the lease is still the session's; an error is tried again sooner, while time is left.
-    pub fn keep_renewed<F, Fut>(&self, length: Duration, renew: F) -> AbortOnDropHandle<()>
+    pub fn keep_renewed<F, Fut>(&self, length: Duration, renew: F) -> Renewal
     where
         F: Fn() -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Result<bool>> + Send,
     {
         let lease = self.clone();
         let every = Self::renewed_every(length);
-        AbortOnDropHandle::new(tokio::spawn(async move {
+        Renewal(AbortOnDropHandle::new(tokio::spawn(async move {
             let mut pause = every;
             while lease.is_held() {
                 lease.clock.sleep(pause).await;
@@ -135,7 +135,7 @@ impl Lease {
                 };
             }
             lease.end();
-        }))
+        })))
     }
 
     /// Ends it now: a renewal was refused, or the session is closing.
@@ -143,6 +143,11 @@ impl Lease {
         self.until.store(0, Ordering::Release);
     }
 }
+
+/// The task that renews a lease: a session keeps it. Dropping it ends the renewal; the lease then runs out.
+#[derive(Debug)]
+#[must_use = "dropping it ends the renewal"]
+pub struct Renewal(#[allow(dead_code)] AbortOnDropHandle<()>);
 
 impl fmt::Debug for Lease {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

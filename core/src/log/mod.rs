@@ -39,7 +39,7 @@ pub use dead_letters::{DeadLetters, Pace};
 pub use event_log::{EventLog, LogCapabilities};
 pub use holdings::Holdings;
 pub use inbox::{Admission, Arrival, InboxLog, Note};
-pub use lease::Lease;
+pub use lease::{Lease, Renewal};
 pub use mailbox::Mailbox;
 pub use members::{GroupMember, RegisteredMember};
 pub use record::{AttemptError, NewRecord, Owner, Placement, Record, RecordState, RecordTag};

@@ -6,7 +6,7 @@ use crate::{
     Message, Result, Topic,
     clock::{Clock, Timestamp, later},
     log::{
-        AttemptError, Claim, Claimed, Holdings, Lease, Outcome, Record, RecordTag, Session, SessionOptions,
+        AttemptError, Claim, Claimed, Holdings, Lease, Outcome, Record, RecordTag, Renewal, Session, SessionOptions,
         SettleReport, Settled, Until,
     },
 };
@@ -15,7 +15,6 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
-use tokio_util::task::AbortOnDropHandle;
 
 /// How many rows a claim looks at for each one it may give: what it passes over is bounded.
 const SCANNED_PER_GIVEN: usize = 8;
@@ -35,7 +34,7 @@ struct Held {
     holdings: Holdings,
     /// Everything up to here has been read.
     cursor: u64,
-    renewal: Option<AbortOnDropHandle<()>>,
+    renewal: Option<Renewal>,
     news_seen: u64,
     closed: bool,
 }
@@ -95,7 +94,7 @@ impl MemorySession {
         true
     }
 
-    fn renewal(&self, held: &Held) -> AbortOnDropHandle<()> {
+    fn renewal(&self, held: &Held) -> Renewal {
         let (queue, clock, options) = (self.queue.clone(), self.clock.clone(), self.options.clone());
         let epoch = held.epoch;
         held.lease.keep_renewed(self.options.lease, move || {

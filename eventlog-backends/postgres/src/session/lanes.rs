@@ -5,7 +5,7 @@ use crate::{error::doing, row::secs};
 use postrider_core::{
     Message, Result, Topic,
     clock::Moment,
-    log::{Holdings, Lease, Owner},
+    log::{Holdings, Lease, Owner, Renewal},
 };
 use rustc_hash::{FxHashMap, FxHashSet};
 use sqlx::{Connection as _, PgConnection, Row as _, postgres::PgRow};
@@ -13,7 +13,6 @@ use std::{
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
-use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 /// How often a session that does not own every lane looks for others at a claim.
@@ -249,7 +248,7 @@ async fn give_back(shared: &Shared, connection: &mut PgConnection) -> Result<()>
     Ok(())
 }
 
-fn renewal(shared: &Arc<Shared>, lease: &Lease, owner: Uuid) -> AbortOnDropHandle<()> {
+fn renewal(shared: &Arc<Shared>, lease: &Lease, owner: Uuid) -> Renewal {
     // A session that is dropped takes the task with it, so the task may hold what the session holds only weakly.
     let (session, length) = (Arc::downgrade(shared), shared.options.lease);
     lease.keep_renewed(length, move || {

@@ -23,7 +23,7 @@ use floor::Floor;
 use postrider_core::{
     Error, ErrorKind, Mailbox, Message, Result, Topic,
     clock::{Moment, Timestamp},
-    log::{Claim, Claimed, Holdings, Lease, RecordTag, Session, SessionOptions, SettleReport, Settled},
+    log::{Claim, Claimed, Holdings, Lease, RecordTag, Renewal, Session, SessionOptions, SettleReport, Settled},
 };
 use rustc_hash::{FxHashMap, FxHashSet};
 use sqlx::{Connection as _, PgConnection};
@@ -36,7 +36,6 @@ use std::{
     time::Duration,
 };
 use tokio::sync::{Mutex, Notify};
-use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 /// How many lanes a mailbox has: part of the format.
@@ -70,7 +69,7 @@ struct Held {
     /// Those of tenures that may still have lanes, which are ours to take.
     owners: Vec<Uuid>,
     lease: Lease,
-    renewal: Option<AbortOnDropHandle<()>>,
+    renewal: Option<Renewal>,
     lanes: BTreeMap<i16, Lane>,
     /// How many sessions share the mailbox.
     relays: usize,

@@ -5,14 +5,13 @@ use crate::error::doing;
 use postrider_core::{
     Result,
     clock::Moment,
-    log::{Holdings, Lease},
+    log::{Holdings, Lease, Renewal},
 };
 use sqlx::{Connection as _, Row as _, SqliteConnection};
 use std::{
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
-use tokio_util::task::AbortOnDropHandle;
 
 /// Somebody else's lease, and since when it has not moved.
 #[derive(Debug, Clone)]
@@ -121,7 +120,7 @@ fn begin_tenure(shared: &Arc<Shared>, held: &mut Held, epoch: i64, sent: Moment)
     held.renewal = Some(renewal(shared, &held.lease, epoch));
 }
 
-fn renewal(shared: &Arc<Shared>, lease: &Lease, epoch: i64) -> AbortOnDropHandle<()> {
+fn renewal(shared: &Arc<Shared>, lease: &Lease, epoch: i64) -> Renewal {
     // A session that is dropped takes the task with it, so the task may hold what the session holds only weakly.
     let session = Arc::downgrade(shared);
     lease.keep_renewed(shared.options.lease, move || {

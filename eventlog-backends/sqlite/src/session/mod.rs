@@ -11,7 +11,7 @@ use lease::Observed;
 use postrider_core::{
     Error, ErrorKind, Mailbox, Message, Result, Topic,
     clock::Moment,
-    log::{Claim, Claimed, Holdings, Lease, RecordTag, Session, SessionOptions, SettleReport, Settled},
+    log::{Claim, Claimed, Holdings, Lease, RecordTag, Renewal, Session, SessionOptions, SettleReport, Settled},
 };
 use sqlx::{Connection as _, Sqlite, SqliteConnection, Transaction};
 use std::{
@@ -23,7 +23,6 @@ use std::{
     time::Duration,
 };
 use tokio::sync::Mutex;
-use tokio_util::task::AbortOnDropHandle;
 
 pub(crate) struct SqliteSession {
     shared: Arc<Shared>,
@@ -50,7 +49,7 @@ struct Held {
     records: HashMap<u64, Out>,
     /// Everything up to here has been read.
     cursor: i64,
-    renewal: Option<AbortOnDropHandle<()>>,
+    renewal: Option<Renewal>,
     observed: Option<Observed>,
     /// Whether the engine knows which topics are waited for.
     waiting_told: bool,
