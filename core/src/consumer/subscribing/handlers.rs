@@ -20,8 +20,8 @@ impl<E: Event> Subscribing<E, NoState, Empty> {
     /// subscription is [`unordered`](Subscribing::unordered).
     ///
     /// Middleware for all events does not go around a call; it is told of each event that
-    /// [failed](Middleware::on_failure), and asked for a [verdict](Middleware::fallback). Starting is refused with middleware
-    /// for this type, [`durable`](Subscribing::durable), or [`Transactional`](super::Transactional) around everything.
+    /// [failed](crate::Middleware::on_failure), and asked for a [verdict](crate::Middleware::fallback). Starting is refused with middleware
+    /// for this type, [`durable`](Subscribing::durable), or [`Transactional`](crate::Transactional) around everything.
     pub fn batch_handler<F>(self, how: Batch, handler: F) -> Subscribing<E, NoState, Batched>
     where
         F: BatchHandlerFn<E>, // what it captures: give it to `.state(value)`, and take it as the first argument
