@@ -197,7 +197,7 @@ impl Site {
         self.alive().await;
         let result = self.outcome(of, act);
         if result.is_ok() && !ctx.has_transaction() {
-            self.reach.world.ledger.handled(of, |handled| handled.plain += 1);
+            self.reach.world.ledger.succeeded(of);
         }
         result
     }
@@ -254,7 +254,7 @@ async fn handle_together(jobs: &[Job], ctx: &mut BatchContext) -> Vec<HandlerRes
     let each = jobs.iter().zip(acts).map(|(job, act)| {
         let result = site.outcome(id(job.n), act);
         if result.is_ok() {
-            site.reach.world.ledger.handled(id(job.n), |handled| handled.plain += 1);
+            site.reach.world.ledger.succeeded(id(job.n));
         }
         result
     });

@@ -96,6 +96,16 @@ impl Ledger {
         change(self.book().handled.entry(id).or_default());
     }
 
+    /// A handler has succeeded outside of any transaction.
+    pub(crate) fn succeeded(&self, id: MessageId) {
+        let mut book = self.book();
+        let handled = book.handled.entry(id).or_default();
+        handled.plain += 1;
+        if handled.plain == 1 {
+            book.effects.push(id);
+        }
+    }
+
     /// A handler begins with a message.
     pub(crate) fn began(&self, id: MessageId) {
         let mut book = self.book();

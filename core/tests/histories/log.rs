@@ -48,6 +48,7 @@ impl EventLogStore for FaultyLog {
             reach: self.reach.clone(),
             mailbox: mailbox.clone(),
             untold: Mutex::default(),
+            number: self.reach.world.next_session(),
         };
         self.reach
             .ends(fate, "open", Box::new(session) as Box<dyn Session>)
@@ -67,6 +68,7 @@ struct FaultySession {
     mailbox: Mailbox,
     /// What a claim said whose answer was lost.
     untold: Mutex<Vec<Topic>>,
+    number: u64,
 }
 
 #[async_trait]
@@ -75,6 +77,9 @@ impl Session for FaultySession {
     async fn claim(&self, request: &Claim) -> Result<Claimed> {
         let fate = self.reach.begins("claim").await?;
         let mut claimed = self.inner.claim(request).await?;
+        if claimed.lease.is_held() {
+            self.reach.world.holds(&self.mailbox, self.number);
+        }
         claimed.waiting.append(&mut self.untold.lock().unwrap());
         if !claimed.records.is_empty() {
             let ids = claimed.records.iter().map(|record| short(record.message.id()));
@@ -101,6 +106,12 @@ impl Session for FaultySession {
         let report = self.inner.settle(batch).await?;
         if !report.lost.is_empty() {
             self.reach.world.ledger.count("settles without a lease");
+        }
+        if report.lost.len() < batch.len() && !self.reach.world.is_held_by(&self.mailbox, self.number) {
+            let name = &self.reach.name;
+            self.reach
+                .world
+                .broken(format!("{name} settled what another holds in {}", self.mailbox));
         }
         let outcomes: Vec<String> = batch.iter().map(outcome).collect();
         self.reach.world.note(format_args!(

@@ -5,13 +5,17 @@ use crate::{
     ledger::Ledger,
 };
 use postrider_core::{
-    MessageId,
+    Mailbox, MessageId,
     clock::{Clock as _, ManualClock},
     memory::{MemoryLog, MemoryTransport},
 };
 use std::{
+    collections::BTreeMap,
     io::Write as _,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -44,6 +48,10 @@ pub(crate) struct World {
     rates: Mutex<Rates>,
     /// The topic `t1` has no place to go to: `true` if that is because it leads nowhere.
     topic_away: Mutex<Option<bool>>,
+    /// Counts the sessions.
+    sessions: AtomicU64,
+    /// The session that was given the lease of a mailbox last.
+    holders: Mutex<BTreeMap<Mailbox, u64>>,
 }
 
 impl World {
@@ -58,6 +66,8 @@ impl World {
             faults: Mutex::new(Dice::new(seed ^ 0x5EED_0FFA)),
             rates: Mutex::new(rates),
             topic_away: Mutex::default(),
+            sessions: AtomicU64::default(),
+            holders: Mutex::default(),
         })
     }
 
@@ -72,6 +82,18 @@ impl World {
     pub(crate) fn set_topic_away(&self, away: Option<bool>) {
         self.note(format_args!("t1 is away: {away:?}"));
         *self.topic_away.lock().unwrap() = away;
+    }
+
+    pub(crate) fn next_session(&self) -> u64 {
+        self.sessions.fetch_add(1, Ordering::SeqCst)
+    }
+
+    pub(crate) fn holds(&self, mailbox: &Mailbox, session: u64) {
+        self.holders.lock().unwrap().insert(mailbox.clone(), session);
+    }
+
+    pub(crate) fn is_held_by(&self, mailbox: &Mailbox, session: u64) -> bool {
+        self.holders.lock().unwrap().get(mailbox) == Some(&session)
     }
 
     /// From now on nothing goes wrong by chance.
