@@ -194,8 +194,8 @@ impl<E: Event> Chain<E> {
             let message = ctx.message().id();
             let Err(error) = self.attempt(&event, ctx).await else {
                 pass.answered(message);
-                if ctx.was_dropped {
-                    return Handled::Dropped;
+                if let Some(waits) = ctx.was_dropped {
+                    return Handled::Dropped { waits };
                 }
                 by.tell_of_recovery(ctx.message(), tried.attempts);
                 return Handled::Done;
@@ -314,7 +314,8 @@ impl<E: Event> Chain<E> {
                     continue;
                 }
                 Admission::Duplicate | Admission::Parked => {
-                    outcomes.push(Handled::Dropped);
+                    let waits = admission == Admission::Parked;
+                    outcomes.push(Handled::Dropped { waits });
                     continue;
                 }
             }

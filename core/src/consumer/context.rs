@@ -1,6 +1,8 @@
 use super::{HandlerError, HandlerErrorKind, error::is_outage};
 use crate::{
-    Error, ErrorKind, EventBus, EventLog, GroupName, IntoMessage, Message, MessageId, Result, clock::Clock, log::LogTx,
+    Error, ErrorKind, EventBus, EventLog, GroupName, IntoMessage, Message, MessageId, Result,
+    clock::Clock,
+    log::{Lease, LogTx},
 };
 use std::{
     any::{Any, TypeId},
@@ -101,8 +103,10 @@ pub struct Context {
     log_was_away: Option<String>,
     /// It was parked in the inbox, and comes from there.
     pub(super) was_parked: bool,
-    /// The inbox knew it: its handlers were not called.
-    pub(super) was_dropped: bool,
+    /// The inbox knew it, and whether it waits there: its handlers were not called.
+    pub(super) was_dropped: Option<bool>,
+    /// What the inbox's relay holds it by.
+    pub(super) lease: Option<Lease>,
     /// The steps that have run and would have to be taken back, in order.
     pub(super) ran: Vec<usize>,
     values: HashMap<TypeId, Box<dyn Any + Send + Sync>>,
@@ -126,7 +130,8 @@ impl Context {
             rolled_back: None,
             log_was_away: None,
             was_parked: false,
-            was_dropped: false,
+            was_dropped: None,
+            lease: None,
             ran: Vec::new(),
             values: HashMap::new(),
         }

@@ -85,6 +85,7 @@ pub(super) async fn run<E: Sync + 'static>(steps: &Steps<E>, ctx: &mut Context, 
     let group = ctx.group().clone();
     let note = inbox.note(None, &group, ctx.message().id()).await;
     let note = note.map_err(HandlerError::of_the_log)?;
+    still_held(ctx)?;
     let version = note.as_ref().map_or(0, |note| note.version);
     let progress = match note {
         Some(Note { text, .. }) => serde_json::from_str(&text)
@@ -350,12 +351,23 @@ impl<E: Sync + 'static> Run<'_, E> {
     /// Reads what is noted, after an answer that did not come.
     async fn refresh(&mut self, ctx: &Context) -> HandlerResult {
         let note = self.inbox.note(None, ctx.group(), ctx.message().id()).await;
-        if let Some(note) = note.map_err(HandlerError::of_the_log)? {
+        let note = note.map_err(HandlerError::of_the_log)?;
+        still_held(ctx)?;
+        if let Some(note) = note {
             self.version = note.version;
             let progress = serde_json::from_str(&note.text).map_err(JsonError::from);
             self.progress = progress.map_err(HandlerError::permanent)?;
         }
         Ok(())
+    }
+}
+
+/// Asked after each read of the note: whoever takes the message over writes it, so from a note that was read under the lease
+/// nothing can be written after that was lost. One read later may be the other's last word.
+fn still_held(ctx: &Context) -> HandlerResult {
+    match &ctx.lease {
+        Some(lease) if !lease.is_held() => Err(HandlerError::taken_over()),
+        _ => Ok(()),
     }
 }
 

@@ -13,8 +13,10 @@ use tokio_util::sync::CancellationToken;
 #[derive(Debug)]
 pub(super) enum Handled {
     Done,
-    /// Not handled: the inbox knew it.
-    Dropped,
+    /// Not handled: the inbox knew it. It may wait there itself, and those of its key with it.
+    Dropped {
+        waits: bool,
+    },
     /// Not handled: nobody in the group handles its type.
     Ignored,
     /// To wait by itself for a service that is away, without an attempt.

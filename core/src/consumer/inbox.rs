@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     Delivery, Error, ErrorKind, Mailbox, Message, Reachability,
-    log::{Admission, Arrival, AttemptError, NewRecord, Placement},
+    log::{Admission, Arrival, AttemptError, Lease, NewRecord, Placement},
     publisher::Outcomes,
     relay::{Attempts, Refusal},
 };
@@ -38,12 +38,12 @@ impl Attempts for FromInbox {
         false
     }
 
-    async fn attempt(&self, batch: &[Message], attempts: &[u32], _: Duration, _: &Outcomes) -> Result<(), Refusal> {
+    async fn attempt(&self, batch: &[Message], attempts: &[u32], lease: &Lease, _: &Outcomes) -> Result<(), Refusal> {
         match (batch, attempts) {
             ([message], [attempts]) => {
                 // A task of its own: a handler that computes or blocks does not hold up the relay.
-                let (shared, message, attempts) = (self.0.clone(), message.clone(), *attempts);
-                let handling = async move { shared.handle_parked(&message, attempts).await };
+                let (shared, message, attempts, lease) = (self.0.clone(), message.clone(), *attempts, lease.clone());
+                let handling = async move { shared.handle_parked(&message, attempts, lease).await };
                 match AbortOnDropHandle::new(tokio::spawn(handling)).await {
                     Ok(outcome) => outcome,
                     Err(_) => {
@@ -73,12 +73,13 @@ impl Attempts for FromInbox {
 
 impl Shared {
     /// The last error, as the relay writes it down; the ones before it it has written already.
-    async fn handle_parked(&self, message: &Message, attempts: u32) -> Result<(), Refusal> {
+    async fn handle_parked(&self, message: &Message, attempts: u32, lease: Lease) -> Result<(), Refusal> {
         let Some(chain) = self.chains.get(message.kind()) else {
             return Err(self.parked_for_another(message).await);
         };
         let mut ctx = Context::new(message.clone(), self.tools.clone());
         ctx.was_parked = true;
+        ctx.lease = Some(lease);
         let by = HandledBy {
             retry: &self.retry,
             tools: &self.tools,
@@ -94,7 +95,7 @@ impl Shared {
                 self.counters.handled(1);
                 Ok(())
             }
-            Handled::Dropped => {
+            Handled::Dropped { .. } => {
                 self.counters.dropped(1);
                 Ok(())
             }

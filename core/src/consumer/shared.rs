@@ -280,9 +280,13 @@ impl Shared {
                 self.counters.handled(1);
                 delivery.ack()
             }
-            Handled::Dropped => {
+            Handled::Dropped { waits } => {
                 self.counters.dropped(1);
-                delivery.ack()
+                return Finished {
+                    settlement: delivery.ack(),
+                    key,
+                    is_parked: waits,
+                };
             }
             Handled::Ignored => {
                 self.counters.ignored(1);

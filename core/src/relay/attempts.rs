@@ -1,6 +1,6 @@
 //! What a relay does with the records it has claimed: an outbox publishes them, an inbox takes them through their chain.
 
-use crate::{Message, PublishError, Publisher, Reachability, clock::Clock, publisher::Outcomes};
+use crate::{Message, PublishError, Publisher, Reachability, clock::Clock, log::Lease, publisher::Outcomes};
 use async_trait::async_trait;
 use futures_util::FutureExt as _;
 use std::{fmt::Debug, panic::AssertUnwindSafe, sync::Arc, time::Duration};
@@ -36,12 +36,12 @@ pub(crate) trait Attempts: Debug + Send + Sync {
     /// Whether topics are destinations, one of which may be silent while the others answer.
     fn has_destinations(&self) -> bool;
     /// Reports outcomes as they are known; gives that of the messages that it reported none of. `attempts` are those
-    /// counted so far; `left` is what is left of the lease.
+    /// counted so far; `lease` is what they are held by.
     async fn attempt(
         &self,
         batch: &[Message],
         attempts: &[u32],
-        left: Duration,
+        lease: &Lease,
         outcomes: &Outcomes,
     ) -> Result<(), Refusal>;
     /// Whether another process is better left with the mailbox, after this one has stepped aside.
@@ -68,7 +68,8 @@ impl Attempts for Publishing {
     }
 
     /// One publish call, whatever the publisher does. It gets no longer than what is left of the lease.
-    async fn attempt(&self, batch: &[Message], _: &[u32], left: Duration, outcomes: &Outcomes) -> Result<(), Refusal> {
+    async fn attempt(&self, batch: &[Message], _: &[u32], lease: &Lease, outcomes: &Outcomes) -> Result<(), Refusal> {
+        let left = lease.remaining().unwrap_or_default();
         let deadline = self.timeout.min(left);
         let call = AssertUnwindSafe(self.publisher.publish(batch, outcomes)).catch_unwind();
         let unknown = tokio::select! {

@@ -63,10 +63,11 @@ impl<E: Sync + 'static> Middleware<E> for Transactional {
                 let _ = tx.rollback().await;
                 return Err(HandlerError::held_back());
             }
-            Some(Admission::Duplicate | Admission::Parked) | None => {
+            known @ (Some(Admission::Duplicate | Admission::Parked) | None) => {
+                let waits = known == Some(&Admission::Parked);
                 tracing::debug!(message = %ctx.message().id(), group = %ctx.group(), "handled before, or waiting already: dropped");
                 let _ = tx.rollback().await;
-                ctx.was_dropped = true;
+                ctx.was_dropped = Some(waits);
                 return Ok(());
             }
         }

@@ -34,10 +34,10 @@ impl Engine {
             if room == 0 {
                 return;
             }
-            let Some(left) = self.lease.remaining() else {
+            if !self.lease.is_held() {
                 self.lose_lease();
                 return;
-            };
+            }
             let mut places = Vec::with_capacity(room.min(self.ready.len()));
             let mut probes = 0;
             while places.len() + probes < room
@@ -51,7 +51,7 @@ impl Engine {
                 match self.destinations.may_send(topic, now) {
                     Some(is_probe) if is_probe => {
                         probes += 1;
-                        self.call(vec![place], left, now);
+                        self.call(vec![place], now);
                     }
                     Some(_) => places.push(place),
                     None => self.park_for_topic(place, None),
@@ -61,12 +61,12 @@ impl Engine {
                 return;
             }
             if !places.is_empty() {
-                self.call(places, left, now);
+                self.call(places, now);
             }
         }
     }
 
-    fn call(&mut self, places: Vec<Place>, left: Duration, now: Moment) {
+    fn call(&mut self, places: Vec<Place>, now: Moment) {
         let mut messages = Vec::with_capacity(places.len());
         let mut counts = Vec::with_capacity(places.len());
         let has_destinations = self.attempts.has_destinations();
@@ -88,9 +88,9 @@ impl Engine {
             sent_at: now,
         };
         self.calls.insert(number, call);
-        let attempts = self.attempts.clone();
+        let (attempts, lease) = (self.attempts.clone(), self.lease.clone());
         self.job(async move {
-            let rest = attempts.attempt(&messages, &counts, left, &outcomes).await;
+            let rest = attempts.attempt(&messages, &counts, &lease, &outcomes).await;
             Event::Ended { call: number, rest }
         });
     }
