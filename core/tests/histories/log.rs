@@ -276,6 +276,13 @@ impl InboxLog for FaultyInbox {
     async fn look(&self, group: &GroupName, arrivals: &[Arrival]) -> Result<Vec<Admission>> {
         let fate = self.reach.begins("look").await?;
         let admissions = self.inner.look(group, arrivals).await?;
+        // An answer that is out of date when it comes is what a look has to fear.
+        let rates = self.reach.world.rates();
+        let late = self.reach.world.fault(|dice| match rates.log_slow > 0 && dice.chance(400) {
+            true => dice.millis(1, 2_500),
+            false => Duration::ZERO,
+        });
+        self.reach.clock.sleep(late).await;
         self.reach.ends(fate, "look", admissions).await
     }
     async fn note(&self, tx: Option<Lent<'_>>, group: &GroupName, id: MessageId) -> Result<Option<Note>> {
