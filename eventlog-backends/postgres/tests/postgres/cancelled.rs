@@ -2,8 +2,11 @@
 
 use crate::fixture::{LONG, PostgresFixture, drain, open, options, record};
 use postrider_core::{
-    Mailbox, Message, Topic,
+    Bus, Event, Mailbox, Message, Retry, Topic, Transactional,
+    consumer::Timeout,
     log::{EventLogStore as _, NewRecord, Placement, TransactionalLog as _},
+    memory::MemoryTransport,
+    relay::Backoff,
 };
 use postrider_postgres::{PostgresLog, PostgresOptions};
 use postrider_testkit::{log::cut_off_after, run, server::Postgres};
@@ -149,5 +152,66 @@ fn a_closed_pool_closes_the_log() {
         tokio::time::timeout(Duration::from_secs(5), fixture.log.pool().close())
             .await
             .unwrap();
+    });
+}
+
+#[derive(Debug, serde::Serialize, serde::Deserialize, Event)]
+#[event(name = "placed", key = |e: &Self| e.id % 7, crate = "postrider_core")]
+struct Placed {
+    id: u64,
+}
+
+#[test]
+fn a_time_out_around_a_transaction_loses_no_event() {
+    run(async {
+        let fixture = PostgresFixture::new().await;
+        let pool = PgPoolOptions::new().max_connections(3);
+        let pool = pool.connect(&Postgres::shared().url()).await.unwrap();
+        let log = PostgresLog::on_pool(pool, fixture.options.clone()).unwrap();
+        let bus = Bus::builder()
+            .log(log)
+            .transport(MemoryTransport::new())
+            .build()
+            .unwrap();
+        let retry = || {
+            Retry::default()
+                .with_max_attempts(2)
+                .with_backoff(Backoff::Fixed(Duration::from_millis(10)))
+        };
+        let timed = bus
+            .subscribe::<Placed>("timed")
+            .middleware(Timeout::after(Duration::from_millis(3)))
+            .middleware(Transactional::new())
+            .retry(retry())
+            .handler(async |_, _| Ok(()))
+            .start()
+            .await
+            .unwrap();
+        let counted = bus
+            .subscribe::<Placed>("counted")
+            .handler(async |_, _| Ok(()))
+            .start()
+            .await
+            .unwrap();
+        bus.start().await.unwrap();
+        for id in 0..200 {
+            bus.publish(&Placed { id }).await.unwrap();
+        }
+        let until_all = async {
+            loop {
+                let (timed, counted) = (timed.report(), counted.report());
+                // Each is handled, or was (cut off in its COMMIT), or a dead letter after two attempts: none is lost on its way
+                // to the inbox.
+                if timed.handled + timed.dropped + timed.dead_lettered >= 200 && counted.handled >= 200 {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let in_time = tokio::time::timeout(Duration::from_secs(40), until_all).await;
+        assert!(in_time.is_ok(), "{:?} {:?}", timed.report(), counted.report());
+        let dead = fixture.number("SELECT count(*) FROM {parked} WHERE state >= 3").await;
+        assert_eq!(u64::try_from(dead).unwrap(), timed.report().dead_lettered);
+        bus.shutdown(Duration::from_secs(5)).await.unwrap();
     });
 }
