@@ -38,8 +38,21 @@ impl PostgresLog {
             let notes = &self.sql().purge_notes;
             removed += self.execute(&mut connection, notes, mailbox, age, left).await?;
         }
+        let unknown = self.unknown_mailboxes(&mut connection).await?;
         connection.give_back();
+        if !unknown.is_empty() {
+            tracing::error!(
+                mailboxes = ?unknown,
+                "events lie under mailboxes that do not exist, and nobody claims them: who writes rows must take the id from the table of mailboxes"
+            );
+        }
         Ok(removed)
+    }
+
+    /// Mailboxes that have events and do not exist: something else has written them, or a mailbox's row was lost.
+    pub(crate) async fn unknown_mailboxes(&self, connection: &mut PgConnection) -> Result<Vec<i16>> {
+        let unknown = sqlx::query_scalar(self.sql().unknown_mailboxes.clone()).fetch_all(connection);
+        unknown.await.map_err(doing("looking for events of nobody"))
     }
 
     async fn execute(

@@ -443,6 +443,10 @@ statements! {
     // Cleaning up.
     purge_done: "DELETE FROM {done} d USING (SELECT slot, ctid AS at FROM {done} WHERE mailbox = $1 AND finished_at <= {clock}() - make_interval(secs => $2) LIMIT $3 FOR UPDATE SKIP LOCKED) o \
         WHERE d.slot = o.slot AND d.ctid = o.at";
+    /// Mailboxes that have events and do not exist: a foreign key would lock the mailbox's row for every append.
+    unknown_mailboxes: "WITH RECURSIVE m (id) AS ((SELECT mailbox FROM {event} ORDER BY mailbox LIMIT 1) UNION ALL \
+        SELECT (SELECT e.mailbox FROM {event} e WHERE e.mailbox > m.id ORDER BY e.mailbox LIMIT 1) FROM m WHERE m.id IS NOT NULL) \
+        SELECT id FROM m WHERE id IS NOT NULL AND NOT EXISTS (SELECT 1 FROM {mailbox} b WHERE b.id = m.id)";
     history_slot: "SELECT value, (SELECT {slot}()) FROM {settings} WHERE name = 'history_slot_seconds'";
     set_history_slot: "UPDATE {settings} SET value = $1 WHERE name = 'history_slot_seconds'";
     old_failed: "SELECT lane, id, topic, key FROM {parked} WHERE mailbox = $1 AND state >= 3 AND finished_at <= {clock}() - make_interval(secs => $2) ORDER BY finished_at LIMIT $3";

@@ -323,3 +323,20 @@ fn plans_do_not_depend_on_statistics() {
         }
     });
 }
+
+#[test]
+fn events_of_mailboxes_that_do_not_exist_are_found() {
+    run_within(LIMIT, async {
+        let bench = Bench::new().await;
+        let mut connection = bench.log.own_connection(Role::Claim).await.unwrap();
+        bench.fill("event", 10).await;
+        assert_eq!(
+            bench.log.unknown_mailboxes(&mut connection).await.unwrap(),
+            [] as [i16; 0]
+        );
+        bench
+            .sql("UPDATE {event} SET mailbox = 99 WHERE lane = (SELECT min(lane) FROM {event})")
+            .await;
+        assert_eq!(bench.log.unknown_mailboxes(&mut connection).await.unwrap(), [99]);
+    });
+}
