@@ -293,7 +293,11 @@ impl Consumers {
                 // A step that was cut off may be the fault of the message.
                 most += interruptions;
             }
-            if (!handled.permanent && stored.attempts < max) || stored.attempts > most {
+            // One that was begun so often and never ended may be what ends processes.
+            let was_cut_off = |text: &str| text.contains("the process ended, or was cut off");
+            let is_deadly = interruptions >= max && stored.errors.last().is_some_and(|error| was_cut_off(&error.text));
+            let is_exhausted = handled.permanent || is_deadly || stored.attempts >= max;
+            if !is_exhausted || stored.attempts > most {
                 self.world.broken(format!(
                     "{} is a dead letter after {} of {max} attempts, at most {most} of which count: {:?}",
                     short(id),

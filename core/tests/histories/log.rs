@@ -278,10 +278,13 @@ impl InboxLog for FaultyInbox {
         let admissions = self.inner.look(group, arrivals).await?;
         // An answer that is out of date when it comes is what a look has to fear.
         let rates = self.reach.world.rates();
-        let late = self.reach.world.fault(|dice| match rates.log_slow > 0 && dice.chance(400) {
-            true => dice.millis(1, 2_500),
-            false => Duration::ZERO,
-        });
+        let late = self
+            .reach
+            .world
+            .fault(|dice| match rates.log_slow > 0 && dice.chance(400) {
+                true => dice.millis(1, 2_500),
+                false => Duration::ZERO,
+            });
         self.reach.clock.sleep(late).await;
         self.reach.ends(fate, "look", admissions).await
     }
