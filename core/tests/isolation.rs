@@ -211,3 +211,41 @@ async fn health_returns_with_the_first_confirmed_message() {
     assert!(world.bus.relay_report().is_healthy(), "{:?}", world.bus.relay_report());
     assert_eq!(world.bus.health().worst(), PartState::Running);
 }
+
+/// A publisher that never answers for one topic delays only that topic, and no message of it is blamed.
+#[tokio::test]
+async fn a_publisher_that_hangs_on_one_topic_delays_no_other() {
+    // Beside steady traffic, and with the hanging topic alone at first.
+    for alone in [false, true] {
+        let world = World::start(options()).await;
+        let hangs = Topic::new("bad");
+        world.transport.faults().set_topic_latency(hangs, secs(1_000_000));
+        for n in 0..3 {
+            world.bus.publish(event("bad", None, &n.to_string())).await.unwrap();
+        }
+        if alone {
+            world.pass(secs(15)).await;
+        }
+        let sorted = latencies(&world, 6000, 0).await;
+        let p99 = sorted[sorted.len() * 99 / 100];
+        assert!(
+            p99 <= 20 * MS,
+            "alone {alone}: p99 {p99:?}, longest {:?}",
+            sorted.last()
+        );
+        assert_eq!(world.bus.relay_report().broker_away, None);
+        for stored in world.list().await {
+            assert!(
+                world::name(&stored.message).len() > 1 || stored.attempts == 0,
+                "{stored:?}"
+            );
+        }
+        world.transport.faults().clear();
+        for _ in 0..5 {
+            world.pass(secs(10)).await;
+        }
+        world.until(|w| w.published("bad").len() >= 3).await;
+        world.until_async(async |w| w.stats().await.pending == 0).await;
+        assert_eq!(world.stats().await.failed, 0);
+    }
+}

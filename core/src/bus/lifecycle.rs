@@ -36,6 +36,20 @@ const REOPEN: Duration = Duration::from_secs(1);
 /// How long a relay leaves its mailbox to another member of the group.
 const ASIDE: Duration = Duration::from_secs(2);
 
+/// The tasks of a start that is not complete yet.
+struct Taken<'a> {
+    place: &'a Mutex<Option<Vec<Task>>>,
+    tasks: Option<Vec<Task>>,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        if let Some(tasks) = self.tasks.take() {
+            *self.place.lock().unwrap_or_else(PoisonError::into_inner) = Some(tasks);
+        }
+    }
+}
+
 impl Lifecycle {
     pub(super) fn new(tasks: Vec<Task>) -> Self {
         Self {
@@ -68,10 +82,13 @@ impl Bus {
                 "the bus has been started already, or shut down",
             ));
         };
-        if let Err(error) = self.start_relay().await {
-            *lifecycle.tasks.lock().unwrap_or_else(PoisonError::into_inner) = Some(tasks);
-            return Err(error);
-        }
+        // Given back if this fails, or is cut off.
+        let mut taken = Taken {
+            place: &lifecycle.tasks,
+            tasks: Some(tasks),
+        };
+        self.start_relay().await?;
+        let tasks = taken.tasks.take().unwrap_or_default();
         inner.accepting.started();
         for task in tasks {
             let ctx = TaskContext {
@@ -269,8 +286,12 @@ async fn run_relay(
     kill: CancellationToken,
 ) -> supervise::Next {
     let first = first.lock().unwrap_or_else(PoisonError::into_inner).take();
-    if first.is_none() && parts.attempts.stands_by().await {
-        return supervise::Next::Again(ASIDE);
+    if first.is_none() {
+        match stop.run_until_cancelled(parts.attempts.stands_by()).await {
+            Some(true) => return supervise::Next::Again(ASIDE),
+            Some(false) => {}
+            None => return supervise::Next::Ended,
+        }
     }
     let opened = match first {
         Some(session) => Ok(session),

@@ -134,11 +134,11 @@ impl Crew {
 
     /// Ends all work: what is in the middle of it is dropped, and its deliveries with it. Waits for that until `limit`, since
     /// a handler that blocks its thread cannot be ended.
-    pub(super) async fn end(self, limit: Duration) {
+    pub(super) async fn end(mut self, limit: Duration) {
         self.kill.cancel();
         self.take_back();
         self.waiting.close();
-        let mut members = self.members;
+        let mut members = std::mem::take(&mut self.members);
         let all = async {
             for member in members.drain(..) {
                 member.abort();
@@ -147,6 +147,13 @@ impl Crew {
             self.waiting.wait().await;
         };
         let _ = tokio::time::timeout(limit, all).await;
+    }
+}
+
+/// What waits in the middle of a handler ends with its crew, however that ends.
+impl Drop for Crew {
+    fn drop(&mut self) {
+        self.kill.cancel();
     }
 }
 

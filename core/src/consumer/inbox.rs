@@ -44,7 +44,7 @@ impl Attempts for FromInbox {
                 // A task of its own: a handler that computes or blocks does not hold up the relay.
                 let (shared, message, attempts, lease) = (self.0.clone(), message.clone(), *attempts, lease.clone());
                 let handling = async move { shared.handle_parked(&message, attempts, lease).await };
-                match AbortOnDropHandle::new(tokio::spawn(handling)).await {
+                match AbortOnDropHandle::new(self.0.from_inbox.spawn(handling)).await {
                     Ok(outcome) => outcome,
                     Err(_) => {
                         self.0.panicked();
@@ -57,6 +57,14 @@ impl Attempts for FromInbox {
             }
             _ => Err(Refusal::HeldBack),
         }
+    }
+
+    async fn have_ended(&self, limit: Duration) -> bool {
+        let handlings = &self.0.from_inbox;
+        handlings.close();
+        let ended = tokio::time::timeout(limit, handlings.wait()).await.is_ok();
+        handlings.reopen();
+        ended
     }
 
     async fn stands_by(&self) -> bool {
@@ -156,6 +164,7 @@ impl Shared {
         while let Err(error) = log.store().append(&self.inbox(), records).await {
             if is_of_a_record(&error) {
                 tracing::error!(group = %self.group, records = records.len(), error = error.to_chain(), "the inbox refuses a record");
+                self.gate.log_is_back();
                 return Stored::Refused;
             }
             tracing::warn!(group = %self.group, records = records.len(), error = error.to_chain(), "the inbox cannot be written to, it will be tried again");
@@ -212,6 +221,7 @@ impl Shared {
                 }
                 Err(error) if is_of_a_record(&error) => {
                     tracing::warn!(group = %self.group, messages = arrivals.len(), error = error.to_chain(), "the inbox refuses a question");
+                    self.gate.log_is_back();
                     return Some(None);
                 }
                 Err(error) => {

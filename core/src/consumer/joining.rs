@@ -64,7 +64,7 @@ impl Joining {
             Ok(feed) => feed,
             Err(error) => return self.failed(error),
         };
-        if self.failures.swap(0, Ordering::AcqRel) > 0 {
+        if self.failures.load(Ordering::Acquire) > 0 {
             tracing::info!(group = %shared.group, "the subscription is connected to the broker");
         }
         shared.status.clear(Trouble::Broker);
@@ -77,7 +77,13 @@ impl Joining {
             settling,
             kill: self.kill.clone(),
         };
-        match worker.run().await {
+        let began = shared.tools.clock.elapsed();
+        let end = worker.run().await;
+        if shared.tools.clock.elapsed().saturating_sub(began) >= LONGEST {
+            // It was sound for a while: what comes now is another matter.
+            self.failures.store(0, Ordering::Release);
+        }
+        match end {
             WorkerEnd::Stopped => Next::Ended,
             WorkerEnd::Closed => {
                 let text = "the transport ended the feed by itself: the subscription joins its group again";
@@ -94,7 +100,7 @@ impl Joining {
         let shared = &self.shared;
         let is_outage = matches!(
             error.kind(),
-            ErrorKind::Unavailable | ErrorKind::Closed | ErrorKind::LeaseLost
+            ErrorKind::Unavailable | ErrorKind::Busy | ErrorKind::Conflict | ErrorKind::Closed | ErrorKind::LeaseLost
         );
         let text = error.to_chain();
         if self.failures.load(Ordering::Acquire) == 0 {

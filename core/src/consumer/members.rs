@@ -126,11 +126,17 @@ impl Members {
     /// Renews the registration until `stop`, and looks whether the members agree.
     pub(super) async fn keep_registered(&self, clock: &dyn Clock, status: &Status, stop: &CancellationToken) {
         while stop.run_until_cancelled(clock.sleep(RENEWAL)).await.is_some() {
-            if let Err(error) = self.register().await {
+            let Some(registered) = stop.run_until_cancelled(self.register()).await else {
+                return;
+            };
+            if let Err(error) = registered {
                 tracing::debug!(group = %self.group, error = error.to_chain(), "the registration of a member was not renewed");
                 continue;
             }
-            match self.now().await.ok().and_then(|members| self.disagreement(&members)) {
+            let Some(members) = stop.run_until_cancelled(self.now()).await else {
+                return;
+            };
+            match members.ok().and_then(|members| self.disagreement(&members)) {
                 Some(text) => {
                     if status.has(Trouble::Members).is_none() {
                         tracing::warn!(group = %self.group, "{text}");

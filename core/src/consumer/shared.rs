@@ -24,7 +24,7 @@ use std::{
     },
     time::Duration,
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// What the handling of a message needs: shared by those in flight, and by the relay of the inbox.
 #[derive(Debug)]
@@ -60,12 +60,22 @@ pub(super) struct Shared {
     pub(super) dead_letter_unknown: bool,
     /// The group's members, where there is an inbox.
     pub(super) members: Option<Members>,
+    /// The handlings of messages from the inbox.
+    pub(super) from_inbox: TaskTracker,
+    /// Messages that are suspected of ending the process are handled one at a time, so that only the culprit is counted.
+    pub(super) suspects: tokio::sync::Semaphore,
     /// Types and topics that were warned of.
     pub(super) warned: Mutex<FxHashSet<(String, Topic)>>,
     pub(super) status: Arc<Status>,
     /// Whether it has ever been connected.
     pub(super) connected: tokio::sync::watch::Sender<bool>,
 }
+
+/// Processes die for other reasons, too: fewer starts say nothing against a message, however few attempts it has.
+const FEWEST_STARTS: u32 = 3;
+
+/// After so many starts that did not end, a message is handled alone among those.
+const SUSPECTED: u32 = 2;
 
 /// The most types and topics that are warned of.
 const MOST_WARNED: usize = 1000;
@@ -128,9 +138,18 @@ impl Shared {
     /// The same for a message that may have ended the process before: so often, and it is a dead letter.
     async fn handle_counted(&self, chain: &dyn AnyChain, delivery: &Delivery) -> Handled {
         let message = delivery.message();
+        // Not while it would only wait for an outage to end.
+        if self.gate.pass(&*self.tools.clock, &self.stop).await.is_none() {
+            return Handled::Released;
+        }
+        let before = self.starts(message).await;
+        let _alone = match before >= SUSPECTED {
+            true => self.stop.run_until_cancelled(self.suspects.acquire()).await,
+            false => None,
+        };
         let start = self.begin_start(message).await;
         if let Some(start) = &start
-            && start.before >= self.retry.max_attempts
+            && start.before >= self.retry.max_attempts.max(FEWEST_STARTS)
         {
             let why = format!(
                 "the process ended, or was cut off, {} times while it handled this message",

@@ -33,6 +33,16 @@ impl Shared {
                 .is_ok()
     }
 
+    /// How often the handling of a message was begun before, and not ended, as far as is known.
+    pub(super) async fn starts(&self, message: &Message) -> u32 {
+        let Some(Ok(inbox)) = self.tools.log.as_ref().map(|log| log.inbox()) else {
+            return 0;
+        };
+        let id = MessageId::derived(message.id(), &self.group, STARTS);
+        let note = inbox.note(None, &self.group, id).await.ok().flatten();
+        note.and_then(|note| note.text.parse().ok()).unwrap_or(0)
+    }
+
     /// Counts a start, before the handling. `None` where it cannot be counted just now: then it is handled all the same.
     pub(super) async fn begin_start(&self, message: &Message) -> Option<Start> {
         let inbox = self.tools.log.as_ref()?.inbox().ok()?.clone();

@@ -451,6 +451,8 @@ impl About {
             },
             dead_letter_unknown: options.unknown == Some(Unknown::DeadLetter),
             members,
+            from_inbox: TaskTracker::new(),
+            suspects: tokio::sync::Semaphore::new(1),
             warned: Mutex::default(),
             status: status.clone(),
             connected: tokio::sync::watch::Sender::new(false),
@@ -528,11 +530,16 @@ impl About {
             Err(error)
                 if !matches!(
                     error.kind(),
-                    ErrorKind::Unavailable | ErrorKind::Closed | ErrorKind::LeaseLost
+                    ErrorKind::Unavailable
+                        | ErrorKind::Busy
+                        | ErrorKind::Conflict
+                        | ErrorKind::Closed
+                        | ErrorKind::LeaseLost
                 ) =>
             {
                 stop.cancel();
-                tasks.wait().await;
+                kill.cancel();
+                let _ = tokio::time::timeout(FIRST_JOIN, tasks.wait()).await;
                 Err(error)
             }
             _ => Ok(Running { shared, kill, tasks }),

@@ -102,6 +102,8 @@ impl Worker {
     pub(super) async fn run(mut self) -> WorkerEnd {
         let shared = self.shared.clone();
         let mut hand = InHand::default();
+        // One that panicked before may have left word of an outage behind, which this one finds out for itself.
+        shared.gate.log_is_back();
         let crew = Crew::start(&shared, &self.kill);
         let mut no_news: Vec<Ended> = Vec::new();
         let mut settle: Option<BoxFuture<'static, bool>> = None;

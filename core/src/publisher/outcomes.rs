@@ -173,7 +173,7 @@ pub trait PublisherExt: Publisher {
             self.publish(batch, &outcomes).await;
         }
         outcomes.report_rest(Err(PublishError::unreported()));
-        let mut all: Vec<Outcome> = batch.iter().map(|_| Ok(())).collect();
+        let mut all: Vec<Outcome> = batch.iter().map(|_| Err(PublishError::unreported())).collect();
         for report in reports.take(Vec::new()) {
             all[report.at] = report.outcome;
         }

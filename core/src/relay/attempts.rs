@@ -44,6 +44,10 @@ pub(crate) trait Attempts: Debug + Send + Sync {
         lease: &Lease,
         outcomes: &Outcomes,
     ) -> Result<(), Refusal>;
+    /// Waits until the attempts whose futures were dropped have really ended, at most until `limit`. Says whether they have.
+    async fn have_ended(&self, _limit: Duration) -> bool {
+        true
+    }
     /// Whether another process is better left with the mailbox, after this one has stepped aside.
     async fn stands_by(&self) -> bool {
         false

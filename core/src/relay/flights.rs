@@ -34,6 +34,17 @@ struct Flight {
     held: VecDeque<Place>,
 }
 
+/// How a message came back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum How {
+    /// The broker answered.
+    Answered,
+    /// The client says that the connection was lost, or did not try.
+    Lost,
+    /// Nobody said anything in time.
+    TimedOut,
+}
+
 /// What a topic's silence asks for.
 pub(super) struct Overdue {
     pub(super) topic: Topic,
@@ -65,20 +76,20 @@ impl Flights {
         }
     }
 
-    /// The client has given its outcome, `is_answer` if it came from the broker. Gives what may be sent again.
+    /// The client has given its outcome. Gives what may be sent again.
     pub(super) fn ended(
         &mut self,
         topic: &Topic,
         bytes: usize,
         sent_at: Moment,
         now: Moment,
-        is_answer: bool,
+        how: How,
     ) -> VecDeque<Place> {
         let mut freed = VecDeque::new();
         let Some(flight) = self.topics.get_mut(topic) else {
             return freed;
         };
-        if is_answer {
+        if how == How::Answered {
             self.newest_answered = self.newest_answered.max(sent_at);
             flight.since = now;
         }
@@ -88,14 +99,16 @@ impl Flights {
         }
         flight.messages -= 1;
         flight.bytes -= bytes;
-        if flight.is_silent && (is_answer || flight.messages == 0) {
+        if flight.is_silent && how != How::TimedOut {
             flight.is_silent = false;
             self.silent -= flight.messages;
             self.silent_bytes -= flight.bytes;
+        }
+        if !flight.is_silent || flight.messages == 0 {
             freed = std::mem::take(&mut flight.held);
         }
         // Few topics stay in the table, of many that come and go.
-        if flight.messages == 0 && self.topics.len() > 64 {
+        if flight.messages == 0 && !flight.is_silent && self.topics.len() > 64 {
             self.topics.remove(topic);
         }
         freed
@@ -103,15 +116,17 @@ impl Flights {
 
     /// Whether nothing more of a topic is to be sent just now: then `place` is kept for later.
     pub(super) fn holds(&mut self, topic: &Topic, place: Place) -> bool {
-        if self.silent == 0 {
-            return false;
-        }
         match self.topics.get_mut(topic) {
-            Some(flight) if flight.is_silent => {
+            Some(flight) if flight.is_silent && flight.messages > 0 => {
                 flight.held.push_back(place);
                 true
             }
-            _ => false,
+            // Nothing of it is with the client that could be answered: the next message finds out.
+            Some(flight) => {
+                flight.is_silent = false;
+                false
+            }
+            None => false,
         }
     }
 
@@ -119,6 +134,17 @@ impl Flights {
     pub(super) fn is_silent(&self, topic: &Topic, now: Moment) -> bool {
         let flight = self.topics.get(topic);
         flight.is_some_and(|flight| flight.is_silent || flight.falls_silent(self.newest_answered, now))
+    }
+
+    /// A message of the topic was not answered in time: until one is, what is with the client of it keeps nobody waiting.
+    pub(super) fn mark_silent(&mut self, topic: &Topic) {
+        if let Some(flight) = self.topics.get_mut(topic)
+            && !flight.is_silent
+        {
+            flight.is_silent = true;
+            self.silent += flight.messages;
+            self.silent_bytes += flight.bytes;
+        }
     }
 
     /// Looks for topics that have fallen silent, and gives those that were for long, or hold more than `room`.
@@ -135,7 +161,7 @@ impl Flights {
                 self.silent_bytes += flight.bytes;
             }
             let silent_for = now.saturating_sub(flight.since);
-            if flight.is_silent && (silent_for >= PAUSED || flight.held.len() > room) {
+            if flight.is_silent && flight.messages > 0 && (silent_for >= PAUSED || flight.held.len() > room) {
                 overdue.push(Overdue {
                     topic: topic.clone(),
                     held: std::mem::take(&mut flight.held),
@@ -166,6 +192,7 @@ impl Flights {
 
     /// Takes all that is kept for later.
     pub(super) fn take_all_held(&mut self) -> Vec<Place> {
+        self.topics.retain(|_, flight| flight.messages > 0);
         self.topics
             .values_mut()
             .flat_map(|flight| flight.held.drain(..))
@@ -193,7 +220,7 @@ mod tests {
         let mut flights = Flights::default();
         flights.sent(&bad, 5, ms(1));
         flights.sent(&good, 1, ms(1));
-        assert!(flights.ended(&good, 1, ms(1), ms(2), true).is_empty());
+        assert!(flights.ended(&good, 1, ms(1), ms(2), How::Answered).is_empty());
         assert!(flights.look(ms(200), 10).is_empty());
         assert_eq!(
             flights.silent(),
@@ -202,7 +229,7 @@ mod tests {
         );
 
         flights.sent(&good, 1, ms(201));
-        flights.ended(&good, 1, ms(201), ms(202), true);
+        flights.ended(&good, 1, ms(201), ms(202), How::Answered);
         assert!(flights.is_silent(&bad, ms(202)) && !flights.is_silent(&good, ms(202)));
         assert!(flights.look(ms(240), 10).is_empty());
         assert_eq!((flights.silent(), flights.silent_bytes()), (1, 5));
@@ -211,7 +238,7 @@ mod tests {
         let overdue = flights.look(ms(1200), 10);
         assert_eq!((overdue.len(), overdue[0].held.len()), (1, 1));
         assert!(flights.holds(&bad, 9));
-        assert_eq!(flights.ended(&bad, 5, ms(1), ms(1300), true), [9]);
+        assert_eq!(flights.ended(&bad, 5, ms(1), ms(1300), How::Answered), [9]);
         assert_eq!((flights.silent(), flights.silent_bytes()), (0, 0));
         assert!(!flights.holds(&bad, 7));
     }
@@ -223,7 +250,7 @@ mod tests {
         for n in 1..100 {
             flights.sent(&topic, 1, ms(n * 300));
             flights.sent(&topic, 1, ms(n * 300));
-            flights.ended(&topic, 1, ms(n * 300), ms((n + 1) * 300), true);
+            flights.ended(&topic, 1, ms(n * 300), ms((n + 1) * 300), How::Answered);
             assert!(flights.look(ms((n + 1) * 300), 10).is_empty());
         }
         assert_eq!(flights.silent(), 0);

@@ -6,7 +6,7 @@ use crate::{
     wire,
 };
 use async_trait::async_trait;
-use postrider_core::{Message, Outcomes, PublishError, Publisher, Reachability};
+use postrider_core::{ErrorKind, Message, Outcomes, PublishError, Publisher, Reachability};
 use rdkafka::{
     ClientContext,
     config::{FromClientConfigAndContext as _, RDKafkaLogLevel},
@@ -202,13 +202,24 @@ impl KafkaPublisher {
         }
         let producer = &producer;
         let of_unknown = unknown.iter().zip(apart).map(|(topic, messages)| async move {
-            match self.shared.topology.ensure(std::iter::once(topic.as_str())).await {
-                Ok(()) => self.send_all(producer, messages, copy_to, outcomes).await,
-                Err(error) => {
-                    let error = match error.kind() {
-                        postrider_core::ErrorKind::Config => PublishError::unroutable(error),
-                        _ => PublishError::connection(error),
-                    };
+            let limit = self.shared.cluster.options().delivery_timeout;
+            let ensured = self.shared.topology.ensure(std::iter::once(topic.as_str()));
+            let ensured = tokio::time::timeout(limit, ensured).await;
+            let refused = match ensured {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) => Some(match error.kind() {
+                    ErrorKind::Config => PublishError::unroutable(error),
+                    // Brokers answered, and said it of this topic.
+                    ErrorKind::Conflict => PublishError::destination(error),
+                    _ => PublishError::connection(error),
+                }),
+                Err(_) => Some(PublishError::destination(format!(
+                    "topic `{topic}` could not be looked for within {limit:?}"
+                ))),
+            };
+            match refused {
+                None => self.send_all(producer, messages, copy_to, outcomes).await,
+                Some(error) => {
                     for (at, _) in messages {
                         outcomes.report(at, Err(error.clone()));
                     }
@@ -264,10 +275,8 @@ impl KafkaPublisher {
             open: Mutex::new(Some(open)),
         });
         let wanted = u32::try_from(count).unwrap_or(u32::MAX);
-        if let Ok(places) = self.shared.window.acquire_many(wanted).await {
-            // Each message gives its place back.
-            places.forget();
-        }
+        // It is never closed. Each message takes its place with it and gives it back; those that are not sent do so here.
+        let mut places = self.shared.window.acquire_many(wanted).await.ok();
         let format = self.shared.cluster.options().format;
         for (at, (_, message)) in call.messages.iter().enumerate() {
             let (headers, payload) = wire::write(message, format, copy_to.map(|_| message.topic()));
@@ -286,6 +295,9 @@ impl KafkaPublisher {
                 // Others than us fill it: our window is smaller.
                 tokio::time::sleep(Duration::from_millis(5)).await;
                 sent = producer.send(again);
+            }
+            if let Some(place) = places.as_mut().and_then(|places| places.split(1)) {
+                place.forget();
             }
             if let Err((error, record)) = sent {
                 record.delivery_opaque.call.ended(at, Err(error));

@@ -114,7 +114,7 @@ impl Topology {
                             | RDKafkaErrorCode::InvalidPartitions
                             | RDKafkaErrorCode::PolicyViolation
                             | RDKafkaErrorCode::InvalidTopic => ErrorKind::Config,
-                            _ => ErrorKind::Unavailable,
+                            _ => ErrorKind::Conflict,
                         };
                         return Err(Error::new(kind, "a topic cannot be declared on Kafka")
                             .with("topic", name)

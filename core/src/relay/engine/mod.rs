@@ -145,6 +145,9 @@ enum Event {
 /// How quickly a poll may follow the one before.
 const SHORTEST_POLL: Duration = Duration::from_millis(1);
 
+/// The longest that attempts which were cut off may take to end.
+const LONGEST_END: Duration = Duration::from_millis(500);
+
 /// The longest that handing back a lease may take.
 const LONGEST_CLOSE: Duration = Duration::from_secs(3);
 
@@ -245,6 +248,11 @@ impl Engine {
         }
         // What the client still has is given up: the future is dropped, and with it the right to send.
         self.jobs.clear();
+        // Nor may a handler that blocks run on beside the next holder's: then the lease is left to expire.
+        if !self.attempts.have_ended(LONGEST_END).await {
+            tracing::warn!(mailbox = %self.mailbox, "a handler cannot be ended: the lease is not handed back, others wait until it expires");
+            return End::Stopped;
+        }
         // A log that hangs is not waited for: the lease expires.
         let closed = tokio::time::timeout(LONGEST_CLOSE, self.session.close()).await;
         let closed = closed.unwrap_or_else(|_| {

@@ -4,7 +4,7 @@ use super::{Engine, Event};
 use crate::{
     clock::Moment,
     publisher::{Outcomes, PublishError, PublishErrorKind, Report, Scope},
-    relay::{Reporter, attempts::Refusal, held::Place},
+    relay::{Reporter, attempts::Refusal, flights::How, held::Place},
 };
 use std::time::Duration;
 
@@ -45,14 +45,12 @@ impl Engine {
             {
                 let Some(held) = self.in_hand.get(place) else { continue };
                 let topic = held.record.message.topic();
-                if self.flights.holds(topic, place) {
-                    continue;
-                }
                 match self.destinations.may_send(topic, now) {
                     Some(is_probe) if is_probe => {
                         probes += 1;
                         self.call(vec![place], now);
                     }
+                    Some(_) if self.flights.holds(topic, place) => {}
                     Some(_) => places.push(place),
                     None => self.park_for_topic(place, None),
                 }
@@ -191,18 +189,28 @@ impl Engine {
         let mut outcome = outcome;
         if self.attempts.has_destinations() {
             let message = &held.record.message;
+            let mut how = match outcome {
+                Err(Refusal::Connection(_) | Refusal::HeldBack) => How::Lost,
+                _ => How::Answered,
+            };
             if let Err(Refusal::Silent(error)) = outcome {
-                outcome = Err(match self.flights.is_silent(message.topic(), now) {
-                    true => Refusal::Destination(PublishError::destination(error)),
-                    false => Refusal::Connection(error),
-                });
+                how = How::TimedOut;
+                // Without others that are answered it may be the connection: that is found out, and the message is not blamed.
+                if !self.flights.is_silent(message.topic(), now) {
+                    self.flights.mark_silent(message.topic());
+                    news.loss = Some(error.clone());
+                }
+                outcome = Err(Refusal::Destination(PublishError::destination(error)));
             }
-            let is_answer = !matches!(outcome, Err(Refusal::Connection(_) | Refusal::HeldBack));
             let bytes = message.payload().len();
-            let freed = self.flights.ended(message.topic(), bytes, sent_at, now, is_answer);
+            let freed = self.flights.ended(message.topic(), bytes, sent_at, now, how);
             freed.into_iter().rev().for_each(|place| self.ready.push_front(place));
         }
         if !is_ours {
+            // What this tenure knows of the topic may count on it.
+            if let Some(held) = self.in_hand.get(place) {
+                self.destinations.probe_lost(held.record.message.topic(), now);
+            }
             self.forget_run(place);
             return;
         }
