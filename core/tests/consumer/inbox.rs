@@ -6,15 +6,18 @@ use crate::{
 };
 use async_trait::async_trait;
 use postrider_core::{
-    Bus, ErrorKind, EventLog, GroupName, HandlerError, Mailbox, Message, MessageId, Result, Retry, Running, Topic,
-    Transport,
+    Bus, Error, ErrorKind, EventLog, GroupName, HandlerError, Mailbox, Message, MessageId, Result, Retry, Running,
+    Topic, Transport,
     consumer::{Flow, SubscriptionOptions, Unknown},
     log::{EventLogStore, Filter, NewRecord, Purge, Session, SessionOptions},
     relay::Backoff,
 };
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    time::Duration,
 };
 
 /// Handles by the diary: fails while the switch says so.
@@ -367,4 +370,58 @@ async fn without_order_nothing_waits_for_its_key() {
         world.pass(secs(11)).await;
         world.until(|_| running.report().handled == 4).await;
     }
+}
+
+/// Answers that it is away, and then that it will never take the record.
+#[derive(Debug)]
+struct Refuses(Arc<dyn EventLogStore>, AtomicU32);
+
+#[async_trait]
+impl EventLogStore for Refuses {
+    async fn append(&self, mailbox: &Mailbox, batch: &[NewRecord]) -> Result<()> {
+        if *mailbox == Mailbox::outbox() {
+            return self.0.append(mailbox, batch).await;
+        }
+        let kind = match self.1.fetch_add(1, Ordering::SeqCst) {
+            0 => ErrorKind::Unavailable,
+            _ => ErrorKind::Invalid,
+        };
+        Err(Error::new(kind, "not this one"))
+    }
+    async fn open(&self, mailbox: &Mailbox, options: &SessionOptions) -> Result<Box<dyn Session>> {
+        self.0.open(mailbox, options).await
+    }
+    async fn purge(&self, request: &Purge) -> Result<u64> {
+        self.0.purge(request).await
+    }
+}
+
+/// A record that the log never takes goes to the transport's dead letters, and stops nobody.
+#[tokio::test]
+async fn a_record_that_the_log_refuses_stops_no_other() {
+    let world = World::start(options()).await;
+    let log = EventLog::from(world.log.clone()).map_store(|store| Refuses(store, AtomicU32::new(0)));
+    let bus = Bus::builder()
+        .log(log)
+        .transport(Transport::from(world.transport.clone()))
+        .relay(options())
+        .clock(world.clock.clone())
+        .build()
+        .unwrap();
+    let running = bus
+        .subscribe::<OrderPlaced>("g")
+        .handler(async |order, _| match order.id {
+            0 => Err(HandlerError::permanent("never")),
+            _ => Ok(()),
+        })
+        .start()
+        .await
+        .unwrap();
+    for id in 0..20 {
+        world.bus.publish(&placed(id, &format!("c{id}"))).await.unwrap();
+        world.pass(Duration::from_millis(200)).await;
+    }
+    world.until(|_| running.report().handled == 19).await;
+    assert_eq!(running.flow(), Flow::Running);
+    assert_eq!(world.transport.dead_letters(running.group()).len(), 1);
 }
