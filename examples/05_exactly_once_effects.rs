@@ -93,7 +93,8 @@ async fn main() -> anyhow::Result<()> {
         bus.publish(twice.clone()).await?;
     }
     bus.publish(&pay(300)).await?;
-    while payments.report().handled < 6 || screen.report().handled < 3 {
+    let seen = || payments.report().handled + payments.report().dropped;
+    while seen() < 6 || screen.report().handled < 3 {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let cents: i64 = sqlx::query_scalar("SELECT cents FROM balance WHERE account = 'ada'")
