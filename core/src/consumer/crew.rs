@@ -23,9 +23,14 @@ use tokio_util::{
 /// A handler that ran for so long without waiting gives its thread to the others.
 const LONG: Duration = Duration::from_micros(200);
 
+/// The most jobs that are taken at once.
+const MOST: usize = 32;
+
 /// Work for the crew.
 pub(super) enum Job {
-    /// Messages of one key, one after the other; or one without a key.
+    /// One message.
+    One(Delivery, Option<u64>),
+    /// Messages of one key, one after the other.
     Run(Run),
     /// Messages that are handled together.
     Together(Arc<dyn AnyChain>, Vec<(Delivery, Option<u64>)>),
@@ -33,7 +38,7 @@ pub(super) enum Job {
 
 /// Messages of one key.
 pub(super) struct Run {
-    pub(super) key: Option<u64>,
+    pub(super) key: u64,
     pub(super) deliveries: VecDeque<Delivery>,
 }
 
@@ -77,9 +82,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Queue {
     fn tell(&self, ended: Ended) {
+        self.tell_all(&mut vec![ended]);
+    }
+
+    fn tell_all(&self, ended: &mut Vec<Ended>) {
+        if ended.is_empty() {
+            return;
+        }
         let mut all = lock(&self.ended);
-        all.push(ended);
-        if all.len() == 1 {
+        let was_empty = all.is_empty();
+        all.append(ended);
+        if was_empty {
             drop(all);
             self.news.notify_one();
         }
@@ -93,6 +106,7 @@ impl Crew {
         let runtime = tokio::runtime::Handle::current();
         let member = |_| {
             let member = Member {
+                members: runtime.metrics().num_workers().max(1),
                 shared: shared.clone(),
                 queue: queue.clone(),
                 waiting: waiting.clone(),
@@ -158,6 +172,8 @@ impl Drop for Crew {
 }
 
 struct Member {
+    /// How many there are.
+    members: usize,
     shared: Arc<Shared>,
     queue: Arc<Queue>,
     waiting: TaskTracker,
@@ -166,36 +182,102 @@ struct Member {
 
 impl Member {
     async fn work(self) {
+        // Several quick ones are taken at once; of those that take long, one at a time.
+        let (mut jobs, mut told) = (VecDeque::new(), Vec::new());
+        let mut most = 1;
         loop {
             let mut work = std::pin::pin!(self.queue.work.notified());
             work.as_mut().enable();
-            let job = lock(&self.queue.jobs).pop_front();
-            let Some(job) = job else {
+            {
+                let mut queue = lock(&self.queue.jobs);
+                let share = (queue.len() / self.members).clamp(1, most).min(queue.len());
+                jobs.extend(queue.drain(..share));
+            }
+            if jobs.is_empty() {
                 work.await;
                 continue;
-            };
-            tokio::task::coop::consume_budget().await;
+            }
             let began = self.shared.tools.clock.elapsed();
-            let mut handling: BoxFuture<'static, ()> = match job {
-                Job::Run(run) => Box::pin(handle(self.shared.clone(), self.queue.clone(), run)),
-                Job::Together(chain, batch) => {
-                    Box::pin(handle_together(self.shared.clone(), self.queue.clone(), chain, batch))
-                }
-            };
-            // Most handlers of a busy group are quick: a task of its own, which costs more than they do, is for those that
-            // wait. It is polled again there, so the waker of this first poll need not wake anybody.
-            match handling.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())) {
-                Poll::Ready(()) => {}
-                Poll::Pending => {
-                    let kill = self.kill.clone();
-                    self.waiting.spawn(async move {
-                        kill.run_until_cancelled(handling).await;
-                    });
+            let lasts = || self.shared.tools.clock.elapsed().saturating_sub(began) >= LONG;
+            while let Some(job) = jobs.pop_front() {
+                self.begin(job, &mut told);
+                if jobs.len() % 8 == 1 && lasts() {
+                    break;
                 }
             }
-            if self.shared.tools.clock.elapsed().saturating_sub(began) >= LONG {
-                tokio::task::yield_now().await;
+            self.queue.tell_all(&mut told);
+            let was_long = lasts();
+            most = if was_long { 1 } else { (most * 2).min(MOST) };
+            if !jobs.is_empty() {
+                // For the others.
+                let mut queue = lock(&self.queue.jobs);
+                jobs.drain(..).rev().for_each(|job| queue.push_front(job));
+                drop(queue);
+                self.queue.work.notify_one();
             }
+            // The subscription's own task, and whatever else has to run on this thread.
+            match was_long {
+                true => tokio::task::yield_now().await,
+                false => tokio::task::coop::consume_budget().await,
+            }
+        }
+    }
+
+    /// Handles a job as far as it goes without waiting. Most handlers of a busy group are quick: a task of its own, which costs
+    /// more than they do, is for those that wait. It is polled again there, so the waker of this first poll need not wake anybody.
+    fn begin(&self, job: Job, told: &mut Vec<Ended>) {
+        let mut cx = TaskContext::from_waker(Waker::noop());
+        let (shared, queue) = (self.shared.clone(), self.queue.clone());
+        match job {
+            Job::One(delivery, key) => {
+                let one = async move {
+                    Ended::Run {
+                        key,
+                        last: handle_one(&shared, delivery, key).await,
+                        left: VecDeque::new(),
+                    }
+                };
+                let mut one = Box::pin(one);
+                match one.as_mut().poll(&mut cx) {
+                    Poll::Ready(ended) => told.push(ended),
+                    Poll::Pending => self.wait(async move { queue.tell(one.await) }),
+                }
+            }
+            Job::Run(run) => self.begin_boxed(Box::pin(handle(shared, queue, run)), &mut cx),
+            Job::Together(chain, batch) => {
+                self.begin_boxed(Box::pin(handle_together(shared, queue, chain, batch)), &mut cx);
+            }
+        }
+    }
+
+    fn begin_boxed(&self, mut handling: BoxFuture<'static, ()>, cx: &mut TaskContext<'_>) {
+        if handling.as_mut().poll(cx).is_pending() {
+            self.wait(handling);
+        }
+    }
+
+    fn wait(&self, handling: impl Future<Output = ()> + Send + 'static) {
+        let kill = self.kill.clone();
+        self.waiting.spawn(async move {
+            kill.run_until_cancelled(handling).await;
+        });
+    }
+}
+
+/// Takes one message through its chain. `None` if that panicked: then it is released.
+async fn handle_one(shared: &Shared, delivery: Delivery, key: Option<u64>) -> Option<Finished> {
+    if delivery.gone().is_cancelled() {
+        return Some(Finished {
+            settlement: delivery.release(),
+            key,
+            is_parked: false,
+        });
+    }
+    match AssertUnwindSafe(shared.handle(delivery, key)).catch_unwind().await {
+        Ok(finished) => Some(finished),
+        Err(_) => {
+            shared.panicked();
+            None
         }
     }
 }
@@ -203,23 +285,9 @@ impl Member {
 /// Takes the messages of a run through their chain, until one does not simply succeed.
 async fn handle(shared: Arc<Shared>, queue: Arc<Queue>, run: Run) {
     let Run { key, mut deliveries } = run;
+    let key = Some(key);
     while let Some(delivery) = deliveries.pop_front() {
-        let last = if delivery.gone().is_cancelled() {
-            Some(Finished {
-                settlement: delivery.release(),
-                key,
-                is_parked: false,
-            })
-        } else {
-            let handling = AssertUnwindSafe(shared.handle(delivery, key)).catch_unwind();
-            match handling.await {
-                Ok(finished) => Some(finished),
-                Err(_) => {
-                    shared.panicked();
-                    None
-                }
-            }
-        };
+        let last = handle_one(&shared, delivery, key).await;
         let goes_on = match &last {
             Some(last) => !last.is_parked && !last.settlement.comes_again() && !shared.stop.is_cancelled(),
             None => false,

@@ -386,10 +386,13 @@ impl Worker {
             deliveries.push_back(delivery);
         }
         hand.waiting -= deliveries.len();
-        if !deliveries.is_empty() {
-            hand.handled += deliveries.len();
-            let key = Some(key);
+        hand.handled += deliveries.len();
+        if deliveries.len() > 1 {
             hand.jobs.push(Job::Run(Run { key, deliveries }));
+            return;
+        }
+        if let Some(delivery) = deliveries.pop_front() {
+            hand.jobs.push(Job::One(delivery, Some(key)));
             return;
         }
         match waiting.pop_front() {
@@ -413,8 +416,7 @@ impl Worker {
             return;
         }
         hand.handled += 1;
-        let deliveries = VecDeque::from([delivery]);
-        hand.jobs.push(Job::Run(Run { key, deliveries }));
+        hand.jobs.push(Job::One(delivery, key));
     }
 
     /// Parks deliveries of one key behind what waits of it.
@@ -472,7 +474,8 @@ impl Worker {
     /// Takes back what the crew has not begun: the subscription is stopping.
     fn take_back(&self, hand: &mut InHand, job: Job) {
         let deliveries: Vec<(Delivery, Option<u64>)> = match job {
-            Job::Run(Run { key, deliveries }) => deliveries.into_iter().map(|delivery| (delivery, key)).collect(),
+            Job::One(delivery, key) => vec![(delivery, key)],
+            Job::Run(Run { key, deliveries }) => deliveries.into_iter().map(|delivery| (delivery, Some(key))).collect(),
             Job::Together(_, batch) => {
                 hand.gatherings.ended();
                 batch

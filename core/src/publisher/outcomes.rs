@@ -68,44 +68,53 @@ impl Outcomes {
 
     /// Reports the outcome of the message at position `at` of the batch.
     pub fn report(&self, at: usize, outcome: Outcome) {
-        let call = &*self.call;
-        match call.reported.get(at) {
-            Some(reported) if !reported.swap(true, Ordering::AcqRel) => {
-                call.left.fetch_sub(1, Ordering::AcqRel);
-                match &call.to {
-                    To::Reports(reports) => reports.push(Report {
-                        call: call.number,
-                        at,
-                        outcome,
-                    }),
-                    To::Listener(listener) => listener(at, outcome),
-                }
-            }
-            Some(_) => {}
-            None => tracing::error!(
-                at,
-                messages = call.reported.len(),
-                "a publisher reported an outcome beyond its batch: it is ignored"
-            ),
-        }
+        self.report_all(std::iter::once((at, outcome)));
     }
 
     /// Reports the outcomes of a whole batch, in its order.
     pub fn report_each(&self, outcomes: impl IntoIterator<Item = Outcome>) {
-        for (at, outcome) in outcomes.into_iter().enumerate() {
-            self.report(at, outcome);
-        }
+        self.report_all(outcomes.into_iter().enumerate());
     }
 
     /// Reports `outcome` for every message that has none yet: how a lost connection is reported.
     // By value, as `report` takes it.
     #[allow(clippy::needless_pass_by_value)]
     pub fn report_rest(&self, outcome: Outcome) {
-        for at in 0..self.call.reported.len() {
-            if !self.call.reported[at].load(Ordering::Acquire) {
-                self.report(at, outcome.clone());
-            }
+        if !self.is_complete() {
+            self.report_all((0..self.call.reported.len()).map(|at| (at, outcome.clone())));
         }
+    }
+
+    /// Reports the outcomes of several messages, with their positions: cheaper than one by one.
+    pub fn report_all(&self, outcomes: impl IntoIterator<Item = (usize, Outcome)>) {
+        let call = &*self.call;
+        let mut reported = 0;
+        let fresh = outcomes.into_iter().filter(|(at, _)| match call.reported.get(*at) {
+            Some(is_reported) => {
+                let is_fresh = !is_reported.swap(true, Ordering::AcqRel);
+                reported += usize::from(is_fresh);
+                is_fresh
+            }
+            None => {
+                let messages = call.reported.len();
+                tracing::error!(
+                    at,
+                    messages,
+                    "a publisher reported an outcome beyond its batch: it is ignored"
+                );
+                false
+            }
+        });
+        match &call.to {
+            To::Reports(reports) => reports.push(fresh.map(|(at, outcome)| Report {
+                call: call.number,
+                at,
+                outcome,
+            })),
+            To::Listener(listener) => fresh.for_each(|(at, outcome)| listener(at, outcome)),
+        }
+        // Behind it: who sees that all have theirs finds them.
+        call.left.fetch_sub(reported, Ordering::AcqRel);
     }
 
     /// Whether every message has its outcome.
@@ -140,11 +149,12 @@ pub(crate) struct Reports {
 }
 
 impl Reports {
-    fn push(&self, report: Report) {
+    fn push(&self, reports: impl Iterator<Item = Report>) {
         let mut arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
-        arrived.push(report);
+        let was_empty = arrived.is_empty();
+        arrived.extend(reports);
         // Those behind the first wake nobody: the reader takes all of them.
-        if arrived.len() == 1 {
+        if was_empty && !arrived.is_empty() {
             drop(arrived);
             self.news.notify_one();
         }

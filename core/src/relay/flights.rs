@@ -15,10 +15,14 @@ const LOOKS: Duration = Duration::from_millis(25);
 /// Messages with the client, and topics among them that are silent.
 #[derive(Debug, Default)]
 pub(super) struct Flights {
-    topics: FxHashMap<Topic, Flight>,
+    all: Vec<(Topic, Flight)>,
+    places: FxHashMap<Topic, usize>,
+    /// The one that was asked for last: mostly it is the next one, too.
+    hint: usize,
     /// When the newest of the answered messages was sent.
     newest_answered: Moment,
     looked_at: Moment,
+    silent_topics: usize,
     silent: usize,
     silent_bytes: usize,
 }
@@ -53,25 +57,40 @@ pub(super) struct Overdue {
 }
 
 impl Flights {
-    /// A message is handed to the client.
-    pub(super) fn sent(&mut self, topic: &Topic, bytes: usize, now: Moment) {
-        let flight = match self.topics.get_mut(topic) {
-            Some(flight) => flight,
-            None => self.topics.entry(topic.clone()).or_insert_with(|| Flight {
+    fn find(&mut self, topic: &Topic) -> Option<usize> {
+        if self.all.get(self.hint).is_none_or(|(hinted, _)| hinted != topic) {
+            self.hint = *self.places.get(topic)?;
+        }
+        Some(self.hint)
+    }
+
+    fn get_mut(&mut self, topic: &Topic) -> Option<&mut Flight> {
+        let at = self.find(topic)?;
+        self.all.get_mut(at).map(|(_, flight)| flight)
+    }
+
+    /// Messages are handed to the client.
+    pub(super) fn sent(&mut self, topic: &Topic, messages: usize, bytes: usize, now: Moment) {
+        if self.find(topic).is_none() {
+            self.hint = self.all.len();
+            self.places.insert(topic.clone(), self.hint);
+            let flight = Flight {
                 messages: 0,
                 bytes: 0,
                 since: now,
                 is_silent: false,
                 held: VecDeque::new(),
-            }),
-        };
+            };
+            self.all.push((topic.clone(), flight));
+        }
+        let flight = &mut self.all[self.hint].1;
         if flight.messages == 0 {
             flight.since = now;
         }
-        flight.messages += 1;
+        flight.messages += messages;
         flight.bytes += bytes;
         if flight.is_silent {
-            self.silent += 1;
+            self.silent += messages;
             self.silent_bytes += bytes;
         }
     }
@@ -86,9 +105,10 @@ impl Flights {
         how: How,
     ) -> VecDeque<Place> {
         let mut freed = VecDeque::new();
-        let Some(flight) = self.topics.get_mut(topic) else {
+        let Some(at) = self.find(topic) else {
             return freed;
         };
+        let flight = &mut self.all[at].1;
         if how == How::Answered {
             self.newest_answered = self.newest_answered.max(sent_at);
             flight.since = now;
@@ -101,6 +121,7 @@ impl Flights {
         flight.bytes -= bytes;
         if flight.is_silent && how != How::TimedOut {
             flight.is_silent = false;
+            self.silent_topics -= 1;
             self.silent -= flight.messages;
             self.silent_bytes -= flight.bytes;
         }
@@ -108,40 +129,54 @@ impl Flights {
             freed = std::mem::take(&mut flight.held);
         }
         // Few topics stay in the table, of many that come and go.
-        if flight.messages == 0 && !flight.is_silent && self.topics.len() > 64 {
-            self.topics.remove(topic);
+        if flight.messages == 0 && !flight.is_silent && self.all.len() > 64 {
+            self.forget(at);
         }
         freed
     }
 
+    fn forget(&mut self, at: usize) {
+        let (topic, flight) = self.all.swap_remove(at);
+        self.silent_topics -= usize::from(flight.is_silent);
+        self.places.remove(&topic);
+        if let Some((moved, _)) = self.all.get(at) {
+            self.places.insert(moved.clone(), at);
+        }
+    }
+
     /// Whether nothing more of a topic is to be sent just now: then `place` is kept for later.
     pub(super) fn holds(&mut self, topic: &Topic, place: Place) -> bool {
-        match self.topics.get_mut(topic) {
+        if self.silent_topics == 0 {
+            return false;
+        }
+        match self.get_mut(topic) {
             Some(flight) if flight.is_silent && flight.messages > 0 => {
                 flight.held.push_back(place);
                 true
             }
             // Nothing of it is with the client that could be answered: the next message finds out.
-            Some(flight) => {
+            Some(flight) if flight.is_silent => {
                 flight.is_silent = false;
+                self.silent_topics -= 1;
                 false
             }
-            None => false,
+            _ => false,
         }
     }
 
     /// Whether others are answered while this topic is not.
     pub(super) fn is_silent(&self, topic: &Topic, now: Moment) -> bool {
-        let flight = self.topics.get(topic);
-        flight.is_some_and(|flight| flight.is_silent || flight.falls_silent(self.newest_answered, now))
+        let flight = self.places.get(topic).and_then(|at| self.all.get(*at));
+        flight.is_some_and(|(_, flight)| flight.is_silent || flight.falls_silent(self.newest_answered, now))
     }
 
     /// A message of the topic was not answered in time: until one is, what is with the client of it keeps nobody waiting.
     pub(super) fn mark_silent(&mut self, topic: &Topic) {
-        if let Some(flight) = self.topics.get_mut(topic)
-            && !flight.is_silent
-        {
+        let Some(at) = self.find(topic) else { return };
+        let flight = &mut self.all[at].1;
+        if !flight.is_silent {
             flight.is_silent = true;
+            self.silent_topics += 1;
             self.silent += flight.messages;
             self.silent_bytes += flight.bytes;
         }
@@ -150,13 +185,14 @@ impl Flights {
     /// Looks for topics that have fallen silent, and gives those that were for long, or hold more than `room`.
     pub(super) fn look(&mut self, now: Moment, room: usize) -> Vec<Overdue> {
         let mut overdue = Vec::new();
-        if self.topics.len() < 2 || now < self.looked_at.saturating_add(LOOKS) {
+        if self.all.len() < 2 || now < self.looked_at.saturating_add(LOOKS) {
             return overdue;
         }
         self.looked_at = now;
-        for (topic, flight) in &mut self.topics {
+        for (topic, flight) in &mut self.all {
             if !flight.is_silent && flight.falls_silent(self.newest_answered, now) {
                 flight.is_silent = true;
+                self.silent_topics += 1;
                 self.silent += flight.messages;
                 self.silent_bytes += flight.bytes;
             }
@@ -184,7 +220,7 @@ impl Flights {
 
     /// Takes what is kept for later of `topic`.
     pub(super) fn take_held(&mut self, topic: &Topic) -> VecDeque<Place> {
-        let flight = self.topics.get_mut(topic);
+        let flight = self.get_mut(topic);
         flight
             .map(|flight| std::mem::take(&mut flight.held))
             .unwrap_or_default()
@@ -192,10 +228,13 @@ impl Flights {
 
     /// Takes all that is kept for later.
     pub(super) fn take_all_held(&mut self) -> Vec<Place> {
-        self.topics.retain(|_, flight| flight.messages > 0);
-        self.topics
-            .values_mut()
-            .flat_map(|flight| flight.held.drain(..))
+        let idle = |(_, flight): &(Topic, Flight)| flight.messages == 0 && flight.held.is_empty();
+        while let Some(at) = self.all.iter().position(idle) {
+            self.forget(at);
+        }
+        self.all
+            .iter_mut()
+            .flat_map(|(_, flight)| flight.held.drain(..))
             .collect()
     }
 }
@@ -218,8 +257,8 @@ mod tests {
     fn a_topic_is_silent_while_others_are_answered() {
         let (bad, good) = (Topic::new("bad"), Topic::new("good"));
         let mut flights = Flights::default();
-        flights.sent(&bad, 5, ms(1));
-        flights.sent(&good, 1, ms(1));
+        flights.sent(&bad, 1, 5, ms(1));
+        flights.sent(&good, 1, 1, ms(1));
         assert!(flights.ended(&good, 1, ms(1), ms(2), How::Answered).is_empty());
         assert!(flights.look(ms(200), 10).is_empty());
         assert_eq!(
@@ -228,7 +267,7 @@ mod tests {
             "nothing sent later was answered: the broker may be slow"
         );
 
-        flights.sent(&good, 1, ms(201));
+        flights.sent(&good, 1, 1, ms(201));
         flights.ended(&good, 1, ms(201), ms(202), How::Answered);
         assert!(flights.is_silent(&bad, ms(202)) && !flights.is_silent(&good, ms(202)));
         assert!(flights.look(ms(240), 10).is_empty());
@@ -248,8 +287,8 @@ mod tests {
         let topic = Topic::new("slow");
         let mut flights = Flights::default();
         for n in 1..100 {
-            flights.sent(&topic, 1, ms(n * 300));
-            flights.sent(&topic, 1, ms(n * 300));
+            flights.sent(&topic, 1, 1, ms(n * 300));
+            flights.sent(&topic, 1, 1, ms(n * 300));
             flights.ended(&topic, 1, ms(n * 300), ms((n + 1) * 300), How::Answered);
             assert!(flights.look(ms((n + 1) * 300), 10).is_empty());
         }

@@ -196,6 +196,7 @@ impl MemoryTransport {
         let broker = &self.broker;
         let mut reached: Vec<Arc<Group>> = Vec::new();
         let mut awaited = FuturesUnordered::new();
+        let mut known = Vec::new();
         {
             let mut state = self.state();
             let mut lost: Option<PublishError> = None;
@@ -213,7 +214,7 @@ impl MemoryTransport {
                     lost = Some(error.clone());
                 }
                 match handled.filter(|_| outcome.is_ok()) {
-                    None => outcomes.report(at, outcome),
+                    None => known.push((at, outcome)),
                     Some(handled) => awaited.push(async move {
                         handled.all().await;
                         outcomes.report(at, Ok(()));
@@ -221,6 +222,7 @@ impl MemoryTransport {
                 }
             }
         }
+        outcomes.report_all(known);
         for group in reached {
             group.news.notify_waiters();
         }

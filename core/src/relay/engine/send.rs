@@ -67,15 +67,16 @@ impl Engine {
     fn call(&mut self, places: Vec<Place>, now: Moment) {
         let mut messages = Vec::with_capacity(places.len());
         let mut counts = Vec::with_capacity(places.len());
-        let has_destinations = self.attempts.has_destinations();
         for place in &places {
             let Some(held) = self.in_hand.get(*place) else { continue };
-            if has_destinations {
-                let message = &held.record.message;
-                self.flights.sent(message.topic(), message.payload().len(), now);
-            }
             messages.push(held.record.message.clone());
             counts.push(held.record.attempts);
+        }
+        if self.attempts.has_destinations() {
+            for of_topic in messages.chunk_by(|one, next| one.topic() == next.topic()) {
+                let bytes = of_topic.iter().map(|message| message.payload().len()).sum();
+                self.flights.sent(of_topic[0].topic(), of_topic.len(), bytes, now);
+            }
         }
         self.in_flight += places.len();
         self.last_call += 1;
