@@ -213,9 +213,16 @@ impl KafkaPublisher {
                     ErrorKind::Conflict => PublishError::destination(error),
                     _ => PublishError::connection(error),
                 }),
-                Err(_) => Some(PublishError::destination(format!(
-                    "topic `{topic}` could not be looked for within {limit:?}"
-                ))),
+                // Where brokers answer it is the topic's fault.
+                Err(_) => Some(match brokers_answer(producer).await {
+                    true => PublishError::destination(format!(
+                        "topic `{topic}` could not be looked for within {limit:?}, though brokers answer"
+                    )),
+                    false => PublishError::connection(format!(
+                        "Kafka did not answer within {limit:?}: {}",
+                        self.shared.cluster.recent_trouble().unwrap_or_default()
+                    )),
+                }),
             };
             match refused {
                 None => self.send_all(producer, messages, copy_to, outcomes).await,
@@ -313,12 +320,8 @@ impl KafkaPublisher {
         if late.is_empty() {
             return;
         }
-        let (asked, limit) = (producer.clone(), Duration::from_secs(2));
-        let brokers_answer = call.any_confirmed.load(Ordering::Acquire)
-            || off_thread(move || asked.client().fetch_metadata(None, limit).is_ok())
-                .await
-                .unwrap_or(false);
-        let why = match brokers_answer {
+        let is_topic = call.any_confirmed.load(Ordering::Acquire) || brokers_answer(producer).await;
+        let why = match is_topic {
             true => None,
             false => Some(self.shared.cluster.recent_trouble().unwrap_or_default()),
         };
@@ -327,6 +330,13 @@ impl KafkaPublisher {
             call.refused(at, error, why.as_deref());
         }
     }
+}
+
+/// Whether any broker answers just now.
+async fn brokers_answer(producer: &Arc<Producer>) -> bool {
+    let (asked, limit) = (producer.clone(), Duration::from_secs(2));
+    let answer = off_thread(move || asked.client().fetch_metadata(None, limit).is_ok());
+    answer.await.unwrap_or(false)
 }
 
 /// What a broker's refusal means. `unreachable` is why no broker answers, if none does.
