@@ -74,6 +74,9 @@ pub(super) struct Shared {
 /// Processes die for other reasons, too: fewer starts say nothing against a message, however few attempts it has.
 const FEWEST_STARTS: u32 = 3;
 
+/// So many deliveries after a join may have ended the process before, where the broker does not count: those at the front.
+const MOST_YOUNG: usize = 64;
+
 /// After so many starts that did not end, a message is handled alone among those.
 const SUSPECTED: u32 = 2;
 
@@ -142,12 +145,16 @@ impl Shared {
         if self.gate.pass(&*self.tools.clock, &self.stop).await.is_none() {
             return Handled::Released;
         }
-        let before = self.starts(message).await;
-        let _alone = match before >= SUSPECTED {
+        let start = self.starts(message).await;
+        let is_suspected = start.as_ref().is_some_and(|start| start.before >= SUSPECTED);
+        let _alone = match is_suspected {
             true => self.stop.run_until_cancelled(self.suspects.acquire()).await,
             false => None,
         };
-        let start = self.begin_start(message).await;
+        let start = match start {
+            Some(start) => self.begin_start(start).await,
+            None => None,
+        };
         if let Some(start) = &start
             && start.before >= self.retry.max_attempts.max(FEWEST_STARTS)
         {
@@ -212,8 +219,8 @@ impl Shared {
             self.status.is(PartState::Running);
         }
         if !self.counts_deliveries {
-            self.young
-                .store(self.max_in_flight.load(Ordering::Relaxed), Ordering::Relaxed);
+            let young = self.max_in_flight.load(Ordering::Relaxed).min(MOST_YOUNG);
+            self.young.store(young, Ordering::Relaxed);
         }
         self.connected.send_replace(true);
     }

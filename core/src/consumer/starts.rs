@@ -33,33 +33,32 @@ impl Shared {
                 .is_ok()
     }
 
-    /// How often the handling of a message was begun before, and not ended, as far as is known.
-    pub(super) async fn starts(&self, message: &Message) -> u32 {
-        let Some(Ok(inbox)) = self.tools.log.as_ref().map(|log| log.inbox()) else {
-            return 0;
-        };
-        let id = MessageId::derived(message.id(), &self.group, STARTS);
-        let note = inbox.note(None, &self.group, id).await.ok().flatten();
-        note.and_then(|note| note.text.parse().ok()).unwrap_or(0)
-    }
-
-    /// Counts a start, before the handling. `None` where it cannot be counted just now: then it is handled all the same.
-    pub(super) async fn begin_start(&self, message: &Message) -> Option<Start> {
+    /// How often the handling of a message was begun before, and not ended. `None` where that cannot be known just now: then it
+    /// is handled all the same.
+    pub(super) async fn starts(&self, message: &Message) -> Option<Start> {
         let inbox = self.tools.log.as_ref()?.inbox().ok()?.clone();
         // A number of its own: the message's note is for chains and barriers.
         let id = MessageId::derived(message.id(), &self.group, STARTS);
         let note = inbox.note(None, &self.group, id).await.ok()?;
         let version = note.as_ref().map_or(0, |note| note.version);
         let before = note.and_then(|note| note.text.parse().ok()).unwrap_or(0);
-        let text = (before + 1).to_string();
-        let written = inbox.write_note(None, &self.group, id, version, &text).await;
-        written.ok().filter(|written| *written)?;
         Some(Start {
             inbox,
             id,
-            version: version + 1,
+            version,
             before,
         })
+    }
+
+    /// Counts a start, before the handling.
+    pub(super) async fn begin_start(&self, mut start: Start) -> Option<Start> {
+        let text = (start.before + 1).to_string();
+        let written = start
+            .inbox
+            .write_note(None, &self.group, start.id, start.version, &text);
+        written.await.ok().filter(|written| *written)?;
+        start.version += 1;
+        Some(start)
     }
 
     /// The handling has ended, however it went: the process lives.
