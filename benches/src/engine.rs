@@ -139,7 +139,7 @@ fn whole<E: Event>(n: usize, make: impl Fn(u64) -> E) -> anyhow::Result<Duration
     })
 }
 
-/// What a handler does that computes: 10 ms of one core.
+/// Computes for 10 ms on one core.
 fn compute() {
     let began = Instant::now();
     let mut x = 1u64;

@@ -155,8 +155,8 @@ impl Default for SystemClock {
     }
 }
 
-/// Whether there is a tokio runtime whose timers are enabled: without them tasks panic, long after whoever started them was told
-/// that all is well.
+/// Checks for a tokio runtime with timers enabled: without them tasks of the bus panic long after its start has returned
+/// successfully.
 pub(crate) fn check_timers() -> Result<()> {
     let text = match tokio::runtime::Handle::try_current() {
         Err(_) => {
@@ -186,8 +186,8 @@ impl Clock for SystemClock {
 
 /// A clock that stands still until it is told: for tests. Its timers are its own, so tokio's stay real.
 ///
-/// Whoever sleeps wakes in the order of its time, and of its call where the times are equal: a test that seeds everything
-/// else repeats exactly.
+/// Sleepers wake in the order of their times, and in the order of their calls where the times are equal: a test that seeds
+/// everything else repeats exactly.
 #[derive(Debug)]
 pub struct ManualClock {
     hands: Mutex<Hands>,

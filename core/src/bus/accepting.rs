@@ -1,4 +1,4 @@
-//! Whether a bus takes events: not after its shutdown, and with a warning where nobody has started it.
+//! The acceptance of events by a bus: refused after its shutdown, with a warning while it has not been started.
 
 use super::{Bus, Inner};
 use crate::{Error, ErrorKind, Result};
@@ -8,7 +8,7 @@ use std::sync::{
 };
 use std::time::Duration;
 
-/// How long after the first event a bus that is to relay may remain unstarted before that is told.
+/// The time after the first event at which a bus that should relay, and has not been started, logs a warning.
 const FORGOTTEN: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Default)]

@@ -33,7 +33,7 @@ const AFTER_THE_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Between tries to open a mailbox.
 const REOPEN: Duration = Duration::from_secs(1);
-/// How long a relay leaves its mailbox to another member of the group.
+/// The time for which a relay leaves its mailbox to another member of the group.
 const ASIDE: Duration = Duration::from_secs(2);
 
 /// The tasks of a start that is not complete yet.
@@ -135,7 +135,7 @@ impl Bus {
         Ok(())
     }
 
-    /// What a relay of `mailbox` works with.
+    /// The parts of a relay of `mailbox`, without its session.
     pub(crate) fn relay_parts(
         &self,
         mailbox: Mailbox,
@@ -249,7 +249,7 @@ impl Bus {
         self.shutdown(deadline).await
     }
 
-    /// Whether the bus has been started and is not shutting down.
+    /// Returns `true` between a successful start and the beginning of a shutdown.
     pub(super) fn is_started(&self) -> bool {
         let lifecycle = &self.0.lifecycle;
         lifecycle.has_started.load(Ordering::Acquire) && !lifecycle.stop.is_cancelled()

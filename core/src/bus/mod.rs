@@ -34,7 +34,7 @@ use std::{
 
 /// The bus. Clones are handles on the same bus.
 ///
-/// It does nothing by itself until [`start`](Bus::start) starts the relay; publishing only needs the log. A process that only
+/// The relay runs from [`start`](Bus::start) on; publishing needs only the log. A process that only
 /// publishes says so ([`without_relay`](BusBuilder::without_relay)), or a bus that was never started is told of in the log file.
 #[derive(Debug, Clone)]
 pub struct Bus(Arc<Inner>);
@@ -55,7 +55,7 @@ struct Inner {
     built_at: Timestamp,
     lifecycle: Lifecycle,
     accepting: Accepting,
-    /// Whether this process is to carry what is published.
+    /// Relays published events in this process. Default: true.
     relays: bool,
     layers: Vec<Layer<AnyEvent>>,
     subscriptions: HashMap<String, SubscriptionOptions>,

@@ -13,10 +13,10 @@ use async_trait::async_trait;
 use futures_util::{FutureExt as _, future::BoxFuture};
 use std::{any::type_name, borrow::Cow, fmt, num::NonZeroUsize, panic::AssertUnwindSafe, time::Duration};
 
-/// How long a message waits for a connection of the log's pool that was not free.
+/// The pause before the next try when no connection of the log's pool was free.
 const BUSY: Duration = Duration::from_millis(100);
 
-/// Where the outcomes of a batch go, with their places.
+/// The channel for the outcomes of a batch, each with its place.
 pub(super) type Tell = tokio::sync::mpsc::UnboundedSender<(usize, Handled)>;
 
 /// A chain as a subscription holds it.
