@@ -202,3 +202,23 @@ async fn without_a_log_an_option_says_what_becomes_of_unknown_types() {
         assert_eq!(running.report().ignored, ignored);
     }
 }
+
+/// A message of a topic that this member never asked for is never acknowledged unhandled: it waits, and is a dead letter where
+/// nobody has handled its type for a day.
+#[tokio::test]
+async fn what_comes_from_a_topic_nobody_asked_for_is_not_ignored() {
+    let world = World::start(options()).await;
+    let handled = Handled::default();
+    let running = old_member(&world.bus, &handled).await;
+    // As a binding that an earlier version of the program has left behind.
+    let stale = postrider_core::Subscription::new(running.group().clone(), vec![Topic::new("stale")]);
+    let transport = Transport::from(world.transport.clone());
+    transport.subscriber(&stale).unwrap().declare(&stale).await.unwrap();
+    world.bus.publish(event("stale", None, "x")).await.unwrap();
+    world.until(|_| running.report().parked == 1).await;
+    for _ in 0..10 {
+        world.pass(secs(5)).await;
+    }
+    assert_eq!(running.report().ignored, 0);
+    assert_eq!(dead(&world, "g").await.len(), 1);
+}
