@@ -187,10 +187,9 @@ mod tests {
 
         /// What was reported since it was last asked.
         fn told(&self) -> Vec<(usize, bool)> {
-            let reports = self.reports.take(Vec::new());
+            let reports = self.reports.take(Vec::new()).into_iter();
             reports
-                .iter()
-                .map(|report| (report.at, report.outcome.is_ok()))
+                .flat_map(|report| report.at.map(move |at| (at, report.outcome.is_ok())))
                 .collect()
         }
 

@@ -211,7 +211,11 @@ mod tests {
             futures_util::FutureExt::now_or_never(call).is_none(),
             "the silent ones keep the call open"
         );
-        let reported: Vec<usize> = reports.take(Vec::new()).iter().map(|report| report.at).collect();
+        let reported: Vec<usize> = reports
+            .take(Vec::new())
+            .into_iter()
+            .flat_map(|report| report.at)
+            .collect();
         assert_eq!(reported, (90..100).collect::<Vec<_>>());
     }
 }

@@ -95,44 +95,32 @@ impl Flights {
         }
     }
 
-    /// The client has given its outcome. Gives what may be sent again.
-    pub(super) fn ended(
-        &mut self,
-        topic: &Topic,
-        bytes: usize,
-        sent_at: Moment,
-        now: Moment,
-        how: How,
-    ) -> VecDeque<Place> {
-        let mut freed = VecDeque::new();
-        let Some(at) = self.find(topic) else {
-            return freed;
-        };
+    /// The client has given its outcome. Whether some of the topic is [kept](Self::take_held) that may be sent again.
+    pub(super) fn ended(&mut self, topic: &Topic, bytes: usize, sent_at: Moment, now: Moment, how: How) -> bool {
+        let Some(at) = self.find(topic) else { return false };
         let flight = &mut self.all[at].1;
         if how == How::Answered {
             self.newest_answered = self.newest_answered.max(sent_at);
             flight.since = now;
         }
+        flight.messages -= 1;
+        flight.bytes -= bytes;
         if flight.is_silent {
             self.silent -= 1;
             self.silent_bytes -= bytes;
+            if how != How::TimedOut {
+                flight.is_silent = false;
+                self.silent_topics -= 1;
+                self.silent -= flight.messages;
+                self.silent_bytes -= flight.bytes;
+            }
         }
-        flight.messages -= 1;
-        flight.bytes -= bytes;
-        if flight.is_silent && how != How::TimedOut {
-            flight.is_silent = false;
-            self.silent_topics -= 1;
-            self.silent -= flight.messages;
-            self.silent_bytes -= flight.bytes;
-        }
-        if !flight.is_silent || flight.messages == 0 {
-            freed = std::mem::take(&mut flight.held);
-        }
+        let frees = !flight.held.is_empty() && (!flight.is_silent || flight.messages == 0);
         // Few topics stay in the table, of many that come and go.
-        if flight.messages == 0 && !flight.is_silent && self.all.len() > 64 {
+        if flight.messages == 0 && !flight.is_silent && !frees && self.all.len() > 64 {
             self.forget(at);
         }
-        freed
+        frees
     }
 
     fn forget(&mut self, at: usize) {
@@ -259,7 +247,7 @@ mod tests {
         let mut flights = Flights::default();
         flights.sent(&bad, 1, 5, ms(1));
         flights.sent(&good, 1, 1, ms(1));
-        assert!(flights.ended(&good, 1, ms(1), ms(2), How::Answered).is_empty());
+        assert!(!flights.ended(&good, 1, ms(1), ms(2), How::Answered));
         assert!(flights.look(ms(200), 10).is_empty());
         assert_eq!(
             flights.silent(),
@@ -277,7 +265,8 @@ mod tests {
         let overdue = flights.look(ms(1200), 10);
         assert_eq!((overdue.len(), overdue[0].held.len()), (1, 1));
         assert!(flights.holds(&bad, 9));
-        assert_eq!(flights.ended(&bad, 5, ms(1), ms(1300), How::Answered), [9]);
+        assert!(flights.ended(&bad, 5, ms(1), ms(1300), How::Answered));
+        assert_eq!(flights.take_held(&bad), [9]);
         assert_eq!((flights.silent(), flights.silent_bytes()), (0, 0));
         assert!(!flights.holds(&bad, 7));
     }

@@ -50,6 +50,8 @@ pub(crate) struct Engine {
     log: EventLog,
     session: Arc<dyn Session>,
     attempts: Arc<dyn Attempts>,
+    /// As the attempts say.
+    has_destinations: bool,
     clock: Arc<dyn Clock>,
     wake: Arc<Wake>,
     reporter: Arc<Reporter>,
@@ -197,6 +199,7 @@ impl Engine {
             options: parts.options,
             log: parts.log,
             session: session.into(),
+            has_destinations: parts.attempts.has_destinations(),
             attempts: parts.attempts,
             clock: parts.clock,
             wake: parts.wake,

@@ -13,10 +13,13 @@ const GATHERS_FOR: Duration = Duration::from_millis(20);
 /// They wait while fewer are ready than this part of what is with the client.
 const GATHERS_PART: usize = 3;
 
+/// In place of an answered message.
+const ANSWERED: Place = Place::MAX;
+
 /// A call that the client works on.
 pub(super) struct Call {
-    /// By position in the batch; `None` once answered.
-    places: Vec<Option<Place>>,
+    /// By position in the batch; [`ANSWERED`] once that is so.
+    places: Vec<Place>,
     sent_at: Moment,
 }
 
@@ -72,7 +75,7 @@ impl Engine {
             messages.push(held.record.message.clone());
             counts.push(held.record.attempts);
         }
-        if self.attempts.has_destinations() {
+        if self.has_destinations {
             for of_topic in messages.chunk_by(|one, next| one.topic() == next.topic()) {
                 let bytes = of_topic.iter().map(|message| message.payload().len()).sum();
                 self.flights.sent(of_topic[0].topic(), of_topic.len(), bytes, now);
@@ -82,11 +85,7 @@ impl Engine {
         self.last_call += 1;
         let number = self.last_call;
         let outcomes = Outcomes::new(number, places.len(), self.reports.clone());
-        let call = Call {
-            places: places.into_iter().map(Some).collect(),
-            sent_at: now,
-        };
-        self.calls.insert(number, call);
+        self.calls.insert(number, Call { places, sent_at: now });
         let (attempts, lease) = (self.attempts.clone(), self.lease.clone());
         self.job(async move {
             let rest = attempts.attempt(&messages, &counts, &lease, &outcomes).await;
@@ -157,13 +156,23 @@ impl Engine {
         if !reports.is_empty() {
             let was_alone = self.in_flight == 1;
             let mut news = News::default();
-            for Report { call, at, outcome } in reports.drain(..) {
-                let call = self.calls.get_mut(&call);
-                let Some(call) = call else { continue };
-                if let Some(place) = call.places.get_mut(at).and_then(Option::take) {
-                    let sent_at = call.sent_at;
-                    self.came_back(place, sent_at, outcome.map_err(Refusal::from), now, &mut news);
+            for Report {
+                call: number,
+                at,
+                outcome,
+            } in reports.drain(..)
+            {
+                let Some(mut call) = self.calls.remove(&number) else {
+                    continue;
+                };
+                for place in call.places.get_mut(at).unwrap_or_default() {
+                    let place = std::mem::replace(place, ANSWERED);
+                    if place != ANSWERED {
+                        let outcome = outcome.clone().map_err(Refusal::from);
+                        self.came_back(place, call.sent_at, outcome, now, &mut news);
+                    }
                 }
+                self.calls.insert(number, call);
             }
             self.draw_conclusions(news, was_alone, now);
         }
@@ -176,7 +185,7 @@ impl Engine {
         let Some(call) = self.calls.remove(&call) else { return };
         let was_alone = self.in_flight == 1;
         let mut news = News::default();
-        for place in call.places.into_iter().flatten() {
+        for place in call.places.into_iter().filter(|place| *place != ANSWERED) {
             self.came_back(place, call.sent_at, rest.clone(), now, &mut news);
         }
         self.draw_conclusions(news, was_alone, now);
@@ -187,37 +196,39 @@ impl Engine {
         self.in_flight -= 1;
         let Some(held) = self.in_hand.get(place) else { return };
         let is_ours = held.tenure == self.tenure;
-        let mut outcome = outcome;
-        if self.attempts.has_destinations() {
-            let message = &held.record.message;
-            let mut how = match outcome {
-                Err(Refusal::Connection(_) | Refusal::HeldBack) => How::Lost,
-                _ => How::Answered,
-            };
-            if let Err(Refusal::Silent(error)) = outcome {
-                how = How::TimedOut;
+        let refusal = match outcome {
+            Ok(()) => {
+                self.landed(place, sent_at, now, How::Answered);
+                if is_ours {
+                    news.confirmed += 1;
+                    self.confirmed(place);
+                    return;
+                }
+                None
+            }
+            Err(Refusal::Silent(error)) if self.has_destinations => {
+                let topic = held.record.message.topic();
                 // Without others that are answered it may be the connection: that is found out, and the message is not blamed.
-                if !self.flights.is_silent(message.topic(), now) {
-                    self.flights.mark_silent(message.topic());
+                if !self.flights.is_silent(topic, now) {
+                    self.flights.mark_silent(topic);
                     news.loss = Some(error.clone());
                 }
-                outcome = Err(Refusal::Destination(PublishError::destination(error)));
+                self.landed(place, sent_at, now, How::TimedOut);
+                Some(Refusal::Destination(PublishError::destination(error)))
             }
-            let bytes = message.payload().len();
-            let freed = self.flights.ended(message.topic(), bytes, sent_at, now, how);
-            freed.into_iter().rev().for_each(|place| self.ready.push_front(place));
-        }
-        if !is_ours {
+            Err(refusal) => {
+                let how = match refusal {
+                    Refusal::Connection(_) | Refusal::HeldBack => How::Lost,
+                    _ => How::Answered,
+                };
+                self.landed(place, sent_at, now, how);
+                Some(refusal)
+            }
+        };
+        let Some(refusal) = refusal.filter(|_| is_ours) else {
             // What this tenure knows of the topic may count on it.
-            if let Some(held) = self.in_hand.get(place) {
-                self.destinations.probe_lost(held.record.message.topic(), now);
-            }
+            self.probe_lost(place, now);
             self.forget_run(place);
-            return;
-        }
-        let Err(refusal) = outcome else {
-            news.confirmed += 1;
-            self.confirmed(place);
             return;
         };
         match refusal {
@@ -235,11 +246,29 @@ impl Engine {
                 self.step_aside();
             }
             Refusal::HeldBack => {
-                if let Some(held) = self.in_hand.get(place) {
-                    self.destinations.probe_lost(held.record.message.topic(), now);
-                }
+                self.probe_lost(place, now);
                 self.release_run(place);
             }
+        }
+    }
+
+    /// A message is with the client no more.
+    fn landed(&mut self, place: Place, sent_at: Moment, now: Moment, how: How) {
+        let Some(held) = self.in_hand.get(place).filter(|_| self.has_destinations) else {
+            return;
+        };
+        let message = &held.record.message;
+        let (topic, bytes) = (message.topic(), message.payload().len());
+        if self.flights.ended(topic, bytes, sent_at, now, how) {
+            let held = self.flights.take_held(topic);
+            held.into_iter().rev().for_each(|place| self.ready.push_front(place));
+        }
+    }
+
+    /// It was to find out about its destination, and has not.
+    fn probe_lost(&mut self, place: Place, now: Moment) {
+        if let Some(held) = self.in_hand.get(place) {
+            self.destinations.probe_lost(held.record.message.topic(), now);
         }
     }
 
