@@ -16,7 +16,7 @@ use std::{
 };
 use tokio::sync::Notify;
 use tokio_util::{
-    sync::CancellationToken,
+    sync::{CancellationToken, ReusableBoxFuture},
     task::{AbortOnDropHandle, TaskTracker},
 };
 
@@ -82,16 +82,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Queue {
     fn tell(&self, ended: Ended) {
-        self.tell_all(&mut vec![ended]);
+        self.tell_with(|all| all.push(ended));
     }
 
     fn tell_all(&self, ended: &mut Vec<Ended>) {
-        if ended.is_empty() {
-            return;
+        if !ended.is_empty() {
+            self.tell_with(|all| all.append(ended));
         }
+    }
+
+    fn tell_with(&self, add: impl FnOnce(&mut Vec<Ended>)) {
         let mut all = lock(&self.ended);
         let was_empty = all.is_empty();
-        all.append(ended);
+        add(&mut all);
         if was_empty {
             drop(all);
             self.news.notify_one();
@@ -184,6 +187,7 @@ impl Member {
     async fn work(self) {
         // Several quick ones are taken at once; of those that take long, one at a time.
         let (mut jobs, mut told) = (VecDeque::new(), Vec::new());
+        let mut spare = None;
         let mut most = 1;
         loop {
             let mut work = std::pin::pin!(self.queue.work.notified());
@@ -200,7 +204,7 @@ impl Member {
             let began = self.shared.tools.clock.elapsed();
             let lasts = || self.shared.tools.clock.elapsed().saturating_sub(began) >= LONG;
             while let Some(job) = jobs.pop_front() {
-                self.begin(job, &mut told);
+                self.begin(job, &mut told, &mut spare);
                 if jobs.len() % 8 == 1 && lasts() {
                     break;
                 }
@@ -224,10 +228,11 @@ impl Member {
     }
 
     /// Handles a job as far as it goes without waiting. Most handlers of a busy group are quick: a task of its own, which costs
-    /// more than they do, is for those that wait. It is polled again there, so the waker of this first poll need not wake anybody.
-    fn begin(&self, job: Job, told: &mut Vec<Ended>) {
+    /// more than they do, is for those that wait. It is polled again there, so the waker of this first poll need not wake anybody. The box
+    /// of a handling that has ended is used again.
+    fn begin(&self, job: Job, told: &mut Vec<Ended>, spare: &mut Option<ReusableBoxFuture<'static, Ended>>) {
         let mut cx = TaskContext::from_waker(Waker::noop());
-        let (shared, queue) = (self.shared.clone(), self.queue.clone());
+        let (shared, queue) = (self.shared.clone(), || self.queue.clone());
         match job {
             Job::One(delivery, key) => {
                 let one = async move {
@@ -237,15 +242,27 @@ impl Member {
                         left: VecDeque::new(),
                     }
                 };
-                let mut one = Box::pin(one);
-                match one.as_mut().poll(&mut cx) {
-                    Poll::Ready(ended) => told.push(ended),
-                    Poll::Pending => self.wait(async move { queue.tell(one.await) }),
+                let mut one = match spare.take() {
+                    Some(mut used) => {
+                        used.set(one);
+                        used
+                    }
+                    None => ReusableBoxFuture::new(one),
+                };
+                match one.poll(&mut cx) {
+                    Poll::Ready(ended) => {
+                        told.push(ended);
+                        *spare = Some(one);
+                    }
+                    Poll::Pending => {
+                        let queue = queue();
+                        self.wait(async move { queue.tell(one.await) });
+                    }
                 }
             }
-            Job::Run(run) => self.begin_boxed(Box::pin(handle(shared, queue, run)), &mut cx),
+            Job::Run(run) => self.begin_boxed(Box::pin(handle(shared, queue(), run)), &mut cx),
             Job::Together(chain, batch) => {
-                self.begin_boxed(Box::pin(handle_together(shared, queue, chain, batch)), &mut cx);
+                self.begin_boxed(Box::pin(handle_together(shared, queue(), chain, batch)), &mut cx);
             }
         }
     }
@@ -266,7 +283,7 @@ impl Member {
 
 /// Takes one message through its chain. `None` if that panicked: then it is released.
 async fn handle_one(shared: &Shared, delivery: Delivery, key: Option<u64>) -> Option<Finished> {
-    if delivery.gone().is_cancelled() {
+    if delivery.is_gone() {
         return Some(Finished {
             settlement: delivery.release(),
             key,

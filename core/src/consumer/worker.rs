@@ -323,7 +323,7 @@ impl Worker {
         };
         for (delivery, mut answer) in looked.deliveries.into_iter().zip(answers) {
             // What was before it in its key has been dropped.
-            if delivery.gone().is_cancelled() {
+            if delivery.is_gone() {
                 hand.settlements.push(delivery.release());
                 continue;
             }

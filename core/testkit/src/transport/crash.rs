@@ -336,7 +336,7 @@ async fn member(transport: &Transport, file: &Path) {
         };
         let mut settlements: Vec<Settlement> = Vec::new();
         for delivery in batch {
-            if delivery.gone().is_cancelled() {
+            if delivery.is_gone() {
                 continue;
             }
             let n = String::from_utf8_lossy(delivery.message().payload()).into_owned();

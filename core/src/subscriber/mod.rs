@@ -1,17 +1,19 @@
-//! The receiving side of a transport: what an author implements, and what core makes of it.
+//! The receiving side of a transport: what an author implements. What core makes of it is a [`Feed`].
 
-use crate::{Error, GroupName, Message, Result, Topic, clock::bounded, relay::TopicPattern};
+mod feed;
+
+pub use feed::{Delivery, Feed, Intake, Settlement, Settling, Taken};
+
+use crate::{Error, GroupName, Message, Result, Topic, relay::TopicPattern};
 use async_trait::async_trait;
 use std::{
-    collections::HashMap,
     fmt::Debug,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
-use tokio_util::sync::CancellationToken;
 
 /// What a group asks of its queue, where a transport has such a thing: names, times and rights that brokers have in common
 /// and most applications leave alone. One that a transport does not [honour](crate::Capabilities::queue_options) is refused
@@ -319,236 +321,6 @@ forward!(Box);
 impl<D: Deliveries + ?Sized> Deliveries for Box<D> {
     async fn next(&mut self, max: usize) -> Result<Incoming> {
         (**self).next(max).await
-    }
-}
-
-/// A stream of messages for a member of a group: what [`Subscriber::subscribe`] returns.
-#[derive(Debug)]
-pub struct Feed {
-    deliveries: Box<dyn Deliveries>,
-    settler: Arc<dyn Settler>,
-}
-
-impl Feed {
-    /// Out of the author's two sides.
-    #[must_use]
-    pub fn new(deliveries: impl Deliveries, settler: impl Settler) -> Self {
-        Self {
-            deliveries: Box::new(deliveries),
-            settler: Arc::new(settler),
-        }
-    }
-
-    /// Wraps the outcomes' side, to meter it or to inject faults.
-    #[must_use]
-    pub fn map_settler<S: Settler>(self, wrap: impl FnOnce(Arc<dyn Settler>) -> S) -> Self {
-        Self {
-            deliveries: self.deliveries,
-            settler: Arc::new(wrap(self.settler)),
-        }
-    }
-
-    /// The author's two sides, for wrappers that meter them or inject faults.
-    #[must_use]
-    pub fn into_parts(self) -> (Box<dyn Deliveries>, Arc<dyn Settler>) {
-        (self.deliveries, self.settler)
-    }
-
-    /// The engine's two sides.
-    #[must_use]
-    pub fn split(self) -> (Intake, Settling) {
-        let dropped = Dropped::default();
-        let intake = Intake {
-            deliveries: self.deliveries,
-            assignments: HashMap::new(),
-            dropped: dropped.clone(),
-        };
-        let settling = Settling {
-            settler: self.settler,
-            dropped,
-        };
-        (intake, settling)
-    }
-}
-
-type Dropped = Arc<Mutex<Vec<DeliveryTag>>>;
-
-/// A message that has to be settled: once, since settling consumes it. Dropped, it is released.
-#[derive(Debug)]
-#[must_use = "a delivery dropped unsettled is delivered again"]
-pub struct Delivery {
-    message: Message,
-    delivery_count: u32,
-    attempts: u32,
-    tag: DeliveryTag,
-    assignment: Assignment,
-    gone: Arc<CancellationToken>,
-    dropped: Option<Dropped>,
-}
-
-/// A delivery and what became of it.
-#[derive(Debug)]
-#[must_use = "give it to `Settling::settle`"]
-pub struct Settlement {
-    tag: DeliveryTag,
-    disposition: Disposition,
-}
-
-impl Settlement {
-    /// Whether the message comes again.
-    pub(crate) fn comes_again(&self) -> bool {
-        matches!(self.disposition, Disposition::Release | Disposition::Retry { .. })
-    }
-}
-
-impl Delivery {
-    /// The message.
-    #[must_use]
-    pub fn message(&self) -> &Message {
-        &self.message
-    }
-    /// How often it has been handed to this group, this time included.
-    #[must_use]
-    pub fn delivery_count(&self) -> u32 {
-        self.delivery_count
-    }
-    /// How many attempts were made before it waited with the broker; 0 where it did not.
-    #[must_use]
-    pub fn attempts(&self) -> u32 {
-        self.attempts
-    }
-    /// What it came with.
-    #[must_use]
-    pub fn assignment(&self) -> Assignment {
-        self.assignment
-    }
-    /// Cancelled when its partition is revoked or lost.
-    #[must_use]
-    pub fn gone(&self) -> &CancellationToken {
-        &self.gone
-    }
-    fn settled(mut self, disposition: Disposition) -> Settlement {
-        self.dropped = None;
-        Settlement {
-            tag: self.tag,
-            disposition,
-        }
-    }
-    /// Done with it.
-    pub fn ack(self) -> Settlement {
-        self.settled(Disposition::Ack)
-    }
-    /// Again, after a delay: so many attempts have been made.
-    pub fn retry(self, after: Duration, attempts: u32) -> Settlement {
-        self.settled(Disposition::Retry {
-            after: bounded(after),
-            attempts,
-        })
-    }
-    /// To the transport's own dead letters.
-    pub fn dead_letter(self) -> Settlement {
-        self.settled(Disposition::DeadLetter)
-    }
-    /// Not done with it.
-    pub fn release(self) -> Settlement {
-        self.settled(Disposition::Release)
-    }
-}
-
-impl Drop for Delivery {
-    fn drop(&mut self) {
-        if let Some(dropped) = self.dropped.take() {
-            let mut tags = dropped.lock().unwrap_or_else(PoisonError::into_inner);
-            tags.push(self.tag);
-        }
-    }
-}
-
-/// What [`Intake::next`] gives.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum Taken {
-    /// Messages: at least one.
-    Batch(Vec<Delivery>),
-    /// This assignment is over: its deliveries have been told ([`Delivery::gone`]) and are to be settled or dropped.
-    Gone(Assignment),
-}
-
-/// The engine's side of a feed: where deliveries come from.
-#[derive(Debug)]
-pub struct Intake {
-    deliveries: Box<dyn Deliveries>,
-    /// Shared by pointer: cloning a token itself takes a lock.
-    assignments: HashMap<Assignment, Arc<CancellationToken>>,
-    dropped: Dropped,
-}
-
-impl Intake {
-    /// Waits for at least one delivery, and takes at most `max`. Cancel-safe.
-    ///
-    /// # Errors
-    /// Of the transport: [`ErrorKind::Closed`](crate::ErrorKind::Closed) at the end; after any other, call it again.
-    pub async fn next(&mut self, max: usize) -> Result<Taken> {
-        match self.deliveries.next(max).await? {
-            Incoming::Batch(received) => Ok(Taken::Batch(
-                received.into_iter().map(|received| self.deliver(received)).collect(),
-            )),
-            Incoming::Revoked(assignment) | Incoming::Lost(assignment) => {
-                if let Some(token) = self.assignments.remove(&assignment) {
-                    token.cancel();
-                }
-                Ok(Taken::Gone(assignment))
-            }
-        }
-    }
-
-    fn deliver(&mut self, received: Received) -> Delivery {
-        let gone = self.assignments.entry(received.assignment).or_default();
-        Delivery {
-            gone: gone.clone(),
-            message: received.message,
-            delivery_count: received.delivery_count,
-            attempts: received.attempts,
-            tag: received.tag,
-            assignment: received.assignment,
-            dropped: Some(self.dropped.clone()),
-        }
-    }
-}
-
-/// The engine's side of a feed: where the outcome goes.
-#[derive(Debug, Clone)]
-pub struct Settling {
-    settler: Arc<dyn Settler>,
-    dropped: Dropped,
-}
-
-impl Settling {
-    /// Settles a batch, and releases what was dropped meanwhile. Gives back the errors.
-    pub async fn settle(&self, batch: Vec<Settlement>) -> Vec<Error> {
-        let mut all: Vec<_> = batch.into_iter().map(|s| (s.tag, s.disposition)).collect();
-        let dropped = std::mem::take(&mut *self.dropped.lock().unwrap_or_else(PoisonError::into_inner));
-        all.extend(dropped.into_iter().map(|tag| (tag, Disposition::Release)));
-        if all.is_empty() {
-            return Vec::new();
-        }
-        let outcomes = self.settler.settle(&all).await;
-        outcomes.into_iter().filter_map(Result::err).collect()
-    }
-
-    /// Whether deliveries were dropped that the broker has not been told of.
-    #[must_use]
-    pub fn has_dropped(&self) -> bool {
-        !self.dropped.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
-    }
-
-    /// Ends the feed.
-    ///
-    /// # Errors
-    /// Of the transport, if something could not be flushed within `deadline`: it comes back.
-    pub async fn close(&self, deadline: Duration) -> Result<()> {
-        self.settle(Vec::new()).await;
-        self.settler.close(deadline).await
     }
 }
 
