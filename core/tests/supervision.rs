@@ -30,6 +30,9 @@ struct Faults {
     joins: AtomicU32,
     /// Feeds that end by themselves when they are asked the first time.
     feeds: AtomicU32,
+    /// How often a feed was asked for.
+    joined: AtomicU32,
+    opens_hang: AtomicBool,
     settles_hang: AtomicBool,
     closes_hang: AtomicBool,
     wait_returns_at_once: AtomicBool,
@@ -54,6 +57,9 @@ impl EventLogStore for Faulty<dyn EventLogStore> {
         self.1.append(mailbox, batch).await
     }
     async fn open(&self, mailbox: &Mailbox, options: &SessionOptions) -> Result<Box<dyn Session>> {
+        if self.0.opens_hang.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
         let session: Arc<dyn Session> = self.1.open(mailbox, options).await?.into();
         Ok(Box::new(Faulty(self.0.clone(), session)))
     }
@@ -98,6 +104,7 @@ impl Session for Faulty<dyn Session> {
 #[async_trait]
 impl Subscriber for Faulty<dyn Subscriber> {
     async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
+        self.0.joined.fetch_add(1, Ordering::SeqCst);
         if happens(&self.0.joins) {
             return Err(Error::new(ErrorKind::Unavailable, "the broker is away"));
         }
@@ -259,6 +266,42 @@ async fn a_subscription_joins_again_by_itself() {
     world.until(|_| running.report().delivered == 1).await;
     bus.shutdown(secs(5)).await.unwrap();
     assert_eq!(state(&bus, &part), PartState::Stopped);
+}
+
+/// A feed that joins, and closes at once, and so on, is asked for ever more seldom.
+#[tokio::test]
+async fn a_feed_that_closes_at_once_is_joined_ever_more_seldom() {
+    let (world, bus, faults) = faulty().await;
+    faults.feeds.store(u32::MAX, Ordering::SeqCst);
+    bus.start().await.unwrap();
+    let _running = world::subscribe(&bus, "g").await.unwrap();
+    for _ in 0..600 {
+        world.pass(Duration::from_millis(100)).await;
+    }
+    let joined = faults.joined.load(Ordering::SeqCst);
+    assert!((3..30).contains(&joined), "joined {joined} times in a minute");
+    let part = bus
+        .health()
+        .part(&Part::Subscription(GroupName::new("g")))
+        .unwrap()
+        .clone();
+    assert_eq!(part.state, PartState::Degraded);
+}
+
+/// A start that is cut off while the log opens its mailbox has started nothing, and may be tried again.
+#[tokio::test]
+async fn a_start_that_is_cut_off_may_be_tried_again() {
+    let (world, bus, faults) = faulty().await;
+    faults.opens_hang.store(true, Ordering::SeqCst);
+    for _ in 0..2 {
+        let cut_off = tokio::time::timeout(Duration::from_millis(20), bus.start()).await;
+        assert!(cut_off.is_err(), "the log does not open its mailbox");
+    }
+    faults.opens_hang.store(false, Ordering::SeqCst);
+    bus.start().await.unwrap();
+    bus.publish(event("t", None, "1")).await.unwrap();
+    world.until(|w| w.published("t") == ["1"]).await;
+    bus.shutdown(secs(5)).await.unwrap();
 }
 
 /// What makes no sense is still an error of the start, and leaves nothing behind.

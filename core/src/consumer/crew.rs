@@ -46,17 +46,27 @@ pub(super) struct Run {
 pub(super) enum Ended {
     /// One message of a run that goes on.
     Part(Finished),
-    /// One message of a batch.
+    /// One message alone, or of a batch.
     One(Finished),
-    /// The last of a run that ended: what is left of it has not been begun.
-    Run {
-        key: Option<u64>,
-        /// `None` if it panicked: its delivery was released.
-        last: Option<Finished>,
-        left: VecDeque<Delivery>,
-    },
+    /// A run, or one message that panicked. Boxed: most are of one message.
+    Run(Box<EndedRun>),
     /// All of a batch have been told of, but for so many that a panic took, and their keys.
     Together { lost: Vec<Option<u64>> },
+}
+
+/// How a run has ended.
+pub(super) struct EndedRun {
+    pub(super) key: Option<u64>,
+    /// `None` if it panicked: its delivery was released.
+    pub(super) last: Option<Finished>,
+    /// What is left of it has not been begun.
+    pub(super) left: VecDeque<Delivery>,
+}
+
+impl Ended {
+    fn run(key: Option<u64>, last: Option<Finished>, left: VecDeque<Delivery>) -> Self {
+        Self::Run(Box::new(EndedRun { key, last, left }))
+    }
 }
 
 /// The crew of one subscription.
@@ -236,10 +246,9 @@ impl Member {
         match job {
             Job::One(delivery, key) => {
                 let one = async move {
-                    Ended::Run {
-                        key,
-                        last: handle_one(&shared, delivery, key).await,
-                        left: VecDeque::new(),
+                    match handle_one(&shared, delivery, key).await {
+                        Some(finished) => Ended::One(finished),
+                        None => Ended::run(key, None, VecDeque::new()),
                     }
                 };
                 let mut one = match spare.take() {
@@ -313,7 +322,7 @@ async fn handle(shared: Arc<Shared>, queue: Arc<Queue>, run: Run) {
             Some(last) if goes_on && !deliveries.is_empty() => queue.tell(Ended::Part(last)),
             last => {
                 let left = std::mem::take(&mut deliveries);
-                queue.tell(Ended::Run { key, last, left });
+                queue.tell(Ended::run(key, last, left));
             }
         }
     }

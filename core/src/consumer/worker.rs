@@ -1,7 +1,7 @@
 //! The loop of a subscription: take → look → handle → settle.
 
 use super::{
-    crew::{Crew, Ended, Job, Run},
+    crew::{Crew, Ended, EndedRun, Job, Run},
     gathering::Gatherings,
     shared::{Finished, Shared},
 };
@@ -444,9 +444,13 @@ impl Worker {
             }
             Ended::One(finished) => {
                 hand.handled -= 1;
-                self.settled(hand, finished.key, Some(finished), VecDeque::new());
+                match finished.key {
+                    None => hand.settlements.push(finished.settlement),
+                    Some(_) => self.settled(hand, finished.key, Some(finished), VecDeque::new()),
+                }
             }
-            Ended::Run { key, last, left } => {
+            Ended::Run(run) => {
+                let EndedRun { key, last, left } = *run;
                 hand.handled -= 1 + left.len();
                 self.settled(hand, key, last, left);
             }

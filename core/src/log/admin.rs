@@ -213,10 +213,12 @@ pub trait LogAdmin: Debug + Send + Sync + 'static {
     /// Makes up to `max` failed records pending again, oldest first, and says how many.
     ///
     /// # Contract
-    /// Their attempts begin anew, their errors are kept. One that held its key goes on in its place; another enters at
-    /// the end. Records that are not failed are left alone.
+    /// Their attempts begin anew, their errors are kept. One that held its key goes on in its place; another enters
+    /// at the end, behind what waits of its key, and nothing of the key overtakes another for it. Records that are not
+    /// failed are left alone.
     ///
-    /// Held by `log::failed_records_are_redriven_and_discarded`, `log::a_redriven_record_may_be_refused_again`.
+    /// Held by `log::failed_records_are_redriven_and_discarded`, `log::a_redriven_record_may_be_refused_again`,
+    /// `log::a_redriven_record_lets_nothing_overtake`, `log::a_redriven_record_lets_nothing_overtake_after_a_take_over`.
     async fn redrive(&self, filter: &Filter, max: u64) -> Result<u64>;
 
     /// Removes up to `max` failed records, oldest first, and says how many. They are lost.

@@ -3,7 +3,8 @@
 use crate::OrderPlaced;
 use crate::placed;
 use postrider_core::{
-    Bus, ErrorKind,
+    Bus, ErrorKind, EventLog, GroupName, Mailbox,
+    log::{Claim, EventLogStore as _, Owner, SessionOptions},
     memory::{MemoryLog, MemoryTransport},
 };
 use std::{
@@ -20,8 +21,12 @@ async fn until(condition: impl Fn() -> bool) {
 }
 
 fn bus() -> Bus {
+    bus_on(MemoryLog::new())
+}
+
+fn bus_on(log: impl Into<EventLog>) -> Bus {
     Bus::builder()
-        .log(MemoryLog::new())
+        .log(log)
         .transport(MemoryTransport::new())
         .build()
         .unwrap()
@@ -79,4 +84,35 @@ async fn a_handler_that_blocks_stops_only_its_key() {
     go.send(()).unwrap();
     drop(go);
     bus.shutdown(Duration::from_secs(5)).await.unwrap();
+}
+
+/// Nobody gets the inbox while a handler of it, which blocks, may still have its effects.
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn an_inbox_is_not_handed_over_beside_a_handler_that_blocks() {
+    let log = MemoryLog::new();
+    let bus = bus_on(log.clone());
+    let (go, wait) = mpsc::channel::<()>();
+    let (began, has_begun) = mpsc::channel::<()>();
+    bus.subscribe::<OrderPlaced>("g")
+        .durable()
+        .state((Mutex::new(wait), began))
+        .handler(
+            async |(wait, began): &(Mutex<mpsc::Receiver<()>>, mpsc::Sender<()>), _, _| {
+                let _ = began.send(());
+                let _ = wait.lock().unwrap().recv_timeout(Duration::from_secs(30));
+                Ok(())
+            },
+        )
+        .start()
+        .await
+        .unwrap();
+    bus.start().await.unwrap();
+    bus.publish(&placed(1, "c")).await.unwrap();
+    until(|| has_begun.try_recv().is_ok()).await;
+    let _ = bus.shutdown(Duration::ZERO).await;
+    let inbox = Mailbox::Inbox(GroupName::new("g"));
+    let next = log.open(&inbox, &SessionOptions::new(Owner::new())).await.unwrap();
+    let claimed = next.claim(&Claim::new(10)).await.unwrap();
+    assert!(claimed.records.is_empty() && !claimed.lease.is_held(), "{claimed:?}");
+    drop(go);
 }

@@ -83,7 +83,7 @@ impl PostgresLog {
             .map_err(doing("listing records"))
     }
 
-    async fn change(&self, filter: &Filter, max: u64, statement: &sqlx::SqlStr) -> Result<u64> {
+    async fn change(&self, filter: &Filter, max: u64, statements: &[&sqlx::SqlStr]) -> Result<u64> {
         let Some(mailbox) = self.find_mailbox(&filter.mailbox).await? else {
             return Ok(0);
         };
@@ -100,7 +100,7 @@ impl PostgresLog {
             .fetch_all(&mut *tx)
             .await
             .map_err(&failed)?;
-        let changed = self.change_failed(&mut tx, mailbox, found, statement).await?;
+        let changed = self.change_failed(&mut tx, mailbox, found, statements).await?;
         tx.commit().await.map_err(failed)?;
         own.give_back();
         Ok(changed)
@@ -127,11 +127,15 @@ impl LogAdmin for PostgresLog {
     }
 
     async fn redrive(&self, filter: &Filter, max: u64) -> Result<u64> {
-        self.change(filter, max, &self.sql().redrive).await
+        let sql = self.sql();
+        match filter.mailbox {
+            Mailbox::Outbox(_) => self.change(filter, max, &[&sql.requeue, &sql.redrive]).await,
+            _ => self.change(filter, max, &[&sql.redrive]).await,
+        }
     }
 
     async fn discard(&self, filter: &Filter, max: u64) -> Result<u64> {
-        self.change(filter, max, &self.sql().discard).await
+        self.change(filter, max, &[&self.sql().discard]).await
     }
 
     async fn count_failed(&self, filter: &Filter) -> Result<u64> {

@@ -150,7 +150,7 @@ impl PostgresLog {
             .fetch_all(&mut *tx)
             .await;
         let removed = self
-            .change_failed(&mut tx, mailbox, old.map_err(&failed)?, &self.sql().discard)
+            .change_failed(&mut tx, mailbox, old.map_err(&failed)?, &[&self.sql().discard])
             .await?;
         tx.commit().await.map_err(failed)?;
         Ok(removed)
@@ -162,7 +162,7 @@ impl PostgresLog {
         connection: &mut PgConnection,
         mailbox: i16,
         found: Vec<(i16, i64, String, Option<String>)>,
-        statement: &sqlx::SqlStr,
+        statements: &[&sqlx::SqlStr],
     ) -> Result<u64> {
         if found.is_empty() {
             return Ok(0);
@@ -172,9 +172,12 @@ impl PostgresLog {
         let of_key = |(lane, _, topic, key): (i16, i64, String, Option<String>)| Some((lane, topic, key?));
         let keys: BTreeSet<KeyOf> = found.into_iter().filter_map(of_key).collect();
         self.take_turns(connection, mailbox, &keys, &[]).await?;
-        let change = sqlx::query(statement.clone()).bind(mailbox).bind(lanes).bind(ids);
-        let changed = change.execute(&mut *connection).await;
-        let changed = changed.map_err(doing("changing dead letters"))?.rows_affected();
+        let mut changed = 0;
+        for statement in statements {
+            let change = sqlx::query((*statement).clone()).bind(mailbox).bind(&lanes).bind(&ids);
+            let done = change.execute(&mut *connection).await;
+            changed += done.map_err(doing("changing dead letters"))?.rows_affected();
+        }
         self.right_keys(connection, mailbox, &keys).await?;
         Ok(changed)
     }

@@ -33,6 +33,13 @@ macro_rules! message_columns {
     };
 }
 
+/// What an event is entered with: its id is given by the table.
+macro_rules! event_columns {
+    () => {
+        "mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at"
+    };
+}
+
 /// What a row keeps as it moves from table to table.
 macro_rules! moved_columns {
     ($table:literal) => {
@@ -313,8 +320,7 @@ statements! {
     raise_position: "SELECT last_value, setval({position'}, m) FROM (SELECT max(id) AS m FROM {parked}) x, {position} WHERE m > last_value";
     renumber: concat!(
         "WITH since AS (DELETE FROM {event} e WHERE e.id <= $1 RETURNING e.*) ",
-        "INSERT INTO {event} (mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at) ",
-        "SELECT mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at FROM since ORDER BY id",
+        "INSERT INTO {event} (", event_columns!(), ", errors) SELECT ", event_columns!(), ", errors FROM since ORDER BY id",
     );
 
     // Claiming.
@@ -360,8 +366,7 @@ statements! {
         "WHERE s.mailbox = $1 AND s.lane = l.lane AND s.due_at >= $5 AND s.due_at <= $6 ORDER BY s.due_at, s.id LIMIT $7) s ",
         "WHERE (SELECT stands FROM fence) ORDER BY s.due_at, s.id LIMIT $7), ",
         "gone AS (DELETE FROM {scheduled} s USING due u WHERE s.ctid = u.at RETURNING s.*), ",
-        "entered AS (INSERT INTO {event} (mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at) ",
-        "SELECT mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at FROM gone ORDER BY due_at, id) ",
+        "entered AS (INSERT INTO {event} (", event_columns!(), ") SELECT ", event_columns!(), " FROM gone ORDER BY due_at, id) ",
         "SELECT count(*), max(due_at) FROM gone",
     );
 
@@ -385,10 +390,11 @@ statements! {
     /// From the event table to the parked: ?4 attempts, ?5 states, ?6 delays, ?7 errors.
     park: concat!(
         "WITH gone AS (DELETE FROM {event} e USING ",
-        places!(event ", $4::int4[], $5::int2[], $6::float8[], $7::text[]" ", attempts, state, after, errors"),
-        " WHERE e.ctid = u.at RETURNING e.*, u.attempts, u.state, u.after, u.errors) ",
+        places!(event ", $4::int4[], $5::int2[], $6::float8[], $7::text[]" ", attempts, state, after, added"),
+        " WHERE e.ctid = u.at RETURNING e.*, u.attempts, u.state, u.after, u.added) ",
         "INSERT INTO {parked} (", parked_columns!(), ") SELECT ", moved_columns!(""), ", attempts, state, ",
-        "CASE WHEN state = 0 THEN {clock}() + make_interval(secs => after) END, errors::jsonb, CASE WHEN state >= 3 THEN {clock}() END FROM gone",
+        "CASE WHEN state = 0 THEN {clock}() + make_interval(secs => after) END, ",
+        "CASE WHEN errors IS NULL THEN added::jsonb ELSE ", last_errors!("errors", "added"), " END, CASE WHEN state >= 3 THEN {clock}() END FROM gone",
     );
     set_parked: concat!(
         "UPDATE {parked} p SET attempts = u.attempts, state = u.state, next_at = CASE WHEN u.state = 0 THEN {clock}() + make_interval(secs => u.after) END, ",
@@ -399,7 +405,7 @@ statements! {
     give_back_parked: concat!("UPDATE {parked} p SET next_at = greatest(p.next_at, {clock}()) FROM ", places!(parked), " WHERE p.ctid = u.at AND p.state = 0");
     park_behind: concat!(
         "WITH gone AS (DELETE FROM {event} e USING ", places!(event), " WHERE e.ctid = u.at RETURNING e.*) ",
-        "INSERT INTO {parked} (", parked_columns!(), ") SELECT ", moved_columns!(""), ", 0, 1, NULL, '[]', NULL FROM gone RETURNING lane, topic, key",
+        "INSERT INTO {parked} (", parked_columns!(), ") SELECT ", moved_columns!(""), ", 0, 1, NULL, coalesce(errors, '[]'), NULL FROM gone RETURNING lane, topic, key",
     );
     /// Of what is parked of a key the first, and only the first, is a head: ?2 lanes, ?3 topics, ?4 keys.
     demote: concat!(
@@ -456,7 +462,15 @@ statements! {
         AND ($4::text IS NULL OR key = $4) AND ($5::uuid[] IS NULL OR message_id = ANY($5)) ORDER BY id LIMIT $6";
     count_failed: "SELECT count(*) FROM {parked} WHERE mailbox = $1 AND state >= 3 AND ($2::text IS NULL OR topic = $2) AND ($3::text IS NULL OR type = $3) \
         AND ($4::text IS NULL OR key = $4) AND ($5::uuid[] IS NULL OR message_id = ANY($5))";
-    /// Those of them that are still there: ?2 lanes, ?3 ids. One that held its key goes on in its place, another enters at the end.
+    /// Those of them that are still there: ?2 lanes, ?3 ids. In an outbox one that did not hold its key is an event again, at the end.
+    /// What no event may be (its topic is none, say) stays, to fail again.
+    requeue: concat!(
+        "WITH gone AS (DELETE FROM {parked} p USING ", places!(parked), " WHERE p.ctid = u.at AND p.state = 3 AND octet_length(p.type) BETWEEN 1 AND 255 ",
+        "AND octet_length(p.topic) BETWEEN 1 AND 200 AND p.topic ~ '^[A-Za-z0-9_-]+(\\.[A-Za-z0-9_-]+)*$' AND left(p.headers, 1) = '[' ",
+        "AND coalesce(octet_length(p.key) BETWEEN 1 AND 512, true) AND coalesce(p.time BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00', true) RETURNING p.*) ",
+        "INSERT INTO {event} (", event_columns!(), ", errors) SELECT ", event_columns!(), ", errors FROM gone ORDER BY id",
+    );
+    /// And the others. One that held its key goes on in its place, another enters at the end.
     redrive: concat!(
         "UPDATE {parked} p SET id = CASE WHEN p.state = 4 THEN p.id ELSE nextval({position'}) END, state = 0, attempts = 0, next_at = {clock}(), finished_at = NULL FROM ",
         places!(parked), " WHERE p.ctid = u.at AND p.state >= 3",
@@ -505,7 +519,7 @@ fn keep_done(which: &str) -> String {
         .replacen("DELETE", "gone AS (DELETE", 1)
         .replacen(" gone AS", ", gone AS", 1);
     format!(
-        "{delete} RETURNING e.*) INSERT INTO {{done}} ({COLUMNS}) SELECT {MOVED}, 0, '[]', {{clock}}(), (SELECT {{slot}}()) FROM gone"
+        "{delete} RETURNING e.*) INSERT INTO {{done}} ({COLUMNS}) SELECT {MOVED}, 0, coalesce(errors, '[]'), {{clock}}(), (SELECT {{slot}}()) FROM gone"
     )
 }
 
@@ -560,7 +574,7 @@ fn list() -> String {
             0,
             "{event}",
             "0",
-            "0 AS attempts, '[]' AS errors, NULL::timestamptz, NULL::timestamptz, 0 AS state",
+            "0 AS attempts, coalesce(t.errors::text, '[]') AS errors, NULL::timestamptz, NULL::timestamptz, 0 AS state",
             true,
         ),
         part(0, "{parked}", FAILED, &parked, true),

@@ -111,22 +111,39 @@ impl SqliteLog {
                 let redrive = sqlx::query(self.sql().redrive_in_place.clone()).bind(id).bind(now);
                 redrive.execute(&mut *tx).await.map_err(&failed)?;
             } else {
-                self.redrive_at_the_end(&mut tx, mailbox, row, now).await?;
+                let to_queue = matches!(filter.mailbox, Mailbox::Outbox(_));
+                self.redrive_at_the_end(&mut tx, mailbox, row, to_queue, now).await?;
             }
         }
         tx.commit().await.map_err(failed)?;
         Ok(found.len() as u64)
     }
 
-    /// It has given up its place: it enters behind everything, and behind what is parked of its key.
+    /// It has given up its place: it enters behind everything, in an outbox as an event, in an inbox behind what is parked of its key.
     async fn redrive_at_the_end(
         &self,
         connection: &mut sqlx::SqliteConnection,
         mailbox: i64,
         row: &SqliteRow,
+        to_queue: bool,
         now: i64,
     ) -> Result<()> {
         let failed = doing("redriving a dead letter");
+        if to_queue {
+            let id: i64 = row.get(0);
+            let requeue = sqlx::query(self.sql().requeue.clone()).bind(id);
+            if requeue
+                .execute(&mut *connection)
+                .await
+                .map_err(&failed)?
+                .rows_affected()
+                > 0
+            {
+                let delete = sqlx::query(self.sql().delete_parked.clone()).bind(id);
+                delete.execute(&mut *connection).await.map_err(&failed)?;
+                return Ok(());
+            }
+        }
         let (topic, key): (&str, Option<&str>) = (row.get(1), row.get(2));
         let position = self.next_id(connection).await?;
         let redrive = sqlx::query(self.sql().redrive_at_the_end.clone()).bind(row.get::<i64, _>(0));

@@ -188,7 +188,7 @@ statements! {
     /// In a transaction that has checked the fence.
     keep_events: concat!(
         "INSERT OR REPLACE INTO {done} (id, mailbox, ", message_columns!(), ", created_at, attempts, errors, finished_at) ",
-        "SELECT id, mailbox, ", message_columns!(), ", created_at, 0, '[]', ?2 FROM {event} WHERE id IN (SELECT value FROM json_each(?1))",
+        "SELECT id, mailbox, ", message_columns!(), ", created_at, 0, coalesce(errors, '[]'), ?2 FROM {event} WHERE id IN (SELECT value FROM json_each(?1))",
     );
     park: concat!(
         "INSERT INTO {parked} (id, mailbox, ", message_columns!(), ", created_at, attempts, state, due_at, errors, finished_at) ",
@@ -196,12 +196,13 @@ statements! {
     );
     park_behind: concat!(
         "INSERT INTO {parked} (id, mailbox, ", message_columns!(), ", created_at, attempts, state, due_at, errors, finished_at) ",
-        "SELECT id, mailbox, ", message_columns!(), ", created_at, 0, 1, NULL, '[]', NULL FROM {event} ",
+        "SELECT id, mailbox, ", message_columns!(), ", created_at, 0, 1, NULL, coalesce(errors, '[]'), NULL FROM {event} ",
         "WHERE id IN (SELECT value FROM json_each(?1))",
     );
     delete_ids: "DELETE FROM {event} WHERE id IN (SELECT value FROM json_each(?1))";
     same_key: "SELECT id FROM {event} WHERE id IN (SELECT value FROM json_each(?1)) AND topic = ?2 AND key = ?3 ORDER BY id";
     parked_errors: "SELECT errors FROM {parked} WHERE id = ?1";
+    event_errors: "SELECT errors FROM {event} WHERE id = ?1";
     set_parked: "UPDATE {parked} SET attempts = ?2, state = ?3, due_at = ?4, errors = ?5, finished_at = ?6 WHERE id = ?1";
     keep_done_parked: concat!(
         "INSERT OR REPLACE INTO {done} (id, mailbox, ", message_columns!(), ", created_at, attempts, errors, finished_at) ",
@@ -261,6 +262,11 @@ statements! {
         AND (?2 IS NULL OR topic = ?2) AND (?3 IS NULL OR type = ?3) AND (?4 IS NULL OR key = ?4) \
         AND (?5 IS NULL OR substr(hex(message_id) || '00000000000000000000000000000000', 1, 32) IN (SELECT value FROM json_each(?5)))";
     redrive_in_place: "UPDATE {parked} SET state = 0, attempts = 0, due_at = ?2, finished_at = NULL WHERE id = ?1";
+    /// As an event again, at the end; what no event may be is passed over.
+    requeue: concat!(
+        "INSERT OR IGNORE INTO {event} (mailbox, ", message_columns!(), ", created_at, errors) ",
+        "SELECT mailbox, ", message_columns!(), ", created_at, errors FROM {parked} WHERE id = ?1",
+    );
     redrive_at_the_end: "UPDATE {parked} SET id = ?3, state = 0, attempts = 0, due_at = ?2, finished_at = NULL WHERE id = ?1";
     list: &list();
     mailboxes: "SELECT name FROM {mailbox}";
@@ -285,7 +291,7 @@ fn keep_done(which: &str) -> String {
     const COLUMNS: &str = message_columns!();
     let keep = format!(
         "INSERT OR REPLACE INTO {{done}} (id, mailbox, {COLUMNS}, created_at, attempts, errors, finished_at) \
-         SELECT id, mailbox, {COLUMNS}, created_at, 0, '[]', ?3 FROM {{event}} WHERE {which} AND mailbox = ?1 AND {FENCE}"
+         SELECT id, mailbox, {COLUMNS}, created_at, 0, coalesce(errors, '[]'), ?3 FROM {{event}} WHERE {which} AND mailbox = ?1 AND {FENCE}"
     );
     delete_done(which).replacen("BEGIN IMMEDIATE; ", &format!("BEGIN IMMEDIATE; {keep}; "), 1)
 }
@@ -324,7 +330,7 @@ fn list() -> String {
         )
     };
     [
-        part(0, "{event}", "0", "0, '[]', NULL, NULL, 0", ""),
+        part(0, "{event}", "0", "0, coalesce(errors, '[]'), NULL, NULL, 0", ""),
         part(
             0,
             "{parked}",

@@ -11,13 +11,14 @@ use async_trait::async_trait;
 use std::collections::BTreeMap;
 
 fn stored(row: &Row) -> Stored {
-    Stored::new(row.message.clone(), row.created_at)
+    let mut entry = Stored::new(row.message.clone(), row.created_at);
+    entry.errors.clone_from(&row.errors);
+    entry
 }
 
 fn stored_parked(parked: &Parked) -> Stored {
     let mut entry = stored(&parked.row);
     entry.attempts = parked.attempts;
-    entry.errors.clone_from(&parked.errors);
     match parked.state {
         ParkedState::Due(at) => entry.due_at = Some(at),
         ParkedState::Behind | ParkedState::ForTopic => {}
@@ -37,7 +38,6 @@ fn all(rows: &Rows) -> BTreeMap<(u8, u64), Stored> {
         let mut entry = stored(&done.row);
         entry.state = RecordState::Succeeded;
         entry.attempts = done.attempts;
-        entry.errors.clone_from(&done.errors);
         entry.finished_at = Some(done.at);
         ((0, *p), entry)
     });
@@ -118,7 +118,11 @@ impl LogAdmin for MemoryLog {
         let mut rows = queue.rows();
         let found = failed(&rows, filter, max);
         for position in &found {
-            rows.redrive(*position, self.shared.clock.now());
+            rows.redrive(
+                *position,
+                matches!(filter.mailbox, Mailbox::Outbox(_)),
+                self.shared.clock.now(),
+            );
         }
         drop(rows);
         queue.tell();

@@ -53,6 +53,7 @@ impl Queue {
 pub(super) struct Row {
     pub(super) message: Message,
     pub(super) created_at: Timestamp,
+    pub(super) errors: Vec<AttemptError>,
 }
 
 /// A row that is out of the hot table.
@@ -61,7 +62,6 @@ pub(super) struct Parked {
     pub(super) row: Row,
     pub(super) state: ParkedState,
     pub(super) attempts: u32,
-    pub(super) errors: Vec<AttemptError>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,7 +86,6 @@ impl ParkedState {
 pub(super) struct Done {
     pub(super) row: Row,
     pub(super) attempts: u32,
-    pub(super) errors: Vec<AttemptError>,
     pub(super) at: Timestamp,
 }
 
@@ -196,9 +195,10 @@ impl Rows {
     pub(super) fn append(&mut self, batch: &[NewRecord], now: Timestamp) {
         for record in batch {
             let position = self.next_position();
-            let row = Row {
+            let mut row = Row {
                 message: record.message.clone(),
                 created_at: now,
+                errors: Vec::new(),
             };
             let (state, attempts, errors) = match &record.placement {
                 Placement::Due => {
@@ -227,18 +227,8 @@ impl Rows {
                 }
             };
             if !self.parked_ids.contains(&row.message.id()) {
-                let mut kept = Vec::new();
-                AttemptError::keep(&mut kept, errors);
-                self.park(
-                    position,
-                    Parked {
-                        row,
-                        state,
-                        attempts,
-                        errors: kept,
-                    },
-                    now,
-                );
+                AttemptError::keep(&mut row.errors, errors);
+                self.park(position, Parked { row, state, attempts }, now);
             }
         }
     }
@@ -311,12 +301,6 @@ impl Rows {
         !self.by_key.is_empty() || !self.due.is_empty()
     }
 
-    /// Whether it is parked and waits for the one before it in its key.
-    pub(super) fn is_behind(&self, position: u64) -> bool {
-        let parked = self.parked.get(&position);
-        parked.is_some_and(|parked| parked.state == ParkedState::Behind)
-    }
-
     /// Whether nothing of its key is before it.
     pub(super) fn is_head(&self, position: u64) -> bool {
         let key = self.parked.get(&position).and_then(|p| key_of(&p.row.message));
@@ -362,12 +346,12 @@ impl Rows {
     }
 
     /// Takes a row out of wherever it is claimed from: the hot table or the parked ones.
-    pub(super) fn remove(&mut self, position: u64, now: Timestamp) -> Option<(Row, u32, Vec<AttemptError>)> {
+    pub(super) fn remove(&mut self, position: u64, now: Timestamp) -> Option<(Row, u32)> {
         match self.hot.remove(position) {
-            Some(row) => Some((row, 0, Vec::new())),
+            Some(row) => Some((row, 0)),
             None => {
                 let parked = self.unpark(position, now)?;
-                Some((parked.row, parked.attempts, parked.errors))
+                Some((parked.row, parked.attempts))
             }
         }
     }
@@ -379,7 +363,6 @@ impl Rows {
                 row,
                 state: ParkedState::Behind,
                 attempts: 0,
-                errors: Vec::new(),
             };
             self.park(position, parked, now);
         }
@@ -440,7 +423,8 @@ impl Rows {
         found.len() as u64
     }
 
-    pub(super) fn redrive(&mut self, position: u64, now: Timestamp) {
+    /// A dead letter waits again: in its place, if it kept that, and else at the end, in the queue or among the parked.
+    pub(super) fn redrive(&mut self, position: u64, to_queue: bool, now: Timestamp) {
         match self.parked.get_mut(&position) {
             Some(parked) if parked.state.keeps_place() => {
                 parked.attempts = 0;
@@ -448,17 +432,14 @@ impl Rows {
             }
             Some(_) => {
                 if let Some(mut parked) = self.unpark(position, now) {
-                    // What waits of its key and was not parked comes before it: parked, since this will be.
-                    let of_key = |(_, row): &(u64, &Row)| key_of(&row.message) == key_of(&parked.row.message);
-                    let is_keyed = parked.row.message.key().is_some();
-                    let ahead = self.hot.iter().filter(|row| is_keyed && of_key(row));
-                    for position in ahead.map(|(position, _)| position).collect::<Vec<_>>() {
-                        self.park_behind(position, now);
-                    }
-                    parked.attempts = 0;
-                    parked.state = ParkedState::Due(now);
                     let at_the_end = self.next_position();
-                    self.park(at_the_end, parked, now);
+                    if to_queue {
+                        self.hot.push(at_the_end, parked.row);
+                    } else {
+                        parked.attempts = 0;
+                        parked.state = ParkedState::Due(now);
+                        self.park(at_the_end, parked, now);
+                    }
                 }
             }
             None => {}

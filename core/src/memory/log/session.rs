@@ -175,9 +175,6 @@ impl Claiming<'_> {
                 continue;
             }
             let run = self.rows.run_of(head);
-            if let Some(key) = key {
-                self.held.holdings.forget_key(key, |position| run.contains(&position));
-            }
             for position in run {
                 if self.room() == 0 {
                     return;
@@ -194,12 +191,7 @@ impl Claiming<'_> {
             let Some(position) = self.held.holdings.take_freed(1).pop() else {
                 return;
             };
-            // Parked meanwhile, by a redrive: it comes with the head of its key.
-            if self.rows.is_behind(position) {
-                self.held.holdings.let_go(position);
-            } else {
-                self.give(position);
-            }
+            self.give(position);
         }
     }
 
@@ -216,9 +208,6 @@ impl Claiming<'_> {
             looks -= 1;
             self.held.cursor = position;
             if self.rows.is_parked_key(&row.message) {
-                // A dead letter that was redriven may wait at the end while earlier ones of its key were passed over.
-                let message = row.message.clone();
-                park_passed_over(self.held, self.rows, &message, self.now);
                 self.rows.park_behind(position, self.now);
             } else if self.held.holdings.take(position, row.message.key_hash()) {
                 self.give(position);
@@ -295,18 +284,11 @@ impl Session for MemorySession {
                     held.holdings.let_go(position);
                     let removed = rows.remove(position, now);
                     let known = removed.is_some();
-                    if let Some((row, attempts, errors)) = removed
+                    if let Some((row, attempts)) = removed
                         && self.options.keep_succeeded
                     {
-                        rows.done.insert(
-                            position,
-                            Done {
-                                row,
-                                attempts,
-                                errors,
-                                at: now,
-                            },
-                        );
+                        let at = now;
+                        rows.done.insert(position, Done { row, attempts, at });
                     }
                     known
                 }
@@ -415,28 +397,19 @@ fn park(
         && holds_key
     {
         parked.attempts = attempts;
-        AttemptError::keep(&mut parked.errors, new_errors);
+        AttemptError::keep(&mut parked.row.errors, new_errors);
         let message = parked.row.message.clone();
         let stays = rows.is_head(position) || matches!(state, ParkedState::Failed { .. });
         rows.set_state(position, if stays { state } else { ParkedState::Behind });
         park_passed_over(held, rows, &message, now);
         return true;
     }
-    let Some((row, _, mut errors)) = rows.remove(position, now) else {
+    let Some((mut row, _)) = rows.remove(position, now) else {
         return false;
     };
-    AttemptError::keep(&mut errors, new_errors);
+    AttemptError::keep(&mut row.errors, new_errors);
     let message = row.message.clone();
-    rows.park(
-        position,
-        Parked {
-            row,
-            state,
-            attempts,
-            errors,
-        },
-        now,
-    );
+    rows.park(position, Parked { row, state, attempts }, now);
     if holds_key {
         park_passed_over(held, rows, &message, now);
     }

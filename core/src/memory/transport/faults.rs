@@ -68,12 +68,12 @@ impl MemoryFaults {
         slow
     }
 
-    pub(super) fn outcome(&self, message: &Message) -> Result<(), PublishError> {
+    /// The fault that messages meet now, if there is one: what is asked of each.
+    pub(super) fn now(&self) -> Option<Rule> {
         if self.down.load(Ordering::Acquire) {
-            return Err(down());
+            return Some(Arc::new(|_| Err(down())));
         }
-        let rule = self.rule.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        rule.map_or(Ok(()), |rule| rule(message))
+        self.rule.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(super) fn reachability(&self) -> Reachability {

@@ -196,15 +196,17 @@ impl MemoryTransport {
         let broker = &self.broker;
         let mut reached: Vec<Arc<Group>> = Vec::new();
         let mut awaited = FuturesUnordered::new();
-        let mut known = Vec::new();
+        let mut known = Vec::with_capacity(messages.size_hint().1.unwrap_or_default());
         {
             let mut state = self.state();
+            let fault = broker.faults.now();
             let mut lost: Option<PublishError> = None;
             for (at, message) in messages {
                 let handled = broker.confirms_when_handled.then(|| Arc::new(Handled::default()));
-                let outcome = match &lost {
-                    Some(error) => Err(error.clone()),
-                    None => broker.faults.outcome(message),
+                let outcome = match (&lost, &fault) {
+                    (Some(error), _) => Err(error.clone()),
+                    (None, Some(fault)) => fault(message),
+                    (None, None) => Ok(()),
                 };
                 let outcome =
                     outcome.and_then(|()| state.store(message, broker.retention, handled.as_ref(), &mut reached));

@@ -60,6 +60,16 @@ pub async fn failed_records_are_redriven_and_discarded(fixture: &dyn LogFixture)
         (vec!["1".to_owned()], 0),
         "its attempts begin anew"
     );
+    let id = again[0].message.id();
+    let shown = admin.show(&desk.mailbox, id).await.unwrap().unwrap();
+    assert_eq!((shown.state, shown.attempts), (RecordState::Pending, 0));
+    assert_eq!(shown.errors[0].text, "hopeless", "its errors are kept");
+    desk.settle(vec![(&again[0], desk.parked(SHORT))]).await;
+    let shown = admin.show(&desk.mailbox, id).await.unwrap().unwrap();
+    assert_eq!(shown.errors.len(), 2, "{:?}", shown.errors);
+    fixture.advance(SHORT * 2).await;
+    let again = desk.claim(1).await.records;
+    assert_eq!(names(&again), ["1"]);
     desk.done(&again).await;
     assert_eq!(desk.drain().await, ["5"]);
     let everything = Filter::of(desk.mailbox.clone());

@@ -55,6 +55,8 @@ CREATE TABLE {event} (
     time timestamptz,
     payload bytea NOT NULL,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- Of a dead letter that was redriven.
+    errors jsonb,
     PRIMARY KEY (mailbox, lane, id),
     CONSTRAINT {event_valid!} CHECK (lane BETWEEN 0 AND 63 AND octet_length(key) BETWEEN 1 AND 512 AND octet_length(type) BETWEEN 1 AND 255
         AND octet_length(topic) BETWEEN 1 AND 200 AND topic ~ '^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$' AND left(headers, 1) = '[' AND isfinite(created_at)

@@ -23,7 +23,9 @@ CREATE TABLE {event} (
     headers TEXT NOT NULL CHECK (substr(headers, 1, 1) = '['),
     time INTEGER CHECK (time BETWEEN -62135596800000000 AND 253402300799999999),
     payload BLOB NOT NULL,
-    created_at INTEGER NOT NULL
+    created_at INTEGER NOT NULL,
+    -- Of a dead letter that was redriven.
+    errors TEXT
 ) STRICT;
 CREATE INDEX {event_mailbox} ON {event} (mailbox);
 INSERT INTO sqlite_sequence (name, seq) VALUES ({'event'}, 0);

@@ -281,12 +281,13 @@ impl Settling<'_> {
         if waits && self.is_one(&sql.is_behind, &out.message, Some(at)).await? {
             (state, due_at) = (state::BEHIND, None);
         }
-        let mut errors = Vec::new();
-        if out.is_parked {
-            let kept = sqlx::query_scalar(sql.parked_errors.clone()).bind(id(at));
-            let kept: Option<String> = kept.fetch_optional(&mut *self.connection).await.map_err(&failed)?;
-            errors = errors_from_text(kept.as_deref().unwrap_or("[]"));
-        }
+        let kept = match out.is_parked {
+            true => &sql.parked_errors,
+            false => &sql.event_errors,
+        };
+        let kept = sqlx::query_scalar(kept.clone()).bind(id(at));
+        let kept: Option<Option<String>> = kept.fetch_optional(&mut *self.connection).await.map_err(&failed)?;
+        let mut errors = errors_from_text(kept.flatten().as_deref().unwrap_or("[]"));
         AttemptError::keep(&mut errors, new_errors);
         let statement = if out.is_parked { &sql.set_parked } else { &sql.park };
         let park = sqlx::query(statement.clone())

@@ -133,3 +133,41 @@ fn brokers_that_cannot_be_reached_are_told_without_the_password() {
         }
     });
 }
+
+/// Calls that are dropped in the middle, by a relay whose time for them is over, keep no place of the window.
+#[test]
+fn calls_that_are_dropped_give_their_places_back() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = transport_with(fixture.options().with_window(100)).unwrap();
+        publish(&transport, &[fixture.message(None, "first")]).await;
+        let publisher = transport.publisher().unwrap();
+        let batch: Vec<Message> = (0..100).map(|n| fixture.message(None, &n.to_string())).collect();
+        for round in 0..40 {
+            let dropped = tokio::time::timeout(Duration::from_micros(round * 50), publisher.publish_all(&batch));
+            let _ = dropped.await;
+        }
+        let whole = tokio::time::timeout(Duration::from_secs(20), publisher.publish_all(&batch));
+        let outcomes = whole.await.expect("places were lost");
+        assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
+    });
+}
+
+/// A topic that brokers refuse to declare delays and costs no other.
+#[test]
+#[cfg_attr(feature = "mock", ignore = "the mock cluster takes any number of replicas")]
+fn a_topic_that_cannot_be_declared_is_a_destination_that_is_away() {
+    run(async {
+        let fixture = Fixture::new();
+        publish(&fixture.transport(), &[fixture.message(None, "declares")]).await;
+        let transport = transport_with(fixture.options().with_replication(7)).unwrap();
+        let refused = Topic::parse(format!("{}.refused", fixture.name)).unwrap();
+        let batch = [
+            fixture.message(Some("a"), "1").with_topic(refused),
+            fixture.message(Some("a"), "2"),
+        ];
+        let outcomes = transport.publisher().unwrap().publish_all(&batch).await;
+        let kinds: Vec<_> = outcomes.iter().map(kind).collect();
+        assert_eq!(kinds, [DESTINATION, None], "{outcomes:?}");
+    });
+}
