@@ -24,6 +24,7 @@ mod options;
 mod retry;
 mod running;
 mod shared;
+mod starting;
 mod starts;
 mod steps;
 mod subscribing;
