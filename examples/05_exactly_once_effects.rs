@@ -71,7 +71,10 @@ async fn main() -> anyhow::Result<()> {
     let screen = bus
         .subscribe::<BalanceChanged>("screen")
         .handler(async |changed, ctx| {
-            let cause = ctx.message().header("causationid").unwrap_or("?");
+            let cause = ctx
+                .message()
+                .attribute("causationid")
+                .map_or("?".into(), |cause| cause.as_text());
             println!(
                 "   {} now has {} cents, because of message {cause}",
                 changed.account, changed.cents

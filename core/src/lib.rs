@@ -41,7 +41,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use event::{AnyEvent, Codec, DynEvent, Event, IntoMessage, Json};
 pub use health::Health;
 pub use log::{EventLog, Mailbox};
-pub use message::{GroupName, Limits, Message, MessageId, MessageParts, RouteName, Topic};
+pub use message::{AttributeValue, GroupName, Limits, Message, MessageId, MessageParts, RouteName, Topic};
 #[cfg(feature = "macros")]
 pub use postrider_macros::Event;
 pub use publisher::{

@@ -31,7 +31,7 @@ impl Line {
             topic: message.topic().to_string(),
             kind: message.kind().to_owned(),
             key: message.key().map(str::to_owned),
-            cause: message.header("causationid").map(str::to_owned),
+            cause: message.attribute("causationid").map(ToString::to_string),
             payload: String::from_utf8(message.payload().to_vec()).unwrap(),
         }
     }

@@ -1,7 +1,8 @@
 use crate::{
-    IntoMessage, Message, MessageId, Result, Topic,
+    AttributeValue, IntoMessage, Message, MessageId, Result, Topic,
     clock::{Clock, SystemClock, Timestamp},
     log::{Lent, NewRecord, TransactionOf},
+    message::Text,
 };
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
@@ -142,6 +143,13 @@ impl<'a> Publish<'a> {
     /// Adds a header.
     pub fn header(self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.edit(|message| message.with_header(name, value))
+    }
+
+    /// Sets an attribute of CloudEvents: an extension (`"tenantid"`), or `subject` or `dataschema`. Its name has only the letters
+    /// a to z and digits. It goes to the broker as the transport's binding says, and is kept through log, inbox and dead
+    /// letters.
+    pub fn attribute(self, name: impl Into<Text>, value: impl Into<AttributeValue>) -> Self {
+        self.edit(|message| message.with_attribute(name, value))
     }
 
     /// Sets the ordering key, in place of the event's own.

@@ -1,6 +1,6 @@
 use super::{HandlerError, HandlerErrorKind, error::is_outage};
 use crate::{
-    Error, ErrorKind, EventBus, EventLog, GroupName, IntoMessage, Message, MessageId, Result,
+    AttributeValue, Error, ErrorKind, EventBus, EventLog, GroupName, IntoMessage, Message, MessageId, Result,
     clock::Clock,
     log::{Lease, LogTx},
 };
@@ -244,8 +244,8 @@ impl Context {
     ///
     /// Its id follows from the message's, the group, the step and how many that has published before it: a second attempt
     /// publishes the same event under the same id, so a receiver with an inbox drops the repeat. What a compensation
-    /// publishes is another event each time. Its `correlationid` is that of the
-    /// message handled, or that message's id; its `causationid` is that message's id. Headers it has already stay.
+    /// publishes is another event each time. Its attribute `correlationid` is that
+    /// of the message handled, or that message's CloudEvents id; its `causationid` is that id. Attributes it has already stay.
     ///
     /// # Errors
     /// As [`Bus::publish`](crate::Bus::publish).
@@ -267,12 +267,13 @@ impl Context {
         })?;
         let handled = self.message.id();
         let mut message = event.into_message()?;
-        if message.header(CORRELATION).is_none() {
-            let correlation = self.message.header(CORRELATION).map(str::to_owned);
-            message = message.with_header(CORRELATION, correlation.unwrap_or_else(|| handled.to_string()));
+        let cause = || AttributeValue::from(&*self.message.event_id());
+        if message.attribute(CORRELATION).is_none() {
+            let correlation = self.message.attribute(CORRELATION).cloned();
+            message = message.with_attribute(CORRELATION, correlation.unwrap_or_else(cause));
         }
-        if message.header(CAUSATION).is_none() {
-            message = message.with_header(CAUSATION, handled.to_string());
+        if message.attribute(CAUSATION).is_none() {
+            message = message.with_attribute(CAUSATION, cause());
         }
         let message = message.with_id(self.author.id(handled, &self.tools.group, n));
         let bus: &dyn EventBus = &self.tools.bus;

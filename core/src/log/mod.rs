@@ -23,6 +23,7 @@
 mod admin;
 mod dead_letters;
 mod event_log;
+mod headers;
 mod holdings;
 mod inbox;
 mod lease;
@@ -37,6 +38,7 @@ mod transaction;
 pub use admin::{Cursor, Filter, Listing, LogAdmin, Page, Stats, Stored};
 pub use dead_letters::{DeadLetters, Pace};
 pub use event_log::{EventLog, LogCapabilities};
+pub use headers::Headers;
 pub use holdings::Holdings;
 pub use inbox::{Admission, Arrival, InboxLog, Note};
 pub use lease::{Lease, Renewal};

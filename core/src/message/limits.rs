@@ -66,6 +66,22 @@ impl Limits {
                 return Some(invalid("the key of a message contains NUL").with("key", format!("{key:?}")));
             }
         }
+        // What came from elsewhere may go on as it came.
+        let is_foreign = message.event_id_text().is_some();
+        for (name, value) in message.attributes() {
+            let problem = match is_foreign {
+                true => name_problem(name),
+                false => super::attribute::name_problem(name),
+            };
+            if let Some(why) = problem {
+                let shown = format!("{:?}", shortened(name));
+                return Some(invalid(format!("the name of an attribute {why}")).with("attribute", shown));
+            }
+            if value.as_str().is_some_and(|text| text.contains('\0')) {
+                let shown = format!("{:?}", shortened(name));
+                return Some(invalid("the value of an attribute contains NUL").with("attribute", shown));
+            }
+        }
         for (name, value) in message.headers() {
             if let Some(why) = name_problem(name) {
                 let shown = format!("{:?}", shortened(name));
@@ -126,6 +142,8 @@ mod tests {
             (message().with_header("h", "\0"), "value of a header contains NUL"),
             (message().with_header("h".repeat(2000), ""), "more than 255"),
             (message().with_header("ce_id", "x"), "one that CloudEvents"),
+            (message().with_attribute("tenantId", "x"), "letters a to z"),
+            (message().with_attribute("source", "x"), "a setter of its own"),
             (message().with_source(""), "source of a message is empty"),
             (Message::new(Topic::new("t"), "", ""), "type of a message is empty"),
             (Message::new(Topic::new("t"), "e", vec![0; 900 * 1024]), "too large"),

@@ -1,10 +1,12 @@
 //! The wire form of an event: what the log stores and a broker carries.
 
+mod attribute;
 mod id;
 mod limits;
 mod text;
 mod topic;
 
+pub use attribute::AttributeValue;
 pub use id::MessageId;
 pub use limits::Limits;
 pub use text::Text;
@@ -17,7 +19,8 @@ use std::{borrow::Cow, fmt, hash::BuildHasher, sync::Arc};
 
 /// A message: id, type, source, topic, ordering key, headers, content type, time and payload.
 ///
-/// The fields are those of CloudEvents 1.0. Cheap to clone: the clones share their content, and the `with_…` setters
+/// The fields are those of CloudEvents 1.0. What identifies an event there is its source together with its id, whatever text that is:
+/// [`event_id`](Message::event_id) is that text, and [`id`](Message::id) a UUID that stands for both. Cheap to clone: the clones share their content, and the `with_…` setters
 /// copy it only if it is shared. It is checked against [`Limits`] when it is published, not while it is put together.
 #[derive(Clone, PartialEq)]
 pub struct Message {
@@ -31,6 +34,8 @@ pub struct Message {
 pub struct MessageParts {
     /// What it is known by.
     pub id: MessageId,
+    /// The CloudEvents `id`, where that is another text than the UUID.
+    pub event_id: Option<Text>,
     /// The CloudEvents `type`.
     pub kind: Text,
     /// The application it comes from.
@@ -39,6 +44,8 @@ pub struct MessageParts {
     pub topic: Topic,
     /// The ordering key.
     pub key: Option<Box<str>>,
+    /// Attributes of CloudEvents beside those that are fields here, by name, each name once.
+    pub attributes: Vec<(Text, AttributeValue)>,
     /// The headers, in order.
     pub headers: Vec<(String, String)>,
     /// The content type of the payload.
@@ -55,10 +62,12 @@ impl Message {
     pub fn new(topic: Topic, kind: impl Into<Cow<'static, str>>, payload: impl Into<Bytes>) -> Self {
         Self::from(MessageParts {
             id: MessageId::new(),
+            event_id: None,
             kind: kind.into().into(),
             source: None,
             topic,
             key: None,
+            attributes: Vec::new(),
             headers: Vec::new(),
             content_type: Text::from_static("application/octet-stream"),
             time: None,
@@ -71,10 +80,35 @@ impl Message {
         self
     }
 
-    /// Sets the id. A receiver with an inbox drops the second message of one id.
+    /// Sets the id. A receiver with an inbox drops the second message of one source and id.
     #[must_use]
     pub fn with_id(self, id: MessageId) -> Self {
-        self.edit(|m| m.id = id)
+        self.edit(|m| (m.id, m.event_id) = (id, None))
+    }
+
+    /// Sets an attribute of CloudEvents: an extension, or `subject` or `dataschema`. Its name has only the letters a to z and
+    /// digits. One of this name that is there is replaced.
+    #[must_use]
+    pub fn with_attribute(self, name: impl Into<Text>, value: impl Into<AttributeValue>) -> Self {
+        let (name, value) = (name.into(), value.into());
+        self.edit(|m| match place_of(&m.attributes, &name) {
+            Ok(at) => m.attributes[at].1 = value,
+            Err(at) => m.attributes.insert(at, (name, value)),
+        })
+    }
+
+    /// As it is known to those it was sent to: by its source and its CloudEvents id. An id of ours, which nobody else has, is
+    /// itself.
+    #[must_use]
+    pub(crate) fn arrived(self) -> Self {
+        if self.content.event_id.is_some() || self.content.id.is_ours() {
+            return self;
+        }
+        self.edit(|m| {
+            let text = m.id.to_string();
+            m.id = MessageId::foreign(m.source.as_deref().unwrap_or_default(), &text);
+            m.event_id = Some(text.into());
+        })
     }
 
     /// Sets where it goes.
@@ -120,10 +154,37 @@ impl Message {
         self
     }
 
-    /// What it is known by.
+    /// What it is known by. For a message that this application made it is the CloudEvents id, too, and so it is wherever that
+    /// message arrives, unless the id was [set](Message::with_id); for another one that arrived it is made of source and id.
     #[must_use]
     pub fn id(&self) -> MessageId {
         self.content.id
+    }
+
+    /// The CloudEvents id, as it goes over the wire.
+    #[must_use]
+    pub fn event_id(&self) -> Cow<'_, str> {
+        match &self.content.event_id {
+            Some(text) => Cow::Borrowed(text),
+            None => Cow::Owned(self.content.id.to_string()),
+        }
+    }
+
+    pub(crate) fn event_id_text(&self) -> Option<&Text> {
+        self.content.event_id.as_ref()
+    }
+
+    /// The attributes of CloudEvents beside those that have a method of their own, by name: extensions, `subject`, `dataschema`.
+    #[must_use]
+    pub fn attributes(&self) -> &[(Text, AttributeValue)] {
+        &self.content.attributes
+    }
+
+    /// The attribute of this name.
+    #[must_use]
+    pub fn attribute(&self, name: &str) -> Option<&AttributeValue> {
+        let at = place_of(&self.content.attributes, name).ok()?;
+        self.content.attributes.get(at).map(|(_, value)| value)
     }
 
     /// The CloudEvents `type`: for an event of ours `<name>.v<version>`.
@@ -191,12 +252,15 @@ impl Message {
         &self.content.payload
     }
 
-    /// What its size is measured by: payload, header names and values, key, type, source and content type, in bytes.
+    /// What its size is measured by: payload, names and values of attributes and headers, key, type, source and content type, in bytes.
     #[must_use]
     pub fn size(&self) -> usize {
         let content = &*self.content;
         let headers: usize = content.headers.iter().map(|(n, v)| n.len() + v.len()).sum();
+        let attributes: usize = content.attributes.iter().map(|(n, v)| n.len() + v.size()).sum();
         headers
+            + attributes
+            + content.event_id.as_deref().map_or(0, str::len)
             + content.payload.len()
             + content.kind.len()
             + content.content_type.len()
@@ -215,6 +279,11 @@ impl Message {
     pub fn hash_of_key(topic: &str, key: &str) -> u64 {
         rustc_hash::FxBuildHasher.hash_one((topic, key))
     }
+}
+
+/// Where an attribute is, or belongs.
+pub(crate) fn place_of(attributes: &[(Text, AttributeValue)], name: &str) -> Result<usize, usize> {
+    attributes.binary_search_by(|(known, _)| known.as_str().cmp(name))
 }
 
 impl From<MessageParts> for Message {
@@ -236,6 +305,8 @@ impl fmt::Debug for Message {
             .field("topic", &m.topic)
             .field("key", &m.key)
             .field("source", &m.source)
+            .field("event_id", &m.event_id)
+            .field("attributes", &m.attributes.len())
             .field("headers", &m.headers.len())
             .field("content_type", &m.content_type)
             .field("time", &m.time)

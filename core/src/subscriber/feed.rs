@@ -195,7 +195,7 @@ impl Intake {
         let is_gone = self.assignments.entry(received.assignment).or_default();
         Delivery {
             is_gone: is_gone.clone(),
-            message: received.message,
+            message: received.message.arrived(),
             delivery_count: received.delivery_count,
             attempts: received.attempts,
             tag: received.tag,

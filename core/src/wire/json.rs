@@ -1,7 +1,7 @@
 //! Structured mode: one JSON text.
 
-use super::{ATTRIBUTES, Reading, sequence_text, with_id};
-use crate::Message;
+use super::{Reading, sequence_text, with_id};
+use crate::{AttributeValue, Message};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use chrono::SecondsFormat;
@@ -22,10 +22,8 @@ pub(super) fn write(message: &Message) -> Bytes {
     if let Some(position) = message.sequence() {
         text.string("sequence", &sequence_text(position));
     }
-    for (name, value) in message.headers() {
-        if ATTRIBUTES.contains(&name.as_str()) {
-            text.string(name, value);
-        }
+    for (name, value) in message.attributes() {
+        text.raw(name, &value.to_json().to_string());
     }
     text.string("datacontenttype", message.content_type());
     let raw = is_json(message.content_type())
@@ -77,12 +75,14 @@ pub(super) fn read(payload: &Bytes, reading: &mut Reading<'_>) -> Option<(Option
         #[serde(borrow)]
         data: Option<&'a RawValue>,
     }
-    let data: Data<'_> = serde_json::from_slice(payload).ok()?;
-    let mut members: Map<String, Value> = serde_json::from_slice(payload).ok()?;
+    // Some put a byte order mark before it.
+    let json = payload.strip_prefix(b"\xef\xbb\xbf").unwrap_or(payload);
+    let data: Data<'_> = serde_json::from_slice(json).ok()?;
+    let mut members: Map<String, Value> = serde_json::from_slice(json).ok()?;
     members.get("specversion")?;
     members.remove("data");
     let text = |value: Option<Value>| value.and_then(|value| value.as_str().map(str::to_owned));
-    let content_type = text(members.remove("datacontenttype"));
+    let content_type = text(members.remove("datacontenttype")).filter(|text| !text.is_empty());
     let base64 = text(members.remove("data_base64"));
     let body = match (data.data, base64) {
         (_, Some(base64)) => STANDARD.decode(base64).ok()?.into(),
@@ -99,8 +99,7 @@ pub(super) fn read(payload: &Bytes, reading: &mut Reading<'_>) -> Option<(Option
     for (name, value) in members {
         match value {
             Value::Null => {}
-            Value::String(text) => reading.attribute(&name, &text),
-            other => reading.attribute(&name, &other.to_string()),
+            value => reading.attribute(&name, AttributeValue::from_json(value)),
         }
     }
     Some((content_type.or_else(|| Some("application/json".to_owned())), body))

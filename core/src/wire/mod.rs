@@ -10,22 +10,24 @@
 //! | content type | `datacontenttype` | the broker's own content type in binary mode |
 //! | key | `partitionkey` | an extension of CloudEvents |
 //! | position in the log | `sequence` | an extension: 20 digits, so that texts sort as numbers |
-//! | headers `subject` `dataschema` `correlationid` `causationid` | of the same names | |
-//! | other headers, `traceparent` among them | none | headers of the broker under their own names |
+//! | [attributes](Message::attributes): extensions, `subject`, `dataschema` | of the same names | of their own type where the broker has it |
+//! | headers | none | headers of the broker under their own names |
 //!
-//! What comes from elsewhere is taken as it is: an attribute that is unknown becomes a header, a message without a type has
-//! its topic's name for one, and its [id](MessageId) is that of its source and id, or of where it lay in the broker. NUL,
-//! which no log stores, becomes U+FFFD.
+//! What comes from elsewhere is taken as it is, and goes out again as it came: its id is kept as text, and attributes that are
+//! unknown are attributes. A message without a type has its topic's name for one, one without a source has the
+//! application's or the topic's in the broker, and one without an id is known by where it lay in the broker, if no other message can
+//! lie there. NUL, which no log stores, becomes U+FFFD.
 
 mod json;
 mod read;
 
 pub use read::{Arrived, Reader, Reading};
 
-use crate::{Message, MessageId, message::Text};
+use crate::{AttributeValue, Message, MessageId, message::Text};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use chrono::SecondsFormat;
-use std::fmt::Write as _;
+use std::{borrow::Cow, fmt::Write as _};
 
 /// How a message is laid out.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
@@ -41,11 +43,8 @@ pub enum Format {
 /// The content type of a message in structured mode.
 pub const STRUCTURED: &str = "application/cloudevents+json";
 
-/// Holds the text of an id that is not a UUID as we write it, so that it goes out as it came in.
-const ORIGINAL_ID: &str = "postrider-original-id";
-
-/// Headers that are attributes on the wire.
-const ATTRIBUTES: [&str; 4] = ["subject", "dataschema", "correlationid", "causationid"];
+/// What headers of our own begin with.
+const OURS: &str = "postrider-";
 
 /// Whether a header may not be called this, since it would be taken for something else on the wire.
 pub(crate) fn is_reserved(name: &str) -> bool {
@@ -53,7 +52,7 @@ pub(crate) fn is_reserved(name: &str) -> bool {
         name.get(..with.len())
             .is_some_and(|start| start.eq_ignore_ascii_case(with))
     };
-    ["ce_", "ce-", "cloudevents", "postrider-"].into_iter().any(begins) || name.eq_ignore_ascii_case("content-type")
+    ["ce_", "ce-", "cloudevents", OURS].into_iter().any(begins) || name.eq_ignore_ascii_case("content-type")
 }
 
 /// What a broker's headers are called. Made by [`wire_names!`](crate::wire_names).
@@ -64,10 +63,9 @@ pub struct Names {
     pub prefix: &'static str,
     /// What they may begin with too.
     pub also: &'static [&'static str],
-    /// The names in full: specversion, id, type, source, time, partitionkey, sequence, and the attributes that are headers
-    /// of a message.
+    /// The names in full: specversion, id, type, source, time, partitionkey, sequence.
     #[doc(hidden)]
-    pub full: [&'static str; 11],
+    pub full: [&'static str; 7],
 }
 
 /// The [`Names`] with a prefix: `wire_names!("ce_")`, and others that are read too: `wire_names!("cloudEvents_", also
@@ -86,13 +84,47 @@ macro_rules! wire_names {
                 concat!($prefix, "time"),
                 concat!($prefix, "partitionkey"),
                 concat!($prefix, "sequence"),
-                concat!($prefix, "subject"),
-                concat!($prefix, "dataschema"),
-                concat!($prefix, "correlationid"),
-                concat!($prefix, "causationid"),
             ],
         }
     };
+}
+
+/// The value of a header: of an attribute as it is, and a text for all else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Value<'a> {
+    /// A text.
+    Text(&'a str),
+    /// An integer.
+    Integer(i32),
+    /// A truth value.
+    Boolean(bool),
+    /// Bytes.
+    Binary(&'a [u8]),
+}
+
+impl<'a> Value<'a> {
+    /// The canonical text of CloudEvents, for brokers whose headers are texts.
+    #[must_use]
+    pub fn as_text(self) -> Cow<'a, str> {
+        match self {
+            Self::Text(text) => Cow::Borrowed(text),
+            Self::Integer(n) => Cow::Owned(n.to_string()),
+            Self::Boolean(yes) => Cow::Borrowed(if yes { "true" } else { "false" }),
+            Self::Binary(bytes) => Cow::Owned(STANDARD.encode(bytes)),
+        }
+    }
+}
+
+impl<'a> From<&'a AttributeValue> for Value<'a> {
+    fn from(value: &'a AttributeValue) -> Self {
+        match value {
+            AttributeValue::Text(text) => Self::Text(text),
+            AttributeValue::Integer(n) => Self::Integer(*n),
+            AttributeValue::Boolean(yes) => Self::Boolean(*yes),
+            AttributeValue::Binary(bytes) => Self::Binary(bytes),
+        }
+    }
 }
 
 /// What is not a header.
@@ -109,44 +141,41 @@ impl Names {
     /// Lays out a message: gives its headers to `header`, names and values, and returns the rest.
     ///
     /// In the order: attributes, then the message's headers as they are. A header that is there twice is given twice.
-    pub fn write(&self, message: &Message, format: Format, mut header: impl FnMut(&str, &str)) -> Body {
-        match format {
+    pub fn write(&self, message: &Message, format: Format, mut header: impl FnMut(&str, Value<'_>)) -> Body {
+        let body = match format {
             Format::Binary => self.write_binary(message, &mut header),
-            Format::Structured => {
-                for (name, value) in message.headers() {
-                    if attribute(name).is_none() && name != ORIGINAL_ID {
-                        header(name, value);
-                    }
-                }
-                Body {
-                    content_type: Text::from_static(STRUCTURED),
-                    payload: json::write(message),
-                }
-            }
+            Format::Structured => Body {
+                content_type: Text::from_static(STRUCTURED),
+                payload: json::write(message),
+            },
+        };
+        for (name, value) in message.headers() {
+            header(name, Value::Text(value));
         }
+        body
     }
 
-    fn write_binary(&self, message: &Message, header: &mut impl FnMut(&str, &str)) -> Body {
-        let [specversion, id, kind, source, time, key, sequence, ..] = self.full;
-        header(specversion, "1.0");
-        with_id(message, |text| header(id, text));
-        header(kind, message.kind());
-        header(source, message.source().unwrap_or_default());
+    fn write_binary(&self, message: &Message, header: &mut impl FnMut(&str, Value<'_>)) -> Body {
+        let [specversion, id, kind, source, time, key, sequence] = self.full;
+        header(specversion, Value::Text("1.0"));
+        with_id(message, |text| header(id, Value::Text(text)));
+        header(kind, Value::Text(message.kind()));
+        header(source, Value::Text(message.source().unwrap_or_default()));
         if let Some(at) = message.time() {
-            header(time, &at.to_rfc3339_opts(SecondsFormat::AutoSi, true));
+            header(time, Value::Text(&at.to_rfc3339_opts(SecondsFormat::AutoSi, true)));
         }
         if let Some(text) = message.key() {
-            header(key, text);
+            header(key, Value::Text(text));
         }
         if let Some(position) = message.sequence() {
-            header(sequence, &sequence_text(position));
+            header(sequence, Value::Text(&sequence_text(position)));
         }
-        for (name, value) in message.headers() {
-            match attribute(name) {
-                Some(n) => header(self.full[7 + n], value),
-                None if name == ORIGINAL_ID => {}
-                None => header(name, value),
-            }
+        let mut name = String::new();
+        for (attribute, value) in message.attributes() {
+            name.clear();
+            name.push_str(self.prefix);
+            name.push_str(attribute);
+            header(&name, value.into());
         }
         Body {
             content_type: message.content_type_text().clone(),
@@ -155,7 +184,8 @@ impl Names {
     }
 
     /// The attribute that a header of this name holds; `None` if it is a header like any other.
-    fn attribute<'n>(&self, name: &'n str) -> Option<&'n str> {
+    #[must_use]
+    pub fn attribute<'n>(&self, name: &'n str) -> Option<&'n str> {
         if let Some(rest) = name.strip_prefix(self.prefix) {
             return Some(rest);
         }
@@ -166,10 +196,6 @@ impl Names {
     }
 }
 
-fn attribute(name: &str) -> Option<usize> {
-    ATTRIBUTES.iter().position(|attribute| *attribute == name)
-}
-
 fn sequence_text(position: u64) -> String {
     let mut text = String::with_capacity(20);
     let _ = write!(text, "{position:020}");
@@ -178,18 +204,20 @@ fn sequence_text(position: u64) -> String {
 
 /// The id as it is written: as it was, for a message from elsewhere.
 fn with_id(message: &Message, write: impl FnOnce(&str)) {
-    if let Some(original) = message.header(ORIGINAL_ID)
-        && id_of(message.source().unwrap_or_default(), original) == message.id()
-    {
-        return write(original);
+    if let Some(text) = message.event_id_text() {
+        return write(text);
     }
     let mut text = uuid::Uuid::encode_buffer();
     write(message.id().as_uuid().hyphenated().encode_lower(&mut text));
 }
 
-/// The id of a message that says it has this one: itself if it is a UUID, which nobody else has.
-fn id_of(source: &str, text: &str) -> MessageId {
-    text.parse().unwrap_or_else(|_| MessageId::foreign(source, text))
+/// What a message is known by whose CloudEvents id is this text, and the text, where that has to be kept.
+pub(crate) fn identity(source: &str, text: &str) -> (MessageId, Option<Text>) {
+    let mut written = uuid::Uuid::encode_buffer();
+    match text.parse::<MessageId>() {
+        Ok(id) if id.is_ours() && text == id.as_uuid().hyphenated().encode_lower(&mut written) => (id, None),
+        _ => (MessageId::foreign(source, text), Some(text.to_owned().into())),
+    }
 }
 
 #[cfg(test)]

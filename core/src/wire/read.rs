@@ -1,7 +1,11 @@
 //! What arrives.
 
-use super::{Names, ORIGINAL_ID, STRUCTURED, id_of, json};
-use crate::{Message, MessageId, MessageParts, Topic, clock::Timestamp, message::Text};
+use super::{Names, OURS, STRUCTURED, identity, json};
+use crate::{
+    AttributeValue, Message, MessageId, MessageParts, Topic,
+    clock::Timestamp,
+    message::{Text, place_of},
+};
 use bytes::Bytes;
 use std::{borrow::Cow, sync::Arc};
 
@@ -26,13 +30,16 @@ pub struct Arrived<'a> {
     pub content_type: Option<&'a str>,
     /// The broker's own key.
     pub key: Option<&'a [u8]>,
-    /// The id and the type in fields of the broker's own.
+    /// The id, the type and the application in fields of the broker's own.
     pub id: Option<&'a str>,
     /// See `id`.
     pub kind: Option<&'a str>,
+    /// See `id`. Without one, the place in the broker that the message was sent to, as a URI.
+    pub source: Option<&'a str>,
     /// When the broker got it.
     pub time: Option<Timestamp>,
-    /// Where it lies in the broker: a text that is the same each time it is delivered, and no other message's.
+    /// Where it lies in the broker: a text that is the same each time it is delivered, and no other message's, also not after the
+    /// place was emptied or made anew.
     pub place: Option<String>,
 }
 
@@ -47,6 +54,7 @@ impl<'a> Arrived<'a> {
             key: None,
             id: None,
             kind: None,
+            source: None,
             time: None,
             place: None,
         }
@@ -58,32 +66,15 @@ impl<'a> Arrived<'a> {
 pub struct Reading<'r> {
     reader: &'r mut Reader,
     names: &'r Names,
-    id: Option<Id>,
+    id: Option<Text>,
     kind: Option<Text>,
     source: Option<Text>,
     content_type: Option<Text>,
     key: Option<Box<str>>,
     time: Option<Timestamp>,
     sequence: Option<u64>,
+    attributes: Vec<(Text, AttributeValue)>,
     headers: Vec<(String, String)>,
-}
-
-/// An id as it came.
-#[derive(Debug)]
-enum Id {
-    /// A UUID as we write them.
-    Ours(MessageId),
-    Other(String),
-}
-
-impl Id {
-    fn of(text: &str) -> Self {
-        let mut written = uuid::Uuid::encode_buffer();
-        match text.parse::<MessageId>() {
-            Ok(id) if text == id.as_uuid().hyphenated().encode_lower(&mut written) => Self::Ours(id),
-            _ => Self::Other(text.to_owned()),
-        }
-    }
 }
 
 impl Reader {
@@ -99,6 +90,7 @@ impl Reader {
             key: None,
             time: None,
             sequence: None,
+            attributes: Vec::new(),
             headers: Vec::new(),
         }
     }
@@ -109,6 +101,14 @@ fn shared(last: &mut Option<Text>, text: &str) -> Text {
         Some(last) if last.as_str() == text => last.clone(),
         _ => last.insert(Text::from(Arc::<str>::from(&*clean(text)))).clone(),
     }
+}
+
+/// Whether an attribute is a field of a message, or says how it is laid out.
+fn is_field(name: &str) -> bool {
+    matches!(
+        name,
+        "specversion" | "id" | "type" | "source" | "partitionkey" | "datacontenttype"
+    )
 }
 
 /// No log stores NUL in a text.
@@ -125,7 +125,9 @@ impl Reading<'_> {
     pub fn header(&mut self, name: &str, value: &[u8]) {
         let value = String::from_utf8_lossy(value);
         if let Some(attribute) = self.names.attribute(name) {
-            self.attribute(attribute, &value);
+            self.text_attribute(attribute, &value);
+        } else if name.eq_ignore_ascii_case("content-type") && value.is_empty() {
+            // As good as none.
         } else if name.eq_ignore_ascii_case("content-type") {
             self.content_type = Some(shared(&mut self.reader.content_type, &value));
         } else {
@@ -135,16 +137,54 @@ impl Reading<'_> {
 
     fn keep(&mut self, name: &str, value: &str) {
         // A header without a name cannot be stored, nor can ours be forged.
-        if !name.is_empty() && name != ORIGINAL_ID {
+        if !name.is_empty()
+            && !name
+                .get(..OURS.len())
+                .is_some_and(|start| start.eq_ignore_ascii_case(OURS))
+        {
             self.headers.push((clean(name).into_owned(), clean(value).into_owned()));
         }
     }
 
+    /// Takes a header that has a type of its own in the broker.
+    pub fn typed_header(&mut self, name: &str, value: AttributeValue) {
+        match self.names.attribute(name) {
+            Some(attribute) => self.attribute(attribute, value),
+            None => self.header(name, value.as_text().as_bytes()),
+        }
+    }
+
+    /// Takes the time, where the broker has a type for that.
+    pub fn time(&mut self, time: Timestamp) {
+        self.time.get_or_insert(time);
+    }
+
     /// Takes an attribute; the first of a name counts.
-    pub(super) fn attribute(&mut self, name: &str, value: &str) {
+    pub(super) fn attribute(&mut self, name: &str, value: AttributeValue) {
+        match value {
+            AttributeValue::Text(text) => self.text_attribute(name, &text),
+            value if is_field(name) || matches!(name, "time" | "sequence") => {
+                self.text_attribute(name, &value.as_text())
+            }
+            value => self.keep_attribute(name, value),
+        }
+    }
+
+    fn has_attribute(&self, name: &str) -> bool {
+        place_of(&self.attributes, name).is_ok()
+    }
+
+    fn keep_attribute(&mut self, name: &str, value: AttributeValue) {
+        let name = clean(name);
+        if let (false, Err(at)) = (name.is_empty(), place_of(&self.attributes, &name)) {
+            self.attributes.insert(at, (name.into_owned().into(), value));
+        }
+    }
+
+    fn text_attribute(&mut self, name: &str, value: &str) {
         match name {
             "specversion" => {}
-            "id" if self.id.is_none() && !value.is_empty() => self.id = Some(Id::of(value)),
+            "id" if self.id.is_none() && !value.is_empty() => self.id = Some(clean(value).into_owned().into()),
             "type" if self.kind.is_none() && !value.is_empty() => {
                 self.kind = Some(shared(&mut self.reader.kind, value));
             }
@@ -152,23 +192,21 @@ impl Reading<'_> {
                 self.source = Some(shared(&mut self.reader.source, value));
             }
             "partitionkey" if self.key.is_none() && !value.is_empty() => self.key = Some(clean(value).into()),
-            "datacontenttype" if self.content_type.is_none() => {
+            "datacontenttype" if self.content_type.is_none() && !value.is_empty() => {
                 self.content_type = Some(shared(&mut self.reader.content_type, value));
             }
-            "time"
-                if self.time.is_none()
-                    && let Ok(time) = value.parse() =>
-            {
-                self.time = Some(time)
-            }
-            "sequence"
-                if self.sequence.is_none()
-                    && let Ok(position) = value.parse() =>
-            {
-                self.sequence = Some(position);
-            }
-            "id" | "type" | "source" | "partitionkey" | "datacontenttype" => {}
-            other => self.keep(other, value),
+            // What is none stays an attribute.
+            "time" if self.time.is_none() && !self.has_attribute(name) => match value.parse() {
+                Ok(time) => self.time = Some(time),
+                Err(_) => self.keep_attribute(name, AttributeValue::from(&*clean(value))),
+            },
+            "sequence" if self.sequence.is_none() && !self.has_attribute(name) => match value.parse() {
+                Ok(position) => self.sequence = Some(position),
+                Err(_) => self.keep_attribute(name, AttributeValue::from(&*clean(value))),
+            },
+            "time" | "sequence" => {}
+            field if is_field(field) => {}
+            other => self.keep_attribute(other, AttributeValue::from(&*clean(value))),
         }
     }
 
@@ -176,6 +214,12 @@ impl Reading<'_> {
     #[must_use]
     pub fn has_id(&self) -> bool {
         self.id.is_some()
+    }
+
+    /// Whether a source has come.
+    #[must_use]
+    pub fn has_source(&self) -> bool {
+        self.source.is_some()
     }
 
     /// Whether a time has come.
@@ -193,7 +237,9 @@ impl Reading<'_> {
             let start = content_type.get(..STRUCTURED.len());
             start.is_some_and(|start| start.eq_ignore_ascii_case(STRUCTURED))
         };
-        let outer = content_type.as_deref().or(arrived.content_type);
+        let outer = content_type
+            .as_deref()
+            .or(arrived.content_type.filter(|text| !text.is_empty()));
         let mut content_type = match outer {
             Some(text) => Some(shared(&mut self.reader.content_type, text)),
             None => None,
@@ -204,16 +250,17 @@ impl Reading<'_> {
             payload = body;
             content_type = inner.map(|text| shared(&mut self.reader.content_type, &text));
         }
-        let source = self.source;
+        let source = match (self.source, arrived.source.filter(|source| !source.is_empty())) {
+            (Some(source), _) => Some(source),
+            (None, Some(source)) => Some(shared(&mut self.reader.source, source)),
+            (None, None) => None,
+        };
         let from = source.as_deref().unwrap_or_default();
-        let id = match (self.id.or_else(|| arrived.id.map(Id::of)), arrived.place) {
-            (Some(Id::Ours(id)), _) => id,
-            (Some(Id::Other(text)), _) => {
-                self.headers.push((ORIGINAL_ID.to_owned(), clean(&text).into_owned()));
-                id_of(from, &text)
-            }
-            (None, Some(place)) => MessageId::foreign("", &place),
-            (None, None) => MessageId::new(),
+        let id = self.id.as_deref().or(arrived.id.filter(|id| !id.is_empty()));
+        let (id, event_id) = match (id, arrived.place) {
+            (Some(text), _) => identity(from, &clean(text)),
+            (None, Some(place)) => (MessageId::foreign(from, &place), Some(place.into())),
+            (None, None) => (MessageId::new(), None),
         };
         let of_broker = || {
             let key = arrived.key.filter(|key| !key.is_empty())?;
@@ -230,10 +277,12 @@ impl Reading<'_> {
         };
         let message = Message::from(MessageParts {
             id,
+            event_id,
             kind,
             source,
             topic: arrived.topic.clone(),
             key: self.key.or_else(of_broker),
+            attributes: self.attributes,
             headers: self.headers,
             content_type: content_type.unwrap_or(Text::from_static("application/octet-stream")),
             time: self.time.or(arrived.time),

@@ -57,8 +57,8 @@ async fn what_is_published_goes_with_the_receipt_or_not_at_all() {
     let first = world.transport.published(&Topic::new("orders"))[0].clone();
     let follow_up = paid(&world)[0].clone();
     let id = first.id().to_string();
-    assert_eq!(follow_up.header("causationid"), Some(&*id));
-    assert_eq!(follow_up.header("correlationid"), Some(&*id));
+    assert_eq!(follow_up.attribute("causationid"), Some(&(&*id).into()));
+    assert_eq!(follow_up.attribute("correlationid"), Some(&(&*id).into()));
     // The same message once more, as after a crash before the acknowledgement.
     world.bus.publish_direct(first).await.unwrap();
     world.until(|_| running.report().dropped == 1).await;
@@ -79,7 +79,7 @@ async fn the_correlation_goes_on_and_on() {
         .subscribe::<OrderPlaced>("g")
         .handler(async |order, ctx| {
             ctx.publish(&OrderPaid { order: order.id }).await?;
-            let own = Message::new(Topic::new("other"), "x.v1", "{}").with_header("correlationid", "of its own");
+            let own = Message::new(Topic::new("other"), "x.v1", "{}").with_attribute("correlationid", "of its own");
             ctx.publish(own).await?;
             Ok(())
         })
@@ -89,16 +89,16 @@ async fn the_correlation_goes_on_and_on() {
     world
         .bus
         .publish(&placed(1, "ada"))
-        .header("correlationid", "request 7")
+        .attribute("correlationid", "request 7")
         .await
         .unwrap();
     world.until(|_| running.report().handled == 1).await;
     world
         .until(|w| paid(w).len() == 1 && w.published("other").len() == 1)
         .await;
-    assert_eq!(paid(&world)[0].header("correlationid"), Some("request 7"));
+    assert_eq!(paid(&world)[0].attribute("correlationid"), Some(&"request 7".into()));
     let other = world.transport.published(&Topic::new("other"));
-    assert_eq!(other[0].header("correlationid"), Some("of its own"));
+    assert_eq!(other[0].attribute("correlationid"), Some(&"of its own".into()));
 }
 
 #[tokio::test]

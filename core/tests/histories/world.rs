@@ -128,17 +128,17 @@ impl World {
 /// An id out of a number, so that a history has the same ids each time.
 pub(crate) fn id(n: u64) -> MessageId {
     MessageId::from_uuid(uuid::Uuid::from_u128(
-        0x0001_0000_0000_7000_8000_0000_0000_0000 | u128::from(n),
+        0x0001_0000_0000_7000_8000_0000_0000_5052 | u128::from(n) << 16,
     ))
 }
 
-/// The number of an [`id`]; the last two digits of others.
+/// The number of an [`id`]; some digits of others.
 pub(crate) fn short(id: MessageId) -> String {
     let bits = id.as_uuid().as_u128();
     if bits >> 64 == 0x0001_0000_0000_7000 {
-        format!("#{}", bits & 0xFFFF_FFFF)
+        format!("#{}", bits >> 16 & 0xFFFF_FFFF)
     } else {
-        format!("#…{:04x}", bits & 0xFFFF)
+        format!("#…{:04x}", bits >> 16 & 0xFFFF)
     }
 }
 

@@ -3,13 +3,13 @@
 use crate::{
     PostgresLog,
     error::doing,
-    row::{errors_to_text, headers_to_text, lane_of, secs},
+    row::{errors_to_text, lane_of, secs},
 };
 use md5::{Digest as _, Md5};
 use postrider_core::{
     Error, ErrorKind, Mailbox, Message, Result,
     clock::Timestamp,
-    log::{NewRecord, Placement},
+    log::{Headers, NewRecord, Placement},
 };
 use sqlx::{PgConnection, Postgres, query::Query};
 use std::{collections::BTreeSet, time::Duration};
@@ -54,7 +54,7 @@ impl<'a> Columns<'a> {
         self.source.push(message.source());
         self.key.push(message.key());
         self.content_type.push(message.content_type());
-        self.headers.push(headers_to_text(message)?);
+        self.headers.push(Headers::to_text(message)?);
         self.time.push(message.time());
         self.payload.push(message.payload());
         Ok(())
@@ -181,7 +181,7 @@ impl PostgresLog {
             .bind(message.source())
             .bind(message.key())
             .bind(message.content_type())
-            .bind(headers_to_text(message)?)
+            .bind(Headers::to_text(message)?)
             .bind(message.time())
             .bind(&message.payload()[..])
             .execute(connection)

@@ -5,7 +5,7 @@ use postrider_core::{
     Error, ErrorKind, Message, MessageId, MessageParts, Result, Topic,
     clock::{Timestamp, bounded},
     event::JsonError,
-    log::AttemptError,
+    log::{AttemptError, Headers},
     message::Text,
 };
 use sqlx::{
@@ -129,29 +129,27 @@ impl Reader {
         let headers: &str = row.try_get(first + 8)?;
         let time: Option<Time> = row.try_get(first + 9)?;
         let payload: &[u8] = row.try_get(first + 10)?;
+        let Headers {
+            event_id,
+            attributes,
+            headers,
+            ..
+        } = Headers::from_text(headers)?;
         let message = Message::from(MessageParts {
             id: MessageId::from_uuid(message_id),
+            event_id,
             kind: shared(&mut self.kind, kind),
             source: source.map(|source| shared(&mut self.source, source)),
             topic,
             key: key.map(Into::into),
-            headers: match headers {
-                "[]" => Vec::new(),
-                text => serde_json::from_str(text).map_err(|error| no_headers(&error))?,
-            },
+            attributes,
+            headers,
             content_type: shared(&mut self.content_type, content_type),
             time: time.map(|time| time.0),
             payload: Bytes::copy_from_slice(payload),
         });
         Ok(message.with_sequence(id.unsigned_abs()))
     }
-}
-
-/// The values are left out: they may be secret.
-fn no_headers(error: &serde_json::Error) -> Error {
-    Error::new(ErrorKind::Storage, "the headers are not a JSON array of pairs")
-        .with("line", error.line())
-        .with("column", error.column())
 }
 
 impl Reader {
@@ -161,10 +159,12 @@ impl Reader {
         let topic = text(3).and_then(|topic| Topic::parse(topic.to_owned()).ok());
         let message = Message::from(MessageParts {
             id: MessageId::from_uuid(row.try_get(first + 2).unwrap_or_default()),
+            event_id: None,
             kind: Text::from(Arc::<str>::from(text(4).unwrap_or_default())),
             source: text(5).map(|source| Text::from(Arc::<str>::from(source))),
             topic: topic.unwrap_or(UNREADABLE),
             key: text(6).map(Into::into),
+            attributes: Vec::new(),
             headers: Vec::new(),
             content_type: Text::from(Arc::<str>::from(text(7).unwrap_or_default())),
             time: time(row, first + 9),
@@ -176,14 +176,6 @@ impl Reader {
 
 /// The topic of what has none.
 const UNREADABLE: Topic = Topic::new("unreadable");
-
-pub(crate) fn headers_to_text(message: &Message) -> Result<String> {
-    if message.headers().is_empty() {
-        return Ok("[]".to_owned());
-    }
-    serde_json::to_string(message.headers())
-        .map_err(|e| Error::new(ErrorKind::Invalid, "the headers cannot be stored").because(JsonError::from(e)))
-}
 
 pub(crate) fn errors_to_text(errors: &[AttemptError]) -> Result<String> {
     let kept = &errors[errors.len().saturating_sub(AttemptError::KEPT)..];

@@ -3,11 +3,11 @@
 use crate::{
     SqliteLog,
     error::{NOT_NULL, code, doing},
-    row::{errors_to_text, headers, micros, time},
+    row::{errors_to_text, micros, time},
 };
 use postrider_core::{
     Mailbox, Message, Result,
-    log::{AttemptError, NewRecord, Placement},
+    log::{AttemptError, Headers, NewRecord, Placement},
 };
 use sqlx::{Sqlite, SqliteConnection, query::Query, sqlite::SqliteArguments};
 use std::time::Duration;
@@ -32,7 +32,7 @@ fn bind<'q>(statement: Statement<'q>, message: &'q Message, now: i64) -> Result<
         .bind(message.source())
         .bind(message.key())
         .bind(message.content_type())
-        .bind(headers(message)?)
+        .bind(Headers::to_text(message)?)
         .bind(message.time().map(micros))
         .bind(&message.payload()[..])
         .bind(now))

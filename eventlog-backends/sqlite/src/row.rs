@@ -2,8 +2,11 @@
 
 use bytes::Bytes;
 use postrider_core::{
-    Error, ErrorKind, Message, MessageId, MessageParts, Result, Topic, clock::Timestamp, event::JsonError,
-    log::AttemptError, message::Text,
+    Error, ErrorKind, Message, MessageId, MessageParts, Result, Topic,
+    clock::Timestamp,
+    event::JsonError,
+    log::{AttemptError, Headers},
+    message::Text,
 };
 use sqlx::{Row as _, sqlite::SqliteRow};
 use std::{borrow::Cow, sync::Arc};
@@ -97,13 +100,21 @@ impl Reader {
         payload: Bytes,
     ) -> std::result::Result<Message, Box<dyn std::error::Error + Send + Sync>> {
         let Packed(_, _, id, topic, kind, source, key, content_type, headers, at, _) = event;
+        let Headers {
+            event_id,
+            attributes,
+            headers,
+            ..
+        } = Headers::from_text(headers)?;
         Ok(Message::from(MessageParts {
             id: MessageId::from_uuid(Uuid::try_parse_ascii(id.as_bytes())?),
+            event_id,
             kind: shared(&mut self.kind, kind),
             source: source.as_deref().map(|source| shared(&mut self.source, source)),
             topic: self.topic(topic)?,
             key: key.as_deref().map(Into::into),
-            headers: headers_from_text(headers)?,
+            attributes,
+            headers,
             content_type: shared(&mut self.content_type, content_type),
             time: at.map(time),
             payload,
@@ -140,30 +151,25 @@ impl Reader {
         let headers: &str = row.try_get(first + 6)?;
         let time_of: Option<i64> = row.try_get(first + 7)?;
         let payload: &[u8] = row.try_get(first + 8)?;
+        let Headers {
+            event_id,
+            attributes,
+            headers,
+            ..
+        } = Headers::from_text(headers)?;
         Ok(Message::from(MessageParts {
             id: MessageId::from_uuid(Uuid::from_slice(id)?),
+            event_id,
             kind: shared(&mut self.kind, kind),
             source: source.map(|source| shared(&mut self.source, source)),
             topic,
             key: key.map(Into::into),
-            headers: headers_from_text(headers)?,
+            attributes,
+            headers,
             content_type: shared(&mut self.content_type, content_type),
             time: time_of.map(time),
             payload: payload.to_vec().into(),
         }))
-    }
-}
-
-fn headers_from_text(text: &str) -> Result<Vec<(String, String)>> {
-    if text == "[]" {
-        Ok(Vec::new())
-    } else {
-        // The values are left out: they may be secret.
-        serde_json::from_str(text).map_err(|error| {
-            Error::new(ErrorKind::Storage, "the headers are not a JSON array of pairs")
-                .with("line", error.line())
-                .with("column", error.column())
-        })
     }
 }
 
@@ -177,10 +183,12 @@ impl Reader {
         let topic = text(1).and_then(|topic| Topic::parse(topic.to_owned()).ok());
         Message::from(MessageParts {
             id: MessageId::from_uuid(Uuid::from_bytes(id)),
+            event_id: None,
             kind: Text::from(Arc::<str>::from(text(2).unwrap_or_default())),
             source: text(3).map(|source| Text::from(Arc::<str>::from(source))),
             topic: topic.unwrap_or(UNREADABLE),
             key: text(4).map(Into::into),
+            attributes: Vec::new(),
             headers: Vec::new(),
             content_type: Text::from(Arc::<str>::from(text(5).unwrap_or_default())),
             time: row.try_get::<Option<i64>, _>(first + 7).ok().flatten().map(time),
@@ -191,15 +199,6 @@ impl Reader {
 
 /// The topic of what has none.
 const UNREADABLE: Topic = Topic::new("unreadable");
-
-/// The headers as they are stored.
-pub(crate) fn headers(message: &Message) -> Result<String> {
-    if message.headers().is_empty() {
-        return Ok("[]".to_owned());
-    }
-    serde_json::to_string(message.headers())
-        .map_err(|e| Error::new(ErrorKind::Invalid, "the headers cannot be stored").because(JsonError::from(e)))
-}
 
 pub(crate) fn errors_to_text(errors: &[AttemptError]) -> Result<String> {
     serde_json::to_string(errors).map_err(|e| {

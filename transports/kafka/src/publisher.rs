@@ -294,9 +294,7 @@ impl KafkaPublisher {
             if let Some(key) = message.key() {
                 record = record.key(key.as_bytes());
             }
-            if let Some(time) = message.time() {
-                record = record.timestamp(time.timestamp_millis());
-            }
+            // Without the event's time: brokers keep and delete by the record's, and what was delayed for long would be gone at once.
             let mut sent = producer.send(record);
             while let Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), again)) = sent {
                 // Others than us fill it: our window is smaller.

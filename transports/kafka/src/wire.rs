@@ -20,7 +20,9 @@ const TOPIC: &str = "postrider-topic";
 /// The headers of a record; the rest of it is the message's key and this payload.
 pub(crate) fn write(message: &Message, format: Format, sent_to: Option<&Topic>) -> (OwnedHeaders, Bytes) {
     // Eight of ours at most.
-    let mut headers = Some(OwnedHeaders::new_with_capacity(9 + message.headers().len()));
+    let mut headers = Some(OwnedHeaders::new_with_capacity(
+        9 + message.headers().len() + message.attributes().len(),
+    ));
     let mut add = |name: &str, value: &str| {
         let header = Header {
             key: name,
@@ -28,7 +30,7 @@ pub(crate) fn write(message: &Message, format: Format, sent_to: Option<&Topic>) 
         };
         headers = headers.take().map(|headers| headers.insert(header));
     };
-    let body = NAMES.write(message, format, &mut add);
+    let body = NAMES.write(message, format, |name, value| add(name, &value.as_text()));
     add("content-type", &body.content_type);
     if let Some(topic) = sent_to {
         add(TOPIC, topic.as_str());
@@ -83,10 +85,15 @@ pub(crate) fn read(records: &mut Records, record: &BorrowedMessage<'_>, topic: &
             reading.header(header.key, value);
         }
     }
-    let mut arrived = Arrived::new(sent_to.as_ref().unwrap_or(topic), payload);
+    let sent_to = sent_to.as_ref().unwrap_or(topic);
+    let source = (!reading.has_source()).then(|| format!("kafka:{sent_to}"));
+    let mut arrived = Arrived::new(sent_to, payload);
+    arrived.source = source.as_deref();
     arrived.key = record.key();
     if !reading.has_id() {
-        arrived.place = Some(format!("kafka:{topic}/{}/{}", record.partition(), record.offset()));
+        // With the time, for offsets begin anew where a topic is made anew.
+        let at = record.timestamp().to_millis().unwrap_or_default();
+        arrived.place = Some(format!("{topic}/{}/{}/{at}", record.partition(), record.offset()));
     }
     if !reading.has_time() {
         arrived.time = record

@@ -1,6 +1,19 @@
 use postrider_core::{Error, ErrorKind, Result, wire::Format};
 use std::{fmt, path::PathBuf, time::Duration};
 
+/// What the names of the headers begin with that hold attributes. All are read, whatever is written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum AttributePrefix {
+    /// `cloudEvents_`, as the AMQP binding of CloudEvents has it for those who cannot write colons.
+    #[default]
+    CloudEventsUnderscore,
+    /// `cloudEvents:`, as the AMQP binding has it.
+    CloudEventsColon,
+    /// `ce-`, which the RabbitMQ binding of the official Python SDK reads and writes.
+    CeDash,
+}
+
 /// Options of the RabbitMQ transport.
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -33,6 +46,8 @@ pub struct RabbitMqOptions {
     pub balance_interval: Duration,
     /// How messages are laid out; [`Format::Binary`] by default. Both are read.
     pub format: Format,
+    /// What the names of attributes begin with in binary mode; `cloudEvents_` by default. All are read.
+    pub attribute_prefix: AttributePrefix,
     /// Certificates (PEM) of authorities to trust, in place of the system's.
     pub ca_file: Option<PathBuf>,
     /// What the connections are called in RabbitMQ's own tools; `postrider` by default.
@@ -53,6 +68,7 @@ impl Default for RabbitMqOptions {
             heartbeat: Duration::from_secs(10),
             balance_interval: Duration::from_millis(200),
             format: Format::Binary,
+            attribute_prefix: AttributePrefix::default(),
             ca_file: None,
             connection_name: "postrider".to_owned(),
         }
@@ -128,6 +144,12 @@ impl RabbitMqOptions {
         self.format = format;
         self
     }
+    /// Sets what the names of attributes begin with.
+    #[must_use]
+    pub fn with_attribute_prefix(mut self, prefix: AttributePrefix) -> Self {
+        self.attribute_prefix = prefix;
+        self
+    }
     /// Trusts the authorities in this file in place of the system's.
     #[must_use]
     pub fn with_ca_file(mut self, file: impl Into<PathBuf>) -> Self {
@@ -193,6 +215,7 @@ impl fmt::Debug for RabbitMqOptions {
             .field("heartbeat", &self.heartbeat)
             .field("balance_interval", &self.balance_interval)
             .field("format", &self.format)
+            .field("attribute_prefix", &self.attribute_prefix)
             .field("ca_file", &self.ca_file)
             .field("connection_name", &self.connection_name)
             .finish()

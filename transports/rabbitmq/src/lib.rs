@@ -53,7 +53,7 @@ mod subscriber;
 mod topology;
 mod wire;
 
-pub use config::RabbitMqOptions;
+pub use config::{AttributePrefix, RabbitMqOptions};
 
 use postrider_core::{Capabilities, Order, Result, Transport};
 use publisher::RabbitMqPublisher;

@@ -1,18 +1,42 @@
 //! Messages and what AMQP makes of them.
 
+use crate::config::{AttributePrefix, RabbitMqOptions};
 use lapin::{
     BasicProperties,
     message::Delivery,
     types::{AMQPValue, FieldArray, FieldTable, MAX_SHORT_STRING_LENGTH, ShortString},
 };
 use postrider_core::{
-    Message, Topic,
+    AttributeValue, Message, Topic,
     clock::Timestamp,
-    wire::{Arrived, Format, Names, Reader},
+    wire::{Arrived, Format, Names, Reader, Value},
 };
+use std::borrow::Cow;
 
 /// As CloudEvents' binding for AMQP says, with what other bindings write.
-pub(crate) const NAMES: Names = postrider_core::wire_names!("cloudEvents_", also "cloudEvents:", "ce-", "ce_");
+const NAMES: Names = postrider_core::wire_names!("cloudEvents_", also "cloudEvents:", "ce-", "ce_");
+const COLON: Names = postrider_core::wire_names!("cloudEvents:", also "cloudEvents_", "ce-", "ce_");
+const DASH: Names = postrider_core::wire_names!("ce-", also "cloudEvents_", "cloudEvents:", "ce_");
+
+/// How messages are written.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Layout {
+    format: Format,
+    names: &'static Names,
+}
+
+impl Layout {
+    pub(crate) fn of(options: &RabbitMqOptions) -> Self {
+        Self {
+            format: options.format,
+            names: match options.attribute_prefix {
+                AttributePrefix::CloudEventsUnderscore => &NAMES,
+                AttributePrefix::CloudEventsColon => &COLON,
+                AttributePrefix::CeDash => &DASH,
+            },
+        }
+    }
+}
 
 /// Of copies of a message: where it was sent to, how often it had been delivered, and how often it had been tried.
 const TOPIC: &str = "postrider-topic";
@@ -39,23 +63,25 @@ pub(crate) struct Copied {
 }
 
 /// The properties and the body of a message, or of a copy of one.
-pub(crate) fn write(message: &Message, format: Format, copied: Option<&Copied>) -> (BasicProperties, bytes::Bytes) {
+pub(crate) fn write(message: &Message, layout: Layout, copied: Option<&Copied>) -> (BasicProperties, bytes::Bytes) {
     let mut headers = FieldTable::default();
-    let body = NAMES.write(message, format, |name, value| {
+    let body = layout.names.write(message, layout.format, |name, value| {
         let taken = TAKEN.iter().find(|(taken, _)| *taken == name);
-        add(&mut headers, taken.map_or(name, |(_, instead)| instead), value);
+        add(&mut headers, taken.map_or(name, |(_, instead)| instead), native(value));
     });
-    let mut id = message.id().to_string();
+    let mut id = message.event_id();
+    let text = |text: &str| AMQPValue::LongString(text.into());
     if let Some(copied) = copied {
-        add(&mut headers, TOPIC, message.topic().as_str());
-        add(&mut headers, DELIVERIES, &copied.deliveries.to_string());
+        add(&mut headers, TOPIC, text(message.topic().as_str()));
+        add(&mut headers, DELIVERIES, text(&copied.deliveries.to_string()));
         if copied.attempts > 0 {
-            add(&mut headers, ATTEMPTS, &copied.attempts.to_string());
+            add(&mut headers, ATTEMPTS, text(&copied.attempts.to_string()));
         }
-        id.clone_from(&copied.id);
+        id = Cow::Borrowed(&copied.id);
     }
     if body.content_type.len() > MAX_SHORT_STRING_LENGTH {
-        add(&mut headers, "cloudEvents_datacontenttype", &body.content_type);
+        let name = format!("{}datacontenttype", layout.names.prefix);
+        add(&mut headers, &name, text(&body.content_type));
     }
     let mut properties = BasicProperties::default()
         .with_delivery_mode(2)
@@ -81,9 +107,48 @@ fn short(text: &str) -> ShortString {
     text[..end].into()
 }
 
+/// What AMQP has for a value.
+fn native(value: Value<'_>) -> AMQPValue {
+    match value {
+        Value::Integer(n) => AMQPValue::LongInt(n),
+        Value::Boolean(yes) => AMQPValue::Boolean(yes),
+        Value::Binary(bytes) => AMQPValue::ByteArray(bytes.to_vec().into()),
+        other => AMQPValue::LongString(other.as_text().as_bytes().into()),
+    }
+}
+
+/// What CloudEvents has for a value of AMQP; `None` if it is a text to be.
+fn typed(value: &AMQPValue) -> Option<AttributeValue> {
+    let whole = |n: i64| match i32::try_from(n) {
+        Ok(n) => AttributeValue::Integer(n),
+        Err(_) => AttributeValue::from(n.to_string()),
+    };
+    Some(match value {
+        AMQPValue::Boolean(yes) => AttributeValue::Boolean(*yes),
+        AMQPValue::ShortShortInt(n) => whole((*n).into()),
+        AMQPValue::ShortShortUInt(n) => whole((*n).into()),
+        AMQPValue::ShortInt(n) => whole((*n).into()),
+        AMQPValue::ShortUInt(n) => whole((*n).into()),
+        AMQPValue::LongInt(n) => whole((*n).into()),
+        AMQPValue::LongUInt(n) => whole((*n).into()),
+        AMQPValue::LongLongInt(n) => whole(*n),
+        AMQPValue::Timestamp(n) => moment(i64::try_from(*n).ok()?)?.into(),
+        AMQPValue::ByteArray(bytes) => AttributeValue::Binary(bytes.as_slice().to_vec().into()),
+        _ => return None,
+    })
+}
+
+/// The time of an AMQP timestamp, which is in seconds, or in milliseconds, as the Python SDK writes it.
+fn moment(n: i64) -> Option<Timestamp> {
+    // Seconds up to the year 5138; in milliseconds this is in 1973.
+    match n.abs() < 100_000_000_000 {
+        true => Timestamp::from_timestamp(n, 0),
+        false => Timestamp::from_timestamp_millis(n),
+    }
+}
+
 /// A name that is there already has a list of values: a table has no name twice.
-fn add(headers: &mut FieldTable, name: &str, value: &str) {
-    let value = AMQPValue::LongString(value.into());
+fn add(headers: &mut FieldTable, name: &str, value: AMQPValue) {
     let value = match headers.inner().get(name) {
         None => value,
         Some(AMQPValue::FieldArray(array)) => {
@@ -117,6 +182,10 @@ pub(crate) fn read(
             ATTEMPTS => attempts = number(value),
             "x-delivery-count" => deliveries = deliveries.saturating_add(number(value)),
             _ if OF_BROKER.contains(&name) || OF_BROKER_TOO.iter().any(|start| name.starts_with(start)) => {}
+            _ if is_time(name) => match number_of(value).and_then(moment) {
+                Some(time) => reading.time(time),
+                None => reading.header(name, text(value).as_bytes()),
+            },
             _ => match value {
                 AMQPValue::LongString(value) => reading.header(name, value.as_bytes()),
                 AMQPValue::FieldArray(values) => {
@@ -125,13 +194,41 @@ pub(crate) fn read(
                         .iter()
                         .for_each(|value| reading.header(name, text(value).as_bytes()));
                 }
-                other => reading.header(name, text(other).as_bytes()),
+                other => match typed(other) {
+                    Some(value) => reading.typed_header(name, value),
+                    None => reading.header(name, text(other).as_bytes()),
+                },
             },
         }
     }
     let name = topic.unwrap_or_else(|| crate::topology::topic_of(delivery.routing_key.as_str()).to_owned());
     let topic = topic_named(&name);
+    // What plain AMQP has fields for goes on as headers.
+    let fields = [
+        ("content_encoding", properties.content_encoding()),
+        ("correlation_id", properties.correlation_id()),
+        ("reply_to", properties.reply_to()),
+        ("expiration", properties.expiration()),
+    ];
+    for (name, value) in fields {
+        if let Some(value) = value {
+            reading.header(name, value.as_str().as_bytes());
+        }
+    }
+    if let Some(priority) = properties.priority() {
+        reading.header("priority", priority.to_string().as_bytes());
+    }
+    let app = properties
+        .app_id()
+        .as_ref()
+        .map(|text| text.as_str())
+        .filter(|app| !app.is_empty());
+    let place = match (app, reading.has_source()) {
+        (None, false) => Some(format!("amqp:{}/{topic}", delivery.exchange)),
+        _ => None,
+    };
     let arrived = Arrived {
+        source: app.or(place.as_deref()),
         content_type: properties.content_type().as_ref().map(|text| text.as_str()),
         id: properties.message_id().as_ref().map(|text| text.as_str()),
         kind: properties.kind().as_ref().map(|text| text.as_str()),
@@ -141,6 +238,21 @@ pub(crate) fn read(
         ..Arrived::new(&topic, delivery.data)
     };
     (reading.finish(arrived), deliveries.saturating_add(1), attempts)
+}
+
+/// Whether a header is the time of an event.
+fn is_time(name: &str) -> bool {
+    NAMES.attribute(name) == Some("time")
+}
+
+fn number_of(value: &AMQPValue) -> Option<i64> {
+    match value {
+        AMQPValue::Timestamp(n) => i64::try_from(*n).ok(),
+        AMQPValue::LongLongInt(n) => Some(*n),
+        AMQPValue::LongInt(n) => Some((*n).into()),
+        AMQPValue::LongUInt(n) => Some((*n).into()),
+        _ => None,
+    }
 }
 
 fn number(value: &AMQPValue) -> u32 {
@@ -164,7 +276,30 @@ fn text(value: &AMQPValue) -> String {
         AMQPValue::Float(n) => n.to_string(),
         AMQPValue::Double(n) => n.to_string(),
         AMQPValue::Void => String::new(),
-        // Of no use as a text, but not lost either.
-        other => format!("{other:?}"),
+        // Tables, lists in lists and decimals: as JSON, which others can read.
+        other => json(other).to_string(),
+    }
+}
+
+fn json(value: &AMQPValue) -> serde_json::Value {
+    use serde_json::Value as Json;
+    match value {
+        AMQPValue::FieldTable(table) => {
+            let entries = table.inner().iter();
+            Json::Object(entries.map(|(name, value)| (name.to_string(), json(value))).collect())
+        }
+        AMQPValue::FieldArray(values) => Json::Array(values.as_slice().iter().map(json).collect()),
+        AMQPValue::DecimalValue(decimal) => {
+            let value = f64::from(decimal.value) / 10_f64.powi(i32::from(decimal.scale));
+            Json::from(value)
+        }
+        AMQPValue::Boolean(yes) => Json::from(*yes),
+        AMQPValue::Void => Json::Null,
+        AMQPValue::Float(n) => Json::from(*n),
+        AMQPValue::Double(n) => Json::from(*n),
+        other => match typed(other) {
+            Some(AttributeValue::Integer(n)) => Json::from(n),
+            _ => Json::from(text(other)),
+        },
     }
 }

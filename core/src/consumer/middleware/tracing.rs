@@ -19,18 +19,21 @@ impl Tracing {
 impl<E: Sync + 'static> Middleware<E> for Tracing {
     async fn execute(&self, ctx: &mut Context, event: &E, next: Next<'_, E>) -> HandlerResult {
         let message = ctx.message();
+        // As an attribute of the event, or as a plain header.
+        let traceparent = message.attribute("traceparent").map(|value| value.as_text());
+        let traceparent = traceparent.or_else(|| message.header("traceparent").map(Into::into));
         let span = tracing::info_span!(
             "process",
             otel.kind = "consumer",
             messaging.operation.type = "process",
             messaging.destination.name = %message.topic(),
             messaging.consumer.group.name = %ctx.group(),
-            messaging.message.id = %message.id(),
+            messaging.message.id = %message.event_id(),
             messaging.message.type = message.kind(),
             messaging.message.body.size = message.payload().len(),
             postrider.attempt = ctx.attempt(),
-            traceparent = message.header("traceparent"),
-            correlationid = message.header("correlationid"),
+            traceparent = traceparent.as_deref(),
+            correlationid = message.attribute("correlationid").map(tracing::field::display),
             error.message = tracing::field::Empty,
         );
         async {

@@ -1,5 +1,5 @@
 use crate::fixture::{Fixture, join, publish, take};
-use postrider_core::{Message, MessageId, clock::Timestamp, wire::Format};
+use postrider_core::{Limits, Message, MessageId, clock::Timestamp, wire::Format};
 use postrider_kafka::transport_with;
 use postrider_testkit::run;
 use rdkafka::{
@@ -17,7 +17,8 @@ fn message(fixture: &Fixture) -> Message {
         .with_key("order-1")
         .with_header("tenant", "ünï")
         .with_header("tenant", "second")
-        .with_header("correlationid", "c-1")
+        .with_attribute("correlationid", "c-1")
+        .with_attribute("level", 3)
         .with_content_type("application/json")
         .with_time(Timestamp::from_timestamp_micros(1_767_225_600_123_456).unwrap())
         .with_sequence(42)
@@ -29,7 +30,6 @@ fn shown(record: &BorrowedMessage<'_>) -> String {
     let mut lines = vec![
         format!("partition of 4: {}", record.partition()),
         format!("key: {}", text(record.key().unwrap())),
-        format!("timestamp: {}", record.timestamp().to_millis().unwrap()),
     ];
     let headers = record.headers().unwrap().iter();
     lines.extend(headers.map(|header| format!("header {}: {}", header.key, text(header.value.unwrap()))));
@@ -105,8 +105,16 @@ fn records_of_a_plain_client_are_taken() {
         );
         assert_eq!(
             (bare.kind(), bare.key(), bare.source()),
-            (topic.as_str(), Some("k"), None)
+            (topic.as_str(), Some("k"), Some(&*format!("kafka:{topic}")))
         );
+        // What came from elsewhere can be published again, under the id it came with.
+        assert_eq!(event.event_id(), "A-1");
+        for message in [event, bare] {
+            Limits::default().check(message).unwrap();
+            publish(&transport, std::slice::from_ref(message)).await;
+            let again = take(&mut intake, 1, Duration::from_secs(20)).await;
+            assert_eq!(again[0].message(), message);
+        }
         assert!(bare.time().is_some(), "the broker's");
         assert_eq!(event.topic(), &topic);
     });

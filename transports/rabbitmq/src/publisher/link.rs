@@ -10,7 +10,7 @@ use super::{Job, Work, unavailable};
 use crate::{
     connection::{Broker, close_soon, failed, within},
     topology::{Declaring, routing_key},
-    wire,
+    wire::{self, Layout},
 };
 use futures_util::{FutureExt as _, Stream, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
@@ -21,7 +21,6 @@ use lapin::{
 use postrider_core::{
     PublishError,
     publisher::{Calls, Place},
-    wire::Format,
 };
 use rustc_hash::FxHashMap;
 use std::{
@@ -81,7 +80,7 @@ pub(super) struct Link {
     channel: Channel,
     events: Pin<Box<dyn Stream<Item = Event> + Send>>,
     exchange: String,
-    format: Format,
+    layout: Layout,
     window: usize,
     /// Why the broker takes nothing just now.
     blocked: Option<String>,
@@ -119,7 +118,7 @@ impl Link {
             channel,
             events,
             exchange: options.exchange.clone(),
-            format: options.format,
+            layout: Layout::of(options),
             window: options.window,
             blocked: None,
             calls: Calls::default(),
@@ -224,12 +223,12 @@ impl Link {
                     (
                         &*self.exchange,
                         routing_key(message),
-                        wire::write(message, self.format, None),
+                        wire::write(message, self.layout, None),
                     )
                 }
                 Work::Copy(copy) => {
                     let (message, queue, copied) = &**copy;
-                    ("", queue.clone(), wire::write(message, self.format, Some(copied)))
+                    ("", queue.clone(), wire::write(message, self.layout, Some(copied)))
                 }
                 Work::Check => continue,
             };

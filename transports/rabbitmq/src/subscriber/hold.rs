@@ -7,10 +7,9 @@ use lapin::{
     types::FieldTable,
 };
 use postrider_core::{
-    Assignment, Disposition, Error, Message, MessageId, Result,
+    Assignment, Disposition, Error, Message, Result,
     partition::{self, Hold as _, Prefix, not_outstanding},
 };
-use rustc_hash::FxHashSet;
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
     task::{Context, Waker},
@@ -49,9 +48,9 @@ struct State {
     /// Settled up to here without a gap.
     settled_to: u64,
     /// Done with, and not said yet.
-    acked: Vec<(u64, MessageId)>,
-    /// Done with before this channel was opened, though the queue does not know.
-    settled_before: FxHashSet<MessageId>,
+    acked: Vec<(u64, Message)>,
+    /// Done with before this channel was opened, though the queue may not know. Whole messages: two that share an id are two.
+    settled_before: Vec<Message>,
     /// Nothing more is handed out.
     is_leaving: bool,
     /// And somebody else is to have it.
@@ -76,7 +75,7 @@ impl Hold {
         shared: &Shared,
         queue: String,
         partition: Option<usize>,
-        settled_before: FxHashSet<MessageId>,
+        settled_before: Vec<Message>,
     ) -> lapin::Result<Self> {
         let channel = connection.create_channel().await?;
         channel.basic_qos(shared.prefetch(), BasicQosOptions::default()).await?;
@@ -116,16 +115,21 @@ impl Hold {
             // Whatever went back has come by now.
             state.settled_before.clear();
         }
-        let is_settled = !state.settled_before.is_empty() && state.settled_before.remove(&message.id());
+        let settled = state.settled_before.iter().position(|settled| settled == message);
+        if let Some(at) = settled {
+            state.settled_before.swap_remove(at);
+        }
         let out = Out {
             message: message.clone(),
             deliveries,
         };
         state.out.push(tag, out);
-        if is_settled && let Some(out) = state.out.settle(tag) {
-            state.acked.push((tag, out.message.id()));
+        if settled.is_some()
+            && let Some(out) = state.out.settle(tag)
+        {
+            state.acked.push((tag, out.message));
         }
-        !is_settled
+        settled.is_none()
     }
 
     /// Somebody else is to have it, once it has ended.
@@ -213,13 +217,13 @@ impl Hold {
 
     /// Ends the channel, so that what is not settled goes back to its place in the queue. Gives what may go back though it is
     /// settled, should the queue have come to all of it too late.
-    pub(super) async fn end(&self) -> lapin::Result<FxHashSet<MessageId>> {
+    pub(super) async fn end(&self) -> lapin::Result<Vec<Message>> {
         self.leave();
         self.acknowledge().await?;
         let settled = {
             let mut state = self.state();
             let mut settled = std::mem::take(&mut state.settled_before);
-            settled.extend(state.acked.iter().map(|(_, id)| *id));
+            settled.extend(state.acked.iter().map(|(_, message)| message.clone()));
             settled
         };
         while self.has_acked() {
@@ -266,13 +270,13 @@ impl partition::Hold for Hold {
                     false if self.ordered => state.out.release(*tag),
                     _ => state.out.settle(*tag),
                 };
-                match (&known, is_ack) {
-                    (Some(out), true) => state.acked.push((*tag, out.message.id())),
+                outcomes.push(known.as_ref().map(drop).ok_or_else(|| not_outstanding(*tag)));
+                match (known, is_ack) {
+                    (Some(out), true) => state.acked.push((*tag, out.message)),
                     (Some(_), false) if self.ordered => restarts = true,
                     (Some(_), false) => said.push(self.say_nack(*tag)),
                     (None, _) => {}
                 }
-                outcomes.push(known.map(drop).ok_or_else(|| not_outstanding(*tag)));
             }
             state.is_leaving |= restarts;
             if state.acked.len() >= TOGETHER {

@@ -16,10 +16,10 @@ use lapin::{
     types::FieldTable,
 };
 use postrider_core::{
-    Error, MessageId, Result,
+    Error, Message, Result,
     partition::{self, Hold as _, fair_share},
 };
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashMap;
 use std::{
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -127,14 +127,7 @@ impl Member {
                 member.leases = Some(Leases::join(&member.connection, group).await?);
                 member.balance(shared).await
             } else {
-                open(
-                    &member.connection,
-                    shared,
-                    shared.queue.clone(),
-                    None,
-                    FxHashSet::default(),
-                )
-                .await
+                open(&member.connection, shared, shared.queue.clone(), None, Vec::new()).await
             }
         };
         shared.broker.in_time("joining the group", joining).await?;
@@ -200,7 +193,7 @@ impl Member {
         let mut leaving = shared.membership.holds();
         leaving.retain(|hold| hold.is_leaving() || !hold.is_connected());
         for hold in leaving {
-            let mut settled = FxHashSet::default();
+            let mut settled = Vec::new();
             let mut keeps = true;
             if !hold.is_connected() {
                 // The queue was deleted, or the broker has ended the channel.
@@ -282,7 +275,7 @@ async fn open(
     shared: &Shared,
     queue: String,
     partition: Option<usize>,
-    settled_before: FxHashSet<MessageId>,
+    settled_before: Vec<Message>,
 ) -> Result<()> {
     let opening = async {
         let opened = Hold::open(connection, shared, queue, partition, settled_before).await;
@@ -330,7 +323,7 @@ impl partition::Leases for Taking<'_> {
             return Ok(false);
         }
         shared.broken().remove(&partition);
-        open(self.connection, shared, queue, Some(partition), FxHashSet::default()).await?;
+        open(self.connection, shared, queue, Some(partition), Vec::new()).await?;
         Ok(true)
     }
 }

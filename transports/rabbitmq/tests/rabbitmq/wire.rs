@@ -5,7 +5,7 @@ use lapin::{
     options::{BasicConsumeOptions, BasicPublishOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
-use postrider_core::{Message, MessageId, clock::Timestamp, wire::Format};
+use postrider_core::{Limits, Message, MessageId, clock::Timestamp, wire::Format};
 use postrider_rabbitmq::transport_with;
 use postrider_testkit::run;
 use std::{collections::BTreeMap, time::Duration};
@@ -19,7 +19,8 @@ fn message(fixture: &Fixture) -> Message {
         .with_key("order-1")
         .with_header("tenant", "ünï")
         .with_header("tenant", "second")
-        .with_header("correlationid", "c-1")
+        .with_attribute("correlationid", "c-1")
+        .with_attribute("level", 3)
         .with_content_type("application/json")
         .with_time(Timestamp::from_timestamp_micros(1_767_225_600_123_456).unwrap())
         .with_sequence(42)
@@ -156,7 +157,10 @@ fn messages_of_a_plain_client_are_taken() {
     run(async {
         let fixture = Fixture::new();
         let transport = fixture.transport();
-        for subscription in [fixture.ordered(), fixture.ordered().unordered()] {
+        for (round, subscription) in [fixture.ordered(), fixture.ordered().unordered()]
+            .into_iter()
+            .enumerate()
+        {
             let (mut intake, settling) = join(&transport, &subscription).await;
             let (_connection, channel) = fixture.plain().await;
             let mut headers = FieldTable::default();
@@ -169,6 +173,18 @@ fn messages_of_a_plain_client_are_taken() {
                 headers.insert(name.into(), AMQPValue::LongString(value.into()));
             }
             headers.insert("n".into(), AMQPValue::LongInt(7));
+            // Types of AMQP's own: the time in seconds, or in milliseconds, as some write it.
+            let time = match round {
+                0 => AMQPValue::Timestamp(1_767_225_600),
+                _ => AMQPValue::LongLongInt(1_767_225_600_000),
+            };
+            headers.insert("cloudEvents:time".into(), time);
+            headers.insert("cloudEvents:level".into(), AMQPValue::LongLongInt(-3));
+            headers.insert("cloudEvents:urgent".into(), AMQPValue::Boolean(true));
+            headers.insert("ce-digest".into(), AMQPValue::ByteArray(vec![0xff, 0].into()));
+            let mut table = FieldTable::default();
+            table.insert("a".into(), AMQPValue::LongInt(1));
+            headers.insert("table".into(), AMQPValue::FieldTable(table));
             let event = BasicProperties::default()
                 .with_headers(headers)
                 .with_content_type("text/plain".into());
@@ -187,8 +203,8 @@ fn messages_of_a_plain_client_are_taken() {
                     .await
                     .unwrap();
             }
-            let taken = take(&mut intake, 2, SOON).await;
-            let (event, bare) = (taken[0].message(), taken[1].message());
+            let mut taken = take(&mut intake, 2, SOON).await;
+            let (event, bare) = (&taken[0].message().clone(), taken[1].message().clone());
             assert_eq!(
                 (event.id(), event.kind()),
                 (MessageId::foreign("/crm", "A-1"), "crm.changed")
@@ -201,7 +217,24 @@ fn messages_of_a_plain_client_are_taken() {
                 (event.topic(), &event.payload()[..]),
                 (&fixture.topic("t"), &b"hello"[..])
             );
-            assert_eq!((bare.kind(), bare.source(), bare.key()), ("bare", None, None));
+            let source = format!("amqp:{}/{}", fixture.name, fixture.topic("t"));
+            assert_eq!((bare.kind(), bare.source(), bare.key()), ("bare", Some(&*source), None));
+            assert_eq!(event.time().unwrap().timestamp(), 1_767_225_600);
+            assert_eq!(
+                (event.attribute("level"), event.attribute("urgent")),
+                (Some(&(-3).into()), Some(&true.into()))
+            );
+            assert_eq!(
+                (event.attribute("digest"), event.header("table")),
+                (Some(&bytes::Bytes::from_static(&[0xff, 0]).into()), Some(r#"{"a":1}"#))
+            );
+            assert!(event.header("time").is_none() && event.attribute("time").is_none());
+            // What came from elsewhere can be published again, under the id it came with.
+            Limits::default().check(event).unwrap();
+            publish(&transport, std::slice::from_ref(event)).await;
+            let again = take(&mut intake, 1, SOON).await;
+            assert_eq!(again[0].message(), event);
+            taken.extend(again);
             settling
                 .settle(taken.into_iter().map(postrider_core::Delivery::ack).collect())
                 .await;
@@ -231,5 +264,41 @@ fn headers_with_names_of_the_brokers_own_are_carried() {
             (got.header("CC"), got.header("BCC"), got.headers().len()),
             (Some("somebody"), Some("somebody else"), 2)
         );
+    });
+}
+
+/// Applications that each number their messages from 1 have sent different messages, whatever the numbers.
+#[test]
+fn ids_of_strangers_are_unique_only_with_their_source() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let (mut intake, settling) = join(&transport, &fixture.ordered().unordered()).await;
+        let (_connection, channel) = fixture.plain().await;
+        for (app, id) in [("a", "1"), ("b", "1"), ("a", "2"), ("b", "2"), ("a", "x"), ("a", "X")] {
+            let properties = BasicProperties::default()
+                .with_message_id(id.into())
+                .with_app_id(app.into());
+            channel
+                .basic_publish(
+                    fixture.name.as_str().into(),
+                    fixture.topic("t").as_str().into(),
+                    BasicPublishOptions::default(),
+                    b"hello",
+                    properties,
+                )
+                .await
+                .unwrap()
+                .await
+                .unwrap();
+        }
+        let taken = take(&mut intake, 6, SOON).await;
+        let ids: std::collections::BTreeSet<_> = taken.iter().map(|delivery| delivery.message().id()).collect();
+        assert_eq!(ids.len(), 6);
+        let first = taken[0].message();
+        assert_eq!((first.source(), &*first.event_id()), (Some("a"), "1"));
+        settling
+            .settle(taken.into_iter().map(postrider_core::Delivery::ack).collect())
+            .await;
     });
 }
