@@ -14,6 +14,10 @@ use syn::{
 /// - `name = "order.placed"`, what happened (required),
 /// - `topic = "orders"`, where it goes; the name unless given,
 /// - `version = 2`, from 1 to 65535; 1 unless given,
+/// - `type = "com.example.thing"`, the CloudEvents type in full, for an event that others have named; `<name>.v<version>` unless
+///   given,
+/// - `attribute(tenantid = "field", level = |e: &Self| …)`, attributes of CloudEvents: each the value of a field or of an
+///   expression,
 /// - `key = "field"`, the ordering key as the text of a field, or `key = |e: &Self| …` for any expression; where it is an
 ///   `Option`, `None` is an event without a key,
 /// - `codec = path::To`, how it is written; JSON unless given,
@@ -30,6 +34,8 @@ struct Options {
     topic: Option<LitStr>,
     version: Option<LitInt>,
     key: Option<Expr>,
+    kind: Option<LitStr>,
+    attributes: Vec<(Ident, Expr)>,
     codec: Option<Path>,
     krate: Option<Path>,
 }
@@ -46,6 +52,15 @@ impl Options {
                     "topic" => set(&mut options.topic, meta.value()?.parse()?, twice),
                     "version" => set(&mut options.version, meta.value()?.parse()?, twice),
                     "key" => set(&mut options.key, meta.value()?.parse()?, twice),
+                    "type" => set(&mut options.kind, meta.value()?.parse()?, twice),
+                    "attribute" => meta.parse_nested_meta(|attribute| {
+                        let name = attribute.path.require_ident()?.clone();
+                        if let Some(why) = attribute_problem(&name.to_string()) {
+                            return Err(Error::new(name.span(), why));
+                        }
+                        options.attributes.push((name, attribute.value()?.parse()?));
+                        Ok(())
+                    }),
                     "codec" => set(&mut options.codec, meta.value()?.parse()?, twice),
                     "crate" => {
                         let path: LitStr = meta.value()?.parse()?;
@@ -53,7 +68,7 @@ impl Options {
                     }
                     _ => {
                         Err(meta
-                            .error("unknown option: known are `name`, `topic`, `version`, `key`, `codec` and `crate`"))
+                            .error("unknown option: known are `name`, `topic`, `version`, `key`, `type`, `attribute`, `codec` and `crate`"))
                     }
                 }
             })?;
@@ -93,7 +108,14 @@ fn expand(input: &DeriveInput) -> Result<Tokens> {
     let codec = options.codec.map_or_else(|| quote!(#krate::Json), |path| quote!(#path));
     let keyed = options.key.is_some();
     let key = options.key.map(|key| key_method(input, key, &krate)).transpose()?;
-    let kind = format!("{}.v{version}", name.value());
+    let kind = match &options.kind {
+        Some(kind) if kind.value().is_empty() || kind.value().len() > 255 => {
+            return Err(Error::new(kind.span(), "a type has 1 to 255 bytes"));
+        }
+        Some(kind) => kind.value(),
+        None => format!("{}.v{version}", name.value()),
+    };
+    let attributes = attributes_method(input, options.attributes, &krate)?;
     let ty = &input.ident;
     let (generics, arguments, bounds) = input.generics.split_for_impl();
     Ok(quote! {
@@ -105,6 +127,7 @@ fn expand(input: &DeriveInput) -> Result<Tokens> {
             const KEYED: bool = #keyed;
             type Codec = #codec;
             #key
+            #attributes
             fn kind() -> ::std::borrow::Cow<'static, str> {
                 ::std::borrow::Cow::Borrowed(#kind)
             }
@@ -139,7 +162,7 @@ fn key_method(input: &DeriveInput, key: Expr, krate: &Tokens) -> Result<Tokens> 
         Expr::Lit(ExprLit {
             lit: Lit::Str(field), ..
         }) => {
-            let member = member(input, &field)?;
+            let member = member(input, &field, "key")?;
             quote_spanned!(field.span()=> #krate::event::KeyOf(&self.#member).text())
         }
         expression => {
@@ -156,13 +179,64 @@ fn key_method(input: &DeriveInput, key: Expr, krate: &Tokens) -> Result<Tokens> 
     })
 }
 
+/// The rules of `Message::with_attribute`, told at the name.
+fn attribute_problem(name: &str) -> Option<&'static str> {
+    const OWN: [&str; 9] = [
+        "specversion",
+        "id",
+        "type",
+        "source",
+        "time",
+        "datacontenttype",
+        "data",
+        "partitionkey",
+        "sequence",
+    ];
+    if !name
+        .bytes()
+        .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
+    {
+        Some("names of attributes have only the letters a to z and digits")
+    } else if OWN.contains(&name) {
+        Some("this attribute has a meaning of its own in CloudEvents: it is set by other means")
+    } else {
+        None
+    }
+}
+
+fn attributes_method(input: &DeriveInput, attributes: Vec<(Ident, Expr)>, krate: &Tokens) -> Result<Option<Tokens>> {
+    if attributes.is_empty() {
+        return Ok(None);
+    }
+    let values = attributes.into_iter().map(|(name, value)| {
+        let text = name.to_string();
+        let value = match value {
+            Expr::Lit(ExprLit {
+                lit: Lit::Str(field), ..
+            }) => {
+                let member = member(input, &field, "attribute")?;
+                quote_spanned!(field.span()=> ::core::clone::Clone::clone(&self.#member))
+            }
+            expression => quote_spanned!(expression.span()=> (#expression)(self)),
+        };
+        Ok(quote!((#krate::message::Text::from_static(#text), #krate::AttributeValue::from(#value))))
+    });
+    let values: Vec<Tokens> = values.collect::<Result<_>>()?;
+    Ok(Some(quote! {
+        #[allow(clippy::redundant_closure_call)]
+        fn attributes(&self) -> ::std::vec::Vec<(#krate::message::Text, #krate::AttributeValue)> {
+            ::std::vec![#(#values),*]
+        }
+    }))
+}
+
 /// The field called `field`, or an error that lists those there are.
-fn member(input: &DeriveInput, field: &LitStr) -> Result<Member> {
+fn member(input: &DeriveInput, field: &LitStr, what: &str) -> Result<Member> {
     let wanted = field.value();
     let Data::Struct(data) = &input.data else {
         return Err(Error::new(
             field.span(),
-            "a field can be the key of a struct only: use an expression, `key = |e: &Self| …`",
+            format!("a field can be the {what} of a struct only: use an expression, `{what} = |e: &Self| …`"),
         ));
     };
     let members: Vec<Member> = data.fields.members().collect();
@@ -180,7 +254,7 @@ fn member(input: &DeriveInput, field: &LitStr) -> Result<Member> {
     Err(Error::new(
         field.span(),
         format!(
-            "`{}` has no field `{wanted}` to be its key: it has {}",
+            "`{}` has no field `{wanted}` to be its {what}: it has {}",
             input.ident,
             if known.is_empty() {
                 "none".to_owned()

@@ -114,6 +114,7 @@ impl Bus {
         }
         let publishing = Publishing {
             publisher: inner.transport.publisher()?.clone(),
+            source: inner.source.clone(),
             clock: inner.clock.clone(),
             timeout: inner.relay.publish_timeout,
         };

@@ -9,7 +9,7 @@ pub use json_error::JsonError;
 #[doc(hidden)]
 pub use key::{KeyOf, KeyText};
 
-use crate::{Message, Result, Topic};
+use crate::{AttributeValue, Message, Result, Topic, message::Text};
 use std::{any::Any, borrow::Cow, fmt};
 
 /// A typed event. Derive it:
@@ -25,6 +25,17 @@ use std::{any::Any, borrow::Cow, fmt};
 ///     customer: String,
 /// }
 /// assert_eq!(OrderPlaced::kind(), "order.placed.v2");
+///
+/// // One that others have named, with attributes of CloudEvents.
+/// #[derive(serde::Serialize, serde::Deserialize, Event)]
+/// # #[event(crate = "postrider_core")]
+/// #[event(name = "shipment.sent", type = "com.example.shipment.sent")]
+/// #[event(attribute(tenantid = "tenant", priority = |e: &Self| e.priority))]
+/// struct ShipmentSent {
+///     tenant: String,
+///     priority: i32,
+/// }
+/// assert_eq!(ShipmentSent::kind(), "com.example.shipment.sent");
 /// ```
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not an event",
@@ -48,7 +59,13 @@ pub trait Event: Sized + Send + Sync + 'static {
         None
     }
 
-    /// The message's type, `<name>.v<version>`; the derive makes it a constant.
+    /// The attributes of CloudEvents that go with this event: extensions, `subject`, `dataschema`.
+    fn attributes(&self) -> Vec<(Text, AttributeValue)> {
+        Vec::new()
+    }
+
+    /// The message's type: `<name>.v<version>`, unless another is given for an event that others have named. The derive makes it
+    /// a constant.
     #[must_use]
     fn kind() -> Cow<'static, str> {
         Cow::Owned(format!("{}.v{}", Self::NAME, Self::VERSION))
@@ -85,10 +102,12 @@ impl<E: Event> DynEvent for E {
     fn to_message(&self) -> Result<Message> {
         let payload = E::Codec::encode(self)?;
         let message = Message::new(E::TOPIC, E::kind(), payload).with_content_type(E::Codec::CONTENT_TYPE);
-        Ok(match Event::key(self) {
+        let message = match Event::key(self) {
             None => message,
             Some(key) => message.with_key(key),
-        })
+        };
+        let attributes = self.attributes().into_iter();
+        Ok(attributes.fold(message, |message, (name, value)| message.with_attribute(name, value)))
     }
     fn as_any(&self) -> &dyn Any {
         self

@@ -1,6 +1,8 @@
 //! What a relay does with the records it has claimed: an outbox publishes them, an inbox takes them through their chain.
 
-use crate::{Message, PublishError, Publisher, Reachability, clock::Clock, log::Lease, publisher::Outcomes};
+use crate::{
+    Message, PublishError, Publisher, Reachability, clock::Clock, log::Lease, message::Text, publisher::Outcomes,
+};
 use async_trait::async_trait;
 use futures_util::FutureExt as _;
 use std::{fmt::Debug, panic::AssertUnwindSafe, sync::Arc, time::Duration};
@@ -60,6 +62,8 @@ pub(crate) trait Attempts: Debug + Send + Sync {
 #[derive(Debug)]
 pub(crate) struct Publishing {
     pub(crate) publisher: Arc<dyn Publisher>,
+    /// The source of events that were appended without one, by SQL.
+    pub(crate) source: Text,
     pub(crate) clock: Arc<dyn Clock>,
     /// The longest a call may take.
     pub(crate) timeout: Duration,
@@ -73,6 +77,15 @@ impl Attempts for Publishing {
 
     /// One publish call, whatever the publisher does. It gets no longer than what is left of the lease.
     async fn attempt(&self, batch: &[Message], _: &[u32], lease: &Lease, outcomes: &Outcomes) -> Result<(), Refusal> {
+        let mut filled = Vec::new();
+        let lacks_source = |message: &Message| message.source().is_none();
+        if batch.iter().any(lacks_source) {
+            filled.extend(batch.iter().map(|message| match lacks_source(message) {
+                true => message.clone().with_source(self.source.clone()),
+                false => message.clone(),
+            }));
+        }
+        let batch = if filled.is_empty() { batch } else { &filled };
         let left = lease.remaining().unwrap_or_default();
         let deadline = self.timeout.min(left);
         let call = AssertUnwindSafe(self.publisher.publish(batch, outcomes)).catch_unwind();

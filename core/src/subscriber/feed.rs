@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-/// A stream of messages for a member of a group: what [`Subscriber::subscribe`] returns.
+/// A stream of messages for a member of a group: what [`Subscriber::subscribe`](super::Subscriber::subscribe) returns.
 #[derive(Debug)]
 pub struct Feed {
     deliveries: Box<dyn Deliveries>,

@@ -7,9 +7,10 @@ use crate::{
 };
 use async_trait::async_trait;
 use postrider_core::{
-    Bus, Error, ErrorKind, EventLog, HandlerError, Mailbox, Message, OnFailure, Result, Retry, Topic, Transactional,
-    Transport,
+    Bus, Error, ErrorKind, EventLog, HandlerError, Mailbox, Message, MessageId, OnFailure, Result, Retry, Topic,
+    Transactional, Transport,
     consumer::Batch,
+    event::DynEvent as _,
     log::{Lent, LogTransaction, NewRecord, TransactionalLog},
 };
 use std::{
@@ -516,4 +517,90 @@ async fn a_transaction_beside_that_of_the_handler_is_refused() {
     for stored in dead(&world, "g").await {
         assert!(stored.errors[0].text.contains("ctx.publish"), "{:?}", stored.errors);
     }
+}
+
+/// An event is its source and its id together: the same id from another source is another event.
+#[tokio::test]
+async fn the_same_id_from_two_sources_is_two_events() {
+    let world = World::start(options()).await;
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .middleware(Transactional::new())
+        .handler(async |_, _| Ok(()))
+        .start()
+        .await
+        .unwrap();
+    let id: MessageId = "6ba7b810-9dad-41d1-80b4-00c04fd430c8".parse().unwrap();
+    for source in ["/a", "/b", "/a"] {
+        let message = placed(1, "ada").to_message().unwrap();
+        let message = message.with_id(id).with_source(source);
+        world.bus.publish_direct(message).await.unwrap();
+    }
+    world
+        .until(|_| running.report().handled == 2 && running.report().dropped == 1)
+        .await;
+}
+
+/// Attributes go with an event through the log, the inbox and the dead letters, and out again when it is redriven.
+#[tokio::test]
+async fn attributes_are_kept_all_the_way() {
+    let world = World::start(options()).await;
+    let diary = Diary::default();
+    let running = world
+        .bus
+        .subscribe::<OrderPlaced>("g")
+        .retry(Retry::default().with_in_place(1).with_max_attempts(2))
+        .state(diary.clone())
+        .handler(async |diary: &Diary, _, ctx| {
+            let attribute = |name| {
+                ctx.message()
+                    .attribute(name)
+                    .map(ToString::to_string)
+                    .unwrap_or_default()
+            };
+            diary.note(format!(
+                "{} {} {}",
+                attribute("tenantid"),
+                attribute("level"),
+                attribute("subject")
+            ));
+            Err("not yet".into())
+        })
+        .start()
+        .await
+        .unwrap();
+    let publish = world.bus.publish(&placed(1, "ada"));
+    let publish = publish
+        .attribute("tenantid", "acme")
+        .attribute("level", 3)
+        .header("tenantid", "free");
+    publish.attribute("subject", "orders/1").await.unwrap();
+    for _ in 0..60 {
+        world.pass(secs(1)).await;
+    }
+    world.until(|_| running.report().dead_lettered == 1).await;
+    let letter = &dead(&world, "g").await[0].message;
+    assert_eq!(letter.attribute("level"), Some(&3.into()), "with its type");
+    assert_eq!(letter.header("tenantid"), Some("free"), "names of headers are free");
+    let noted = diary.0.lock().unwrap().clone();
+    assert!(
+        noted.len() >= 2 && noted.iter().all(|line| line == "acme 3 orders/1"),
+        "{noted:?}"
+    );
+}
+
+/// What was appended without a source, by SQL, goes out with that of the bus.
+#[tokio::test]
+async fn the_relay_fills_in_the_source() {
+    let world = World::start(options()).await;
+    let message = placed(1, "ada").to_message().unwrap();
+    assert!(message.source().is_none());
+    let log = world.bus.log().unwrap().store().clone();
+    log.append(&Mailbox::outbox(), &[NewRecord::new(message)])
+        .await
+        .unwrap();
+    world.until(|w| w.published("orders").len() == 1).await;
+    let published = world.transport.published(&Topic::new("orders"));
+    assert!(published[0].source().is_some_and(|source| !source.is_empty()));
 }

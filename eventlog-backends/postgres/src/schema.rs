@@ -47,9 +47,11 @@ pub(crate) fn grants(names: &Names, role: &str) -> String {
     let done: Vec<String> = (0..16).map(|slot| format!("{{done_{slot}}}")).collect();
     let done = done.join(", ");
     let append = |payload| {
-        format!("{{append}}(text, text, {payload}, text, jsonb, timestamptz, text, text, uuid, timestamptz, text)")
+        format!(
+            "{{append}}(text, text, {payload}, text, jsonb, timestamptz, text, text, uuid, timestamptz, text, jsonb)"
+        )
     };
-    let functions = ["bytea", "text", "jsonb"].map(append).join(", ");
+    let functions = ["bytea", "text", "json", "jsonb"].map(append).join(", ");
     names.fill(&format!(
         "GRANT SELECT, INSERT, UPDATE, DELETE ON {{mailbox}}, {{lane}}, {{relay}}, {{event}}, {{parked}}, {{scheduled}}, {{done}}, {{receipt}}, {{note}}, {{member}} TO {role};\n\
          GRANT SELECT, UPDATE ON {{settings}} TO {role};\n\

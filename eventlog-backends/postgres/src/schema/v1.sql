@@ -246,7 +246,7 @@ CREATE TABLE {member} (
 CREATE FUNCTION {append}(
     topic text, type text, payload bytea, key text DEFAULT NULL, headers jsonb DEFAULT '[]', not_before timestamptz DEFAULT NULL,
     content_type text DEFAULT 'application/octet-stream', source text DEFAULT NULL, id uuid DEFAULT NULL,
-    "time" timestamptz DEFAULT clock_timestamp(), route text DEFAULT 'default'
+    occurred_at timestamptz DEFAULT clock_timestamp(), route text DEFAULT 'default', attributes jsonb DEFAULT '{}'
 ) RETURNS uuid LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $postrider$
 #variable_conflict use_variable
 DECLARE
@@ -256,7 +256,8 @@ DECLARE
     most bigint;
     wrong text;
 BEGIN
-    id := coalesce(id, gen_random_uuid());
+    -- One of Postrider's own, which nobody else has.
+    id := coalesce(id, overlay(overlay(gen_random_uuid()::text PLACING '8' FROM 15) PLACING '5052' FROM 33)::uuid);
     wrong := CASE
         WHEN topic IS NULL OR octet_length(topic) NOT BETWEEN 1 AND 200 OR topic !~ '^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$'
             THEN 'the topic has to be 1 to 200 bytes of A-Z a-z 0-9 . _ - without an empty segment'
@@ -265,10 +266,11 @@ BEGIN
         WHEN content_type IS NULL OR octet_length(content_type) NOT BETWEEN 1 AND 255 THEN 'the content type has to have 1 to 255 bytes'
         WHEN octet_length(key) NOT BETWEEN 1 AND 512 THEN 'the key has to have 1 to 512 bytes: leave it out for an unordered event'
         WHEN payload IS NULL THEN 'the payload is null: an empty one is fine'
-        WHEN "time" NOT BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00'
-            THEN 'the time has to be between the years 1 and 9999: leave it out, or give null, if there is none'
+        WHEN occurred_at NOT BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00'
+            THEN 'occurred_at has to be between the years 1 and 9999: leave it out, or give null, if there is none'
         WHEN not_before > '9999-12-31 23:59:59.999999+00' THEN 'not_before has to be before the year 10000: `infinity` is never'
         WHEN jsonb_typeof(pairs) NOT IN ('array', 'object') THEN 'the headers have to be an object, or an array of pairs'
+        WHEN jsonb_typeof(attributes) <> 'object' THEN 'the attributes have to be an object'
     END;
     IF wrong IS NULL AND jsonb_typeof(pairs) = 'object' THEN
         SELECT coalesce(jsonb_agg(jsonb_build_array(h.key, h.value)), '[]') INTO pairs FROM jsonb_each(pairs) h;
@@ -285,6 +287,20 @@ BEGIN
         SELECT 1 FROM jsonb_array_elements(pairs) p WHERE p->>0 ~* '^(ce_|ce-|cloudevents|postrider-|content-type$)'
     ) THEN
         wrong := 'the name of a header is one that CloudEvents or Postrider use on the wire: choose another';
+    END IF;
+    IF wrong IS NULL AND attributes <> '{}' THEN
+        SELECT min(CASE
+            WHEN a.key !~ '^[a-z0-9]{1,255}$' THEN 'the name of an attribute has to be letters a to z and digits'
+            WHEN a.key = ANY ('{specversion,id,type,source,time,datacontenttype,data,partitionkey,sequence,sequencetype}')
+                THEN 'an attribute is one that CloudEvents has a meaning for: it has a parameter of its own'
+            WHEN jsonb_typeof(a.value) NOT IN ('string', 'boolean', 'number')
+                THEN 'the value of an attribute has to be a string, an integer of 32 bits, or a boolean'
+            WHEN jsonb_typeof(a.value) = 'number' AND ((a.value #>> '{}')::numeric % 1 <> 0 OR (a.value #>> '{}')::numeric NOT BETWEEN -2147483648 AND 2147483647)
+                THEN 'the value of an attribute has to be a string, an integer of 32 bits, or a boolean' END)
+            INTO wrong FROM jsonb_each(attributes) a;
+        IF wrong IS NULL THEN
+            SELECT jsonb_agg(jsonb_build_array('ce-' || a.key, a.value) ORDER BY a.key COLLATE "C") || pairs INTO pairs FROM jsonb_each(attributes) a;
+        END IF;
     END IF;
     IF wrong IS NOT NULL THEN
         RAISE EXCEPTION '%', wrong USING ERRCODE = 'invalid_parameter_value';
@@ -303,10 +319,10 @@ BEGIN
     END IF;
     IF not_before > {clock}() THEN
         INSERT INTO {scheduled} (mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at, due_at)
-            SELECT box, {lane_of}(key, id), id, topic, type, source, key, content_type, pairs::text, "time", payload, {clock}(), greatest(not_before, {clock}());
+            SELECT box, {lane_of}(key, id), id, topic, type, source, key, content_type, pairs::text, occurred_at, payload, {clock}(), greatest(not_before, {clock}());
     ELSE
         INSERT INTO {event} (mailbox, lane, message_id, topic, type, source, key, content_type, headers, time, payload, created_at)
-            SELECT box, {lane_of}(key, id), id, topic, type, source, key, content_type, pairs::text, "time", payload, {clock}();
+            SELECT box, {lane_of}(key, id), id, topic, type, source, key, content_type, pairs::text, occurred_at, payload, {clock}();
     END IF;
     RETURN id;
 END $postrider$;
@@ -315,15 +331,24 @@ END $postrider$;
 CREATE FUNCTION {append}(
     topic text, type text, payload text, key text DEFAULT NULL, headers jsonb DEFAULT '[]', not_before timestamptz DEFAULT NULL,
     content_type text DEFAULT 'application/json', source text DEFAULT NULL, id uuid DEFAULT NULL,
-    "time" timestamptz DEFAULT clock_timestamp(), route text DEFAULT 'default'
+    occurred_at timestamptz DEFAULT clock_timestamp(), route text DEFAULT 'default', attributes jsonb DEFAULT '{}'
 ) RETURNS uuid LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS
-    $postrider$ SELECT {append}($1, $2, convert_to($3, 'UTF8'), $4, $5, $6, $7, $8, $9, $10, $11) $postrider$;
+    -- What is said to be JSON has to be: the cast says where it is not.
+    $postrider$ SELECT {append}($1, $2, convert_to(CASE WHEN $7 ~* '^(application/json|text/json|[^;]*\+json) *(;|$)' THEN ($3::json)::text ELSE $3 END, 'UTF8'),
+        $4, $5, $6, $7, $8, $9, $10, $11, $12) $postrider$;
+CREATE FUNCTION {append}(
+    topic text, type text, payload json, key text DEFAULT NULL, headers jsonb DEFAULT '[]', not_before timestamptz DEFAULT NULL,
+    content_type text DEFAULT 'application/json', source text DEFAULT NULL, id uuid DEFAULT NULL,
+    occurred_at timestamptz DEFAULT clock_timestamp(), route text DEFAULT 'default', attributes jsonb DEFAULT '{}'
+) RETURNS uuid LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS
+    $postrider$ SELECT {append}($1, $2, convert_to($3::text, 'UTF8'), $4, $5, $6, $7, $8, $9, $10, $11, $12) $postrider$;
 CREATE FUNCTION {append}(
     topic text, type text, payload jsonb, key text DEFAULT NULL, headers jsonb DEFAULT '[]', not_before timestamptz DEFAULT NULL,
     content_type text DEFAULT 'application/json', source text DEFAULT NULL, id uuid DEFAULT NULL,
-    "time" timestamptz DEFAULT clock_timestamp(), route text DEFAULT 'default'
+    occurred_at timestamptz DEFAULT clock_timestamp(), route text DEFAULT 'default', attributes jsonb DEFAULT '{}'
 ) RETURNS uuid LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS
-    $postrider$ SELECT {append}($1, $2, convert_to($3::text, 'UTF8'), $4, $5, $6, $7, $8, $9, $10, $11) $postrider$;
-REVOKE ALL ON FUNCTION {append}(text, text, bytea, text, jsonb, timestamptz, text, text, uuid, timestamptz, text) FROM PUBLIC;
-REVOKE ALL ON FUNCTION {append}(text, text, text, text, jsonb, timestamptz, text, text, uuid, timestamptz, text) FROM PUBLIC;
-REVOKE ALL ON FUNCTION {append}(text, text, jsonb, text, jsonb, timestamptz, text, text, uuid, timestamptz, text) FROM PUBLIC;
+    $postrider$ SELECT {append}($1, $2, convert_to($3::text, 'UTF8'), $4, $5, $6, $7, $8, $9, $10, $11, $12) $postrider$;
+REVOKE ALL ON FUNCTION {append}(text, text, bytea, text, jsonb, timestamptz, text, text, uuid, timestamptz, text, jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION {append}(text, text, text, text, jsonb, timestamptz, text, text, uuid, timestamptz, text, jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION {append}(text, text, json, text, jsonb, timestamptz, text, text, uuid, timestamptz, text, jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION {append}(text, text, jsonb, text, jsonb, timestamptz, text, text, uuid, timestamptz, text, jsonb) FROM PUBLIC;

@@ -189,7 +189,10 @@ fn an_open_appender_costs_only_what_came_since() {
         tokio::time::sleep(Duration::from_millis(300)).await;
         bench.drain().await;
         let mut open = bench.log.pool().acquire().await.unwrap().detach();
-        let append = bench.log.names().fill("BEGIN; SELECT {append}('t', 't.v1', 'late')");
+        let append = bench
+            .log
+            .names()
+            .fill("BEGIN; SELECT {append}('t', 't.v1', '\"late\"')");
         sqlx::raw_sql(AssertSqlSafe(append)).execute(&mut open).await.unwrap();
         bench.fill("event", 2000).await;
         assert_eq!(bench.drain().await, 2000);

@@ -55,10 +55,17 @@ fn what_psql_appends_is_relayed_in_order_beside_ours() {
         .unwrap();
         psql(
             &fixture,
+            "SELECT {append}('orders', 'typed.v1', 'plain', content_type => 'text/plain', occurred_at => '2026-01-01 00:00:00+00', headers => '{\"h\": \"1\"}', \
+             attributes => '{\"tenantid\": \"acme\", \"level\": 3, \"urgent\": true}')",
+        )
+        .unwrap();
+        psql(&fixture, "SELECT {append}('orders', 'json.v1', '{ }'::json)").unwrap();
+        psql(
+            &fixture,
             "SELECT {append}('orders', 'raw.v1', '\\x00ff'::bytea, headers => '[[\"a\", \"\"], [\"a\", \"2\"]]')",
         )
         .unwrap();
-        psql(&fixture, "BEGIN; SELECT {append}('orders', 'never.v1', 'x'); ROLLBACK").unwrap();
+        psql(&fixture, "BEGIN; SELECT {append}('orders', 'never.v1', '{}'); ROLLBACK").unwrap();
         let session = open(&fixture.log, options(LONG)).await;
         let records = claim(&*session).await.records;
         done(&*session, &records).await;
@@ -68,7 +75,21 @@ fn what_psql_appends_is_relayed_in_order_beside_ours() {
             .map(|r| String::from_utf8_lossy(r.message.payload()).into_owned())
             .collect();
         assert_eq!(names, ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]);
-        assert_eq!(records.len(), 12);
+        assert_eq!(records.len(), 14);
+        let of = |kind: &str| &records.iter().find(|r| r.message.kind() == kind).unwrap().message;
+        let typed = of("typed.v1");
+        assert_eq!(
+            (
+                typed.attribute("tenantid"),
+                typed.attribute("level"),
+                typed.attribute("urgent")
+            ),
+            (Some(&"acme".into()), Some(&3.into()), Some(&true.into()))
+        );
+        assert_eq!((typed.headers().len(), typed.content_type()), (1, "text/plain"));
+        assert_eq!(typed.time().unwrap().timestamp(), 1_767_225_600);
+        assert!(typed.id().is_ours(), "consumers know it by the id that `append` gave");
+        assert_eq!(&of("json.v1").payload()[..], b"{ }");
         let placed = &records
             .iter()
             .find(|r| r.message.id().to_string() == id)
@@ -97,35 +118,58 @@ fn what_is_wrong_is_refused_with_the_reason() {
         let fixture = PostgresFixture::new().await;
         let long = "x".repeat(513);
         for (arguments, says) in [
-            ("'', 't.v1', 'x'".to_owned(), "the topic has to be"),
-            ("'a..b', 't.v1', 'x'".to_owned(), "the topic has to be"),
-            ("'a b', 't.v1', 'x'".to_owned(), "the topic has to be"),
-            ("NULL, 't.v1', 'x'".to_owned(), "the topic has to be"),
-            ("'t', '', 'x'".to_owned(), "the type has to have"),
+            ("'', 't.v1', '{}'".to_owned(), "the topic has to be"),
+            ("'a..b', 't.v1', '{}'".to_owned(), "the topic has to be"),
+            ("'a b', 't.v1', '{}'".to_owned(), "the topic has to be"),
+            ("NULL, 't.v1', '{}'".to_owned(), "the topic has to be"),
+            ("'t', '', '{}'".to_owned(), "the type has to have"),
             ("'t', 't.v1', NULL::text".to_owned(), "the payload is null"),
-            ("'t', 't.v1', 'x', key => ''".to_owned(), "the key has to have"),
-            (format!("'t', 't.v1', 'x', key => '{long}'"), "the key has to have"),
-            ("'t', 't.v1', 'x', headers => '3'".to_owned(), "the headers have to be"),
+            ("'t', 't.v1', '{}', key => ''".to_owned(), "the key has to have"),
+            (format!("'t', 't.v1', '{{}}', key => '{long}'"), "the key has to have"),
+            ("'t', 't.v1', '{}', headers => '3'".to_owned(), "the headers have to be"),
             (
-                "'t', 't.v1', 'x', headers => '[[\"a\"]]'".to_owned(),
+                "'t', 't.v1', '{}', headers => '[[\"a\"]]'".to_owned(),
                 "a header has to be",
             ),
             (
-                "'t', 't.v1', 'x', headers => '{\"\": \"b\"}'".to_owned(),
+                "'t', 't.v1', '{}', headers => '{\"\": \"b\"}'".to_owned(),
                 "a header has to be",
             ),
             (
-                "'t', 't.v1', 'x', headers => '{\"a\": 1}'".to_owned(),
+                "'t', 't.v1', '{}', headers => '{\"a\": 1}'".to_owned(),
                 "a header has to be",
             ),
-            ("'t', 't.v1', 'x', source => ''".to_owned(), "the source has to have"),
+            ("'t', 't.v1', '{}', source => ''".to_owned(), "the source has to have"),
             (
-                "'t', 't.v1', 'x', route => 'nowhere'".to_owned(),
+                "'t', 't.v1', '{}', route => 'nowhere'".to_owned(),
                 "there is no route 'nowhere'",
             ),
-            ("'t', 't.v1', repeat('x', 921600)".to_owned(), "keep the bulk elsewhere"),
             (
-                "'t', 't.v1', 'x', key => E'a\\000b'".to_owned(),
+                "'t', 't.v1', repeat('x', 921600)::bytea".to_owned(),
+                "keep the bulk elsewhere",
+            ),
+            (
+                "'t', 't.v1', 'no JSON'".to_owned(),
+                "invalid input syntax for type json",
+            ),
+            (
+                "'t', 't.v1', '{}', attributes => '{\"tenantId\": \"x\"}'".to_owned(),
+                "letters a to z",
+            ),
+            (
+                "'t', 't.v1', '{}', attributes => '{\"id\": \"x\"}'".to_owned(),
+                "a parameter of its own",
+            ),
+            (
+                "'t', 't.v1', '{}', attributes => '{\"n\": 1.5}'".to_owned(),
+                "an integer of 32 bits",
+            ),
+            (
+                "'t', 't.v1', '{}', attributes => '[]'".to_owned(),
+                "the attributes have to be an object",
+            ),
+            (
+                "'t', 't.v1', '{}', key => E'a\\000b'".to_owned(),
                 "invalid byte sequence",
             ),
         ] {
@@ -141,12 +185,12 @@ fn what_is_wrong_is_refused_with_the_reason() {
         .unwrap();
         psql(
             &fixture,
-            "SELECT {append}('t', 't.v1', '', not_before => now() - interval '1 hour')",
+            "SELECT {append}('t', 't.v1', '{}', not_before => now() - interval '1 hour')",
         )
         .unwrap();
         psql(
             &fixture,
-            "SELECT {append}('t', 't.v1', '', not_before => now() + interval '1 hour')",
+            "SELECT {append}('t', 't.v1', '{}', not_before => now() + interval '1 hour')",
         )
         .unwrap();
         assert_eq!(fixture.number("SELECT count(*) FROM {event}").await, 2);

@@ -22,9 +22,9 @@ fn times_without_end_are_refused() {
         for (arguments, says) in [
             ("not_before => 'infinity'", "before the year 10000"),
             ("not_before => '290000-01-01'", "before the year 10000"),
-            ("\"time\" => 'infinity'", "between the years 1 and 9999"),
-            ("\"time\" => '-infinity'", "between the years 1 and 9999"),
-            ("\"time\" => '4000-01-01 BC'", "between the years 1 and 9999"),
+            ("occurred_at => 'infinity'", "between the years 1 and 9999"),
+            ("occurred_at => '-infinity'", "between the years 1 and 9999"),
+            ("occurred_at => '4000-01-01 BC'", "between the years 1 and 9999"),
         ] {
             let sql = format!("SELECT {{append}}('t', 't.v1', '1'::jsonb, {arguments})");
             let error = try_sql(&fixture, &sql).await.unwrap_err();
@@ -32,7 +32,7 @@ fn times_without_end_are_refused() {
         }
         for fine in [
             "not_before => '-infinity'",
-            "\"time\" => NULL",
+            "occurred_at => NULL",
             "not_before => '9000-01-01'",
         ] {
             let sql = format!("SELECT {{append}}('t', 't.v1', '1'::jsonb, {fine})");
