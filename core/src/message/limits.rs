@@ -8,12 +8,16 @@ pub struct Limits {
     /// The most bytes that payload, headers and names may have together; 900 KiB by default, a little under the limit
     /// of 1 MiB that NATS and Kafka come with.
     pub max_message_bytes: usize,
+    /// The most bytes that names and values of headers and attributes may have together, each pair counted with eight bytes more;
+    /// 120 KiB by default, a little under what a frame of RabbitMQ holds.
+    pub max_header_bytes: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         Self {
             max_message_bytes: 900 * 1024,
+            max_header_bytes: 120 * 1024,
         }
     }
 }
@@ -26,6 +30,13 @@ impl Limits {
     #[must_use]
     pub fn with_max_message_bytes(mut self, bytes: usize) -> Self {
         self.max_message_bytes = bytes;
+        self
+    }
+
+    /// Sets the most bytes of headers and attributes.
+    #[must_use]
+    pub fn with_max_header_bytes(mut self, bytes: usize) -> Self {
+        self.max_header_bytes = bytes;
         self
     }
 
@@ -96,6 +107,20 @@ impl Limits {
                 return Some(invalid("the value of a header contains NUL").with("header", shown));
             }
         }
+        let of_headers = message
+            .headers()
+            .iter()
+            .map(|(name, value)| name.len() + value.len() + 8);
+        let of_attributes = message
+            .attributes()
+            .iter()
+            .map(|(name, value)| name.len() + value.size() + 8);
+        let headers: usize = of_headers.chain(of_attributes).sum();
+        if headers > self.max_header_bytes {
+            let text = "the headers of the message are too large: put what they say into the payload";
+            let error = invalid(text).with("bytes", headers).with("most", self.max_header_bytes);
+            return Some(error);
+        }
         let size = message.size();
         (size > self.max_message_bytes).then(|| {
             invalid("the message is too large: keep the bulk elsewhere and send a reference")
@@ -141,6 +166,10 @@ mod tests {
             (message().with_header("", "x"), "name of a header is empty"),
             (message().with_header("h", "\0"), "value of a header contains NUL"),
             (message().with_header("h".repeat(2000), ""), "more than 255"),
+            (
+                message().with_header("h", "x".repeat(130_000)),
+                "the headers of the message are too large",
+            ),
             (message().with_header("ce_id", "x"), "one that CloudEvents"),
             (message().with_attribute("tenantId", "x"), "letters a to z"),
             (message().with_attribute("source", "x"), "a setter of its own"),

@@ -92,7 +92,8 @@ pub fn transport_with(options: RabbitMqOptions) -> Result<Transport> {
     if wildcards {
         capabilities = capabilities.with_wildcards();
     }
-    let subscriber = RabbitMqSubscriber::new(broker, publisher.clone());
+    // Copies have a link of their own: what the broker does not permit of them ends no channel of the others.
+    let subscriber = RabbitMqSubscriber::new(broker.clone(), RabbitMqPublisher::new(broker));
     Ok(Transport::new(NAME, capabilities)
         .with_publisher(publisher)
         .with_subscriber(subscriber))

@@ -107,6 +107,34 @@ fn short(text: &str) -> ShortString {
     text[..end].into()
 }
 
+/// The bytes that properties have on the wire, or a few more.
+pub(crate) fn size(properties: &BasicProperties) -> usize {
+    let short = |text: &Option<ShortString>| text.as_ref().map_or(0, |text| 1 + text.as_str().len());
+    let headers = properties.headers().as_ref().map_or(0, size_of_table);
+    32 + headers
+        + short(properties.message_id())
+        + short(properties.content_type())
+        + short(properties.kind())
+        + short(properties.app_id())
+}
+
+fn size_of_table(table: &FieldTable) -> usize {
+    let entries = table.inner().iter();
+    4 + entries
+        .map(|(name, value)| 1 + name.as_str().len() + size_of_value(value))
+        .sum::<usize>()
+}
+
+fn size_of_value(value: &AMQPValue) -> usize {
+    match value {
+        AMQPValue::LongString(text) => 5 + text.as_bytes().len(),
+        AMQPValue::ByteArray(bytes) => 5 + bytes.as_slice().len(),
+        AMQPValue::FieldArray(values) => 5 + values.as_slice().iter().map(size_of_value).sum::<usize>(),
+        AMQPValue::FieldTable(table) => 1 + size_of_table(table),
+        _ => 9,
+    }
+}
+
 /// What AMQP has for a value.
 fn native(value: Value<'_>) -> AMQPValue {
     match value {

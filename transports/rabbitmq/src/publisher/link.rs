@@ -8,7 +8,7 @@
 
 use super::{Job, Work, unavailable};
 use crate::{
-    connection::{Broker, close_soon, failed, within},
+    connection::{Broker, close_soon, failed, is_reply, within},
     topology::{Declaring, routing_key},
     wire::{self, Layout},
 };
@@ -37,6 +37,9 @@ use tokio::sync::mpsc;
 /// What has not been confirmed for so long counts in no window.
 const SILENT: Duration = Duration::from_millis(100);
 
+/// What a frame has beside the properties.
+const FRAME: usize = 64;
+
 /// So many windows full of messages may be unconfirmed for too long before the connection is given up.
 const MOST_LATE: usize = 4;
 
@@ -58,8 +61,8 @@ async fn ask(connection: &Connection, exchange: &str, limit: Duration) -> postri
     .await
 }
 
-/// What it was sent as: its id and routing key.
-type Sent = (String, String);
+/// What it was sent as: its id, its routing key, and the bytes of its payload.
+type Sent = (String, String, usize);
 type Resolved = ((Place, Sent), lapin::Result<Confirmation>);
 type Confirming = BoxFuture<'static, Resolved>;
 
@@ -84,6 +87,10 @@ pub(super) struct Link {
     window: usize,
     /// Why the broker takes nothing just now.
     blocked: Option<String>,
+    /// What the broker said last that it will not do.
+    refused: Option<lapin::Error>,
+    /// The most bytes of properties that a frame holds, as was agreed on with the broker.
+    max_properties: usize,
     calls: Calls<Work>,
     in_flight: FuturesUnordered<Confirming>,
     /// The longest that a confirm may take.
@@ -112,6 +119,11 @@ impl Link {
             })
             .await?;
         let options = broker.options();
+        // No limit is told by nothing.
+        let max_properties = match connection.configuration().frame_max() {
+            0 => usize::MAX,
+            bytes => (bytes as usize).saturating_sub(FRAME),
+        };
         Ok(Self {
             connection,
             limit: options.timeout,
@@ -121,6 +133,8 @@ impl Link {
             layout: Layout::of(options),
             window: options.window,
             blocked: None,
+            refused: None,
+            max_properties,
             calls: Calls::default(),
             in_flight: FuturesUnordered::new(),
             patience: options.confirm_timeout,
@@ -151,7 +165,7 @@ impl Link {
                         tracing::info!("RabbitMQ takes messages again");
                         self.blocked = None;
                     }
-                    Some(Event::Error(error)) if !self.connection.status().connected() => return self.calls.fail_all(&lost(&error)),
+                    Some(Event::Error(error)) => self.refused = Some(error),
                     Some(_) => {}
                     None => return self.calls.fail_all(&PublishError::connection("the connection to RabbitMQ has ended")),
                 },
@@ -172,11 +186,28 @@ impl Link {
                 }
             }
             if !self.channel.status().connected() {
-                return self
-                    .calls
-                    .fail_all(&PublishError::connection("the channel to RabbitMQ has been closed"));
+                return self.fail_all();
             }
         }
+    }
+
+    /// What is not confirmed fails for what the broker has closed the channel over.
+    fn fail_all(&mut self) {
+        let Some(why) = self.why_closed() else {
+            let text = "the channel to RabbitMQ has been closed";
+            return self.calls.fail_all(&PublishError::connection(text));
+        };
+        self.calls.fail_all(&refusal(&why, None));
+    }
+
+    /// The error that the broker has closed the channel or the connection with.
+    fn why_closed(&mut self) -> Option<lapin::Error> {
+        while let Some(Some(event)) = self.events.next().now_or_never() {
+            if let Event::Error(error) = event {
+                self.refused = Some(error);
+            }
+        }
+        self.refused.clone()
     }
 
     fn begin(&mut self, job: Job) {
@@ -232,8 +263,17 @@ impl Link {
                 }
                 Work::Check => continue,
             };
+            // A larger frame ends the connection, and with it everybody else's messages.
+            let size = wire::size(&properties);
+            if size > self.max_properties {
+                let most = self.max_properties;
+                let text = format!("its headers have {size} bytes, and RabbitMQ takes {most} (frame_max)");
+                self.calls.confirm(place, Err(PublishError::invalid(text)));
+                continue;
+            }
             let id = properties.message_id().clone().map(String::from).unwrap_or_default();
-            let sent = (place, (id, key.clone()));
+            let payload_size = payload.len();
+            let sent = (place, (id, key.clone(), payload_size));
             let (channel, exchange) = (self.channel.clone(), exchange.into());
             let mandatory = BasicPublishOptions {
                 mandatory: true,
@@ -304,9 +344,9 @@ impl Link {
         }
     }
 
-    fn confirmed(&mut self, (place, sent): (Place, Sent), result: lapin::Result<Confirmation>) {
+    fn confirmed(&mut self, (place, (id, key, bytes)): (Place, Sent), result: lapin::Result<Confirmation>) {
         // Whoever called may be gone; what was returned is told of all the same.
-        let returned = match (&result, self.returned.entry(sent)) {
+        let returned = match (&result, self.returned.entry((id, key))) {
             (Ok(_), std::collections::hash_map::Entry::Occupied(mut known)) => {
                 let why = known.get().1.clone();
                 known.get_mut().0 -= 1;
@@ -318,7 +358,10 @@ impl Link {
             _ => None,
         };
         let outcome = match (result, returned) {
-            (Err(error), _) => Err(lost(&error)),
+            (Err(error), _) => {
+                let why = self.why_closed().unwrap_or(error);
+                Err(refusal(&why, Some(bytes)))
+            }
             (Ok(_), Some(why)) => Err(PublishError::unroutable(format!(
                 "no queue is bound for it on exchange `{}`: {why}; subscribe or declare a group for its topic, or set unroutable = Drop",
                 self.exchange
@@ -338,6 +381,22 @@ impl Drop for Link {
     }
 }
 
-fn lost(error: &lapin::Error) -> PublishError {
-    PublishError::connection(failed("publishing")(error.clone()))
+/// What the broker's error means for a message with so many bytes of payload, if it is known which one that was:
+///
+/// | reply code | of publishing |
+/// |---|---|
+/// | 403 no right to write, 404 no exchange | the destination is away |
+/// | 406 a message is larger than `max_message_size` | that one is invalid; the others are sent again |
+/// | anything else | the connection is lost |
+fn refusal(error: &lapin::Error, bytes: Option<usize>) -> PublishError {
+    let why = failed("publishing")(error.clone());
+    if is_reply(error, 403) || is_reply(error, 404) {
+        return PublishError::destination(why);
+    }
+    let text = error.to_string();
+    let is_named = |bytes: usize| text.contains(&format!("message size {bytes} is larger"));
+    match is_reply(error, 406) && bytes.is_some_and(is_named) {
+        true => PublishError::invalid(why),
+        false => PublishError::connection(why),
+    }
 }

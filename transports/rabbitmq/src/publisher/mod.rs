@@ -5,7 +5,7 @@ mod link;
 use crate::{connection::Broker, wire::Copied};
 use async_trait::async_trait;
 use link::Link;
-use postrider_core::{Error, Message, Outcomes, PublishError, Publisher, Reachability, publisher::Outcome};
+use postrider_core::{Error, ErrorKind, Message, Outcomes, PublishError, Publisher, Reachability, publisher::Outcome};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, oneshot};
 
@@ -112,8 +112,12 @@ impl Publisher for RabbitMqPublisher {
     }
 }
 
+/// Rights that are missing and things that are declared otherwise are no outage: waiting for the broker does not help.
 fn unavailable(error: Error) -> PublishError {
-    PublishError::connection(error)
+    match error.kind() {
+        ErrorKind::Config => PublishError::destination(error),
+        _ => PublishError::connection(error),
+    }
 }
 
 /// The task: one connection after another, each made for a call that needs it.

@@ -3,7 +3,12 @@
 //! A partition is handed over by finishing what is out of it, asking the broker something behind the last acknowledgement,
 //! closing its channel, and only then giving its lease back.
 
-use super::{Shared, hold::Hold, leases::Leases};
+use super::{
+    Shared,
+    bindings::{self, Canary},
+    hold::Hold,
+    leases::Leases,
+};
 use crate::{
     connection::{close_soon, failed, within},
     topology::{Declaring, partition_queue},
@@ -43,6 +48,9 @@ pub(super) struct Member {
     /// Of a group whose members share its partitions.
     leases: Option<Leases>,
     balanced_at: Instant,
+    /// `None` where the bindings are not watched.
+    canary: Option<Canary>,
+    watched_at: Instant,
 }
 
 /// Has members of one feed one after another, until the feed is closed.
@@ -114,6 +122,8 @@ impl Member {
             events,
             leases: None,
             balanced_at: Instant::now(),
+            canary: None,
+            watched_at: Instant::now(),
         };
         let declaring = Declaring::on(&member.connection, &shared.broker).await?;
         declaring.exchange().await?;
@@ -131,6 +141,7 @@ impl Member {
             }
         };
         shared.broker.in_time("joining the group", joining).await?;
+        member.watch(shared).await;
         Ok(member)
     }
 
@@ -149,6 +160,12 @@ impl Member {
             }
             let looks = holds.iter().any(|hold| hold.is_leaving() || !hold.is_connected());
             let balances = self.leases.is_some() && self.balanced_at.elapsed() >= interval;
+            if self.watched_at.elapsed() >= bindings::EVERY
+                && let Err(error) = self.look_at_bindings(shared).await
+            {
+                tracing::warn!(group = %shared.subscription.group, error = error.to_chain(), "the bindings cannot be made again: the member begins anew");
+                return false;
+            }
             let looked = shared.broker.in_time("sharing the partitions", async {
                 if looks {
                     self.mend(shared).await?;
@@ -186,6 +203,54 @@ impl Member {
                 () = tokio::time::sleep(next) => {}
             }
         }
+    }
+
+    /// Begins to watch the bindings: those that are ours, of an exchange of which nobody else gets what is sent to find out.
+    async fn watch(&mut self, shared: &Shared) {
+        let options = shared.broker.options();
+        if !options.declares || options.wildcards || shared.broker.queue().bind.is_some() {
+            return;
+        }
+        let making = shared.broker.in_time(
+            "watching the bindings",
+            Canary::new(&self.connection, &options.exchange),
+        );
+        match making.await {
+            Ok(canary) => self.canary = Some(canary),
+            Err(error) => {
+                tracing::debug!(error = error.to_chain(), "the bindings of the group are not watched");
+            }
+        }
+    }
+
+    /// Binds again what has lost its bindings.
+    async fn look_at_bindings(&mut self, shared: &Shared) -> Result<()> {
+        self.watched_at = Instant::now();
+        let Some(canary) = &self.canary else { return Ok(()) };
+        match shared.broker.in_time("watching the bindings", canary.lives()).await {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(error) => {
+                // Without the right to write to the exchange, say.
+                tracing::debug!(
+                    error = error.to_chain(),
+                    "the bindings of the group are not watched any more"
+                );
+                self.canary = None;
+                return Ok(());
+            }
+        }
+        let (group, exchange) = (&shared.subscription.group, &shared.broker.options().exchange);
+        tracing::warn!(%group, exchange, "the bindings of the group are gone: the exchange was deleted, and declared anew; they are made again, but what was published meanwhile did not reach the group");
+        let declaring = Declaring::on(&self.connection, &shared.broker).await?;
+        declaring.exchange().await?;
+        match shared.subscription.broadcast {
+            true => declaring.broadcast(&shared.queue, &shared.subscription).await?,
+            false => declaring.group(&shared.subscription).await?,
+        }
+        declaring.end().await?;
+        self.watch(shared).await;
+        Ok(())
     }
 
     /// Hands over, or begins anew, what has nothing out any more.

@@ -1,5 +1,6 @@
 //! Receiving: a connection for each member of a group, and a channel for each queue it has.
 
+mod bindings;
 mod feed;
 mod hold;
 mod leases;

@@ -1,8 +1,8 @@
 use crate::fixture::{Fixture, join, publish, take, text};
 use lapin::options::{ExchangeDeleteOptions, QueueDeclareOptions};
 use postrider_core::{
-    Delivery, ErrorKind, Message, PublishError, PublishErrorKind, PublisherExt as _, Reachability, Scope, Topic,
-    partition::slot_of,
+    Delivery, ErrorKind, Message, PublishError, PublishErrorKind, PublisherExt as _, Reachability, Scope, Subscription,
+    Topic, partition::slot_of,
 };
 use postrider_rabbitmq::{RabbitMqOptions, transport_with};
 use postrider_testkit::{run, run_within, server::RabbitMq, transport::send_reported};
@@ -75,7 +75,7 @@ fn an_exchange_that_was_deleted_is_declared_again() {
             .unwrap();
         let publisher = transport.publisher().unwrap();
         let outcome = publisher.publish_all(&[fixture.message(None, "2")]).await;
-        assert_eq!(kind(&outcome[0]), CONNECTION);
+        assert_eq!(kind(&outcome[0]), DESTINATION);
         // It is there again; bound to nothing, until the group is.
         let outcome = publisher.publish_all(&[fixture.message(None, "2")]).await;
         assert_eq!(kind(&outcome[0]), DESTINATION);
@@ -144,7 +144,7 @@ fn what_is_declared_otherwise_is_told() {
             .unwrap()
             .publish_all(&[third.message(None, "x")])
             .await;
-        assert_eq!(kind(&outcome[0]), CONNECTION);
+        assert_eq!(kind(&outcome[0]), DESTINATION);
     });
 }
 
@@ -351,5 +351,160 @@ fn a_queue_without_its_majority_stops_only_itself() {
         println!("everything is there {:?} after it is back", began.elapsed());
         assert!(of_it.len() >= 20 + 200 - others, "{} of {}", of_it.len(), 220 - others);
         assert_eq!(of_it[..20], (0..20).map(|n| n.to_string()).collect::<Vec<_>>());
+    });
+}
+
+/// A message whose headers no frame holds ends the connection, and everybody else's messages with it: it is not sent.
+#[test]
+fn headers_that_no_frame_holds_are_refused_alone() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let (mut intake, _settling) = join(&transport, &fixture.ordered()).await;
+        let large = fixture
+            .message(Some("a"), "large")
+            .with_header("h", "x".repeat(131_000));
+        let fits = fixture.message(Some("a"), "fits").with_header("h", "x".repeat(120_000));
+        assert!(postrider_core::Limits::default().check(&large).is_err());
+        postrider_core::Limits::default().check(&fits).unwrap();
+        let mut batch: Vec<Message> = (0..20).map(|n| fixture.message(Some("b"), &n.to_string())).collect();
+        batch.insert(7, large);
+        batch.push(fits);
+        let outcomes = transport.publisher().unwrap().publish_all(&batch).await;
+        for (at, outcome) in outcomes.iter().enumerate() {
+            let expected = if at == 7 { Some(PublishErrorKind::Invalid) } else { None };
+            assert_eq!(kind(outcome), expected, "{at}: {outcome:?}");
+        }
+        assert!(format!("{:?}", outcomes[7]).contains("frame_max"));
+        assert_eq!(take(&mut intake, 21, Duration::from_secs(5)).await.len(), 21);
+    });
+}
+
+/// The right to write is withdrawn and given back: an unavailable destination, which blames no message and ends no other.
+#[test]
+fn a_right_that_is_withdrawn_blames_no_message() {
+    run_within(Duration::from_secs(60), async {
+        let mut server = RabbitMq::start();
+        let fixture = Fixture::on(&server);
+        server.ctl(&["add_user", "clerk", "secret"]);
+        let rights = |server: &mut RabbitMq, write: &str| {
+            server.ctl(&["set_permissions", "-p", "/", "clerk", ".*", write, ".*"]);
+        };
+        rights(&mut server, ".*");
+        let (_, place) = fixture.url.split_once("://").unwrap();
+        let place = place.rsplit_once('@').map_or(place, |(_, place)| place);
+        let options = RabbitMqOptions::new(format!("amqp://clerk:secret@{place}"))
+            .with_exchange(&fixture.name)
+            .with_timeout(Duration::from_secs(5));
+        let transport = transport_with(options).unwrap();
+        let (mut intake, settling) = join(&transport, &fixture.ordered()).await;
+        publish(&transport, &[fixture.message(Some("a"), "before")]).await;
+        let publisher = transport.publisher().unwrap();
+
+        rights(&mut server, "^$");
+        // The broker remembers the rights of a channel until that has been idle for a while.
+        let batch: Vec<Message> = (0..20).map(|n| fixture.message(Some("a"), &n.to_string())).collect();
+        let began = Instant::now();
+        loop {
+            let outcomes = publisher.publish_all(&batch).await;
+            if outcomes.iter().all(Result::is_err) {
+                assert!(
+                    outcomes.iter().all(|outcome| kind(outcome) == DESTINATION),
+                    "{outcomes:?}"
+                );
+                break;
+            }
+            assert!(began.elapsed() < Duration::from_secs(30), "it may still write");
+            tokio::time::sleep(Duration::from_secs(3)).await;
+        }
+        // A dead letter goes by a link of its own, whatever that may.
+        let taken = take(&mut intake, 1, Duration::from_secs(5)).await;
+        let letters = taken.into_iter().map(postrider_core::Delivery::dead_letter).collect();
+        assert!(
+            !settling.settle(letters).await.is_empty(),
+            "it may not write that either"
+        );
+
+        rights(&mut server, ".*");
+        let began = Instant::now();
+        while publisher.publish_all(&batch).await.iter().any(Result::is_err) {
+            assert!(began.elapsed() < Duration::from_secs(20), "it does not come back");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+}
+
+/// Copies have a link of their own: one that the broker does not permit ends no other message's channel.
+#[test]
+fn copies_that_are_not_permitted_end_no_other_message() {
+    run_within(Duration::from_secs(60), async {
+        let mut server = RabbitMq::start();
+        let fixture = Fixture::on(&server);
+        server.ctl(&["add_user", "clerk", "secret"]);
+        // The default exchange, which copies go to, has no name: it counts as `amq.default`.
+        let write = format!("^{}", fixture.name);
+        server.ctl(&["set_permissions", "-p", "/", "clerk", ".*", &write, ".*"]);
+        let (_, place) = fixture.url.split_once("://").unwrap();
+        let place = place.rsplit_once('@').map_or(place, |(_, place)| place);
+        let options = RabbitMqOptions::new(format!("amqp://clerk:secret@{place}"))
+            .with_exchange(&fixture.name)
+            .with_timeout(Duration::from_secs(5));
+        let transport = transport_with(options).unwrap();
+        let (mut intake, settling) = join(&transport, &fixture.ordered().unordered()).await;
+        let publisher = transport.publisher().unwrap().clone();
+        let batch: Vec<Message> = (0..50).map(|n| fixture.message(None, &n.to_string())).collect();
+        let publishing = tokio::spawn(async move {
+            let mut all = Vec::new();
+            for _ in 0..40 {
+                all.extend(publisher.publish_all(&batch).await);
+            }
+            all
+        });
+        for _ in 0..10 {
+            let taken = take(&mut intake, 1, Duration::from_secs(5)).await;
+            let letters = taken.into_iter().map(postrider_core::Delivery::dead_letter).collect();
+            assert!(!settling.settle(letters).await.is_empty(), "a dead letter was stored");
+        }
+        let outcomes = publishing.await.unwrap();
+        let failed: Vec<_> = outcomes.iter().filter(|outcome| outcome.is_err()).collect();
+        assert!(
+            failed.is_empty(),
+            "{} of {}: {:?}",
+            failed.len(),
+            outcomes.len(),
+            failed[0]
+        );
+    });
+}
+
+/// An exchange that is deleted takes the bindings of every group with it. Members bind again by themselves.
+#[test]
+fn bindings_that_are_lost_are_made_again() {
+    run_within(Duration::from_secs(60), async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let other = Subscription::new(
+            postrider_core::GroupName::parse(format!("{}-2", fixture.name)).unwrap(),
+            vec![fixture.topic("t")],
+        );
+        let (mut one, _settling_one) = join(&transport, &fixture.ordered()).await;
+        let (mut two, _settling_two) = join(&transport, &other.unordered()).await;
+        publish(&transport, &[fixture.message(Some("a"), "before")]).await;
+        assert_eq!(take(&mut one, 1, Duration::from_secs(5)).await.len(), 1);
+        assert_eq!(take(&mut two, 1, Duration::from_secs(5)).await.len(), 1);
+        let (_connection, plain) = fixture.plain().await;
+        plain
+            .exchange_delete(fixture.name.as_str().into(), ExchangeDeleteOptions::default())
+            .await
+            .unwrap();
+        // Declared anew by a publisher, it has no bindings.
+        let publisher = transport.publisher().unwrap();
+        let _ = publisher.publish_all(&[fixture.message(Some("a"), "lost")]).await;
+        tokio::time::sleep(Duration::from_secs(12)).await;
+        publish(&transport, &[fixture.message(Some("a"), "after")]).await;
+        for intake in [&mut one, &mut two] {
+            let got = take(intake, 1, Duration::from_secs(5)).await;
+            assert_eq!(got.iter().map(text).collect::<Vec<_>>(), ["after"]);
+        }
     });
 }
