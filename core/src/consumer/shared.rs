@@ -249,6 +249,10 @@ impl Shared {
     /// handles the type, and it comes from a topic this member has asked for.
     async fn without_chain(&self, message: &Message) -> Handled {
         let now = self.tools.clock.now();
+        if message.content_type().starts_with("application/cloudevents-batch") {
+            let why = "a batch of CloudEvents is not taken apart: have its events sent one by one";
+            return Handled::dead(now, why.to_owned());
+        }
         let parked = |after, why| Handled::Parked {
             after: Some(after),
             attempts: 0,

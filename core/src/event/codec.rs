@@ -47,7 +47,9 @@ impl<E: serde::Serialize + serde::de::DeserializeOwned> Codec<E> for Json {
     }
 
     fn decode(payload: &Bytes) -> Result<E> {
-        serde_json::from_slice(payload).map_err(|e| {
+        // Some put a byte order mark before it.
+        let json = payload.strip_prefix(b"\xef\xbb\xbf").unwrap_or(payload);
+        serde_json::from_slice(json).map_err(|e| {
             Error::new(ErrorKind::Invalid, "the payload does not decode")
                 .with("type", std::any::type_name::<E>())
                 .because(JsonError::from(e))

@@ -50,7 +50,10 @@ impl Broker {
             .with("url", without_password(&options.url))
             .because(why.replace(&options.url, "…"))
         })?;
-        uri.query.heartbeat = Some(u16::try_from(options.heartbeat.as_secs()).unwrap_or(u16::MAX));
+        // What the address says counts, where nothing else is said.
+        if uri.query.heartbeat.is_none() || options.heartbeat != RabbitMqOptions::default().heartbeat {
+            uri.query.heartbeat = Some(u16::try_from(options.heartbeat.as_secs()).unwrap_or(u16::MAX));
+        }
         uri.query.connection_timeout = Some(u64::try_from(options.timeout.as_millis()).unwrap_or(u64::MAX));
         let tls = match &options.ca_file {
             None => None,

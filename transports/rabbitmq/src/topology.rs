@@ -79,7 +79,8 @@ fn table(entries: &[(&str, AMQPValue)]) -> FieldTable {
     table
 }
 
-/// Hand-overs and crashes count as deliveries, and a message that reaches the limit is dropped: nobody shall.
+/// Hand-overs and crashes count as deliveries, and a message that reaches the limit is taken out of its queue: nobody shall reach it.
+/// A policy may set a lower one, which then counts; what that takes out goes to the group's dead letters.
 const DELIVERY_LIMIT: i64 = 1_000_000;
 const OTHER_EXCHANGE: &str = "the exchange is there on RabbitMQ, but declared otherwise: it is direct by default, topic \
     `with_wildcards`. Say which it is, or use another name; deleted and declared anew it reaches no group that has not joined again";
@@ -151,6 +152,29 @@ impl<'a> Declaring<'a> {
         self.declare(name, arguments, !self.options.declares).await
     }
 
+    /// Whether a queue is there, of whatever kind. On a channel of its own, which is closed where it is not.
+    async fn has(&self, connection: &Connection, name: &str) -> Result<bool> {
+        let options = QueueDeclareOptions {
+            passive: true,
+            ..Default::default()
+        };
+        let looking = async {
+            let channel = connection.create_channel().await.map_err(failed("opening a channel"))?;
+            match channel.queue_declare(name.into(), options, FieldTable::default()).await {
+                Ok(_) => channel
+                    .close(200, "OK".into())
+                    .await
+                    .map(|()| true)
+                    .map_err(failed("closing a channel")),
+                Err(why) if is_reply(&why, 404) => Ok(false),
+                // It is there, and exclusive to somebody.
+                Err(why) if is_reply(&why, 405) => Ok(true),
+                Err(why) => Err(refused(why, "queue", name)),
+            }
+        };
+        within(self.options.timeout, "looking for a queue", looking).await
+    }
+
     async fn declare(&self, name: &str, arguments: FieldTable, passive: bool) -> Result<()> {
         let options = QueueDeclareOptions {
             durable: true,
@@ -210,16 +234,18 @@ impl<'a> Declaring<'a> {
     }
 
     /// What the group's queues are told beside what they always are.
-    fn arguments(&self) -> Vec<(&'static str, AMQPValue)> {
+    fn arguments(&self, group: &GroupName) -> Vec<(&'static str, AMQPValue)> {
         let asked = self.asked;
         let millis = |time: Duration| AMQPValue::LongLongInt(i64::try_from(time.as_millis()).unwrap_or(i64::MAX));
         let mut arguments = Vec::new();
         arguments.extend(asked.expiry.map(|time| ("x-expires", millis(time))));
         arguments.extend(asked.message_expiry.map(|time| ("x-message-ttl", millis(time))));
-        if let (Some(_), Some(target)) = (asked.message_expiry, &asked.dead_letter_to) {
+        // What expires with no target of its own is lost, as was asked for; nothing else is.
+        if asked.message_expiry.is_none() || asked.dead_letter_to.is_some() {
+            let (exchange, routing_key) = self.way_to_dead(group);
             arguments.extend([
-                ("x-dead-letter-exchange", text("")),
-                ("x-dead-letter-routing-key", text(target)),
+                ("x-dead-letter-exchange", text(exchange)),
+                ("x-dead-letter-routing-key", text(&routing_key)),
                 ("x-dead-letter-strategy", text("at-least-once")),
                 ("x-overflow", text("reject-publish")),
             ]);
@@ -227,12 +253,27 @@ impl<'a> Declaring<'a> {
         arguments
     }
 
+    /// The exchange and the routing key that lead to the group's dead letters: over the exchange of our own, which its users may
+    /// write to, where nobody else would get them, too.
+    fn way_to_dead(&self, group: &GroupName) -> (&str, String) {
+        match self.options.wildcards || self.asked.bind.is_some() {
+            true => ("", self.dead_queue(group)),
+            false => (&self.options.exchange, dead_queue(group)),
+        }
+    }
+
+    fn dead_queue(&self, group: &GroupName) -> String {
+        let asked = self.asked.dead_letter_to.clone();
+        asked.unwrap_or_else(|| dead_queue(group))
+    }
+
     /// The queues of a group, and what they are to get.
-    pub(crate) async fn group(&self, subscription: &Subscription) -> Result<()> {
+    pub(crate) async fn group(&self, connection: &Connection, subscription: &Subscription) -> Result<()> {
         let group = &subscription.group;
+        // Before anything can go there.
+        self.dead_letters(connection, group).await?;
         if !subscription.ordered {
-            self.expired().await?;
-            self.queue(group.as_str(), quorum(&self.arguments())).await?;
+            self.queue(group.as_str(), quorum(&self.arguments(group))).await?;
             return match self.options.declares {
                 true => self.bind_slots(group.as_str(), subscription, 0..SLOTS).await,
                 false => Ok(()),
@@ -261,12 +302,21 @@ impl<'a> Declaring<'a> {
                 error
             }
         })?;
-        self.expired().await?;
+        // Those of its queues that it does not know would be read by nobody.
+        let next = partition_queue(group, partitions);
+        if self.has(connection, &next).await? {
+            let text =
+                "the group has more partitions on RabbitMQ than this member is told of: it would never read the others";
+            return Err(Error::new(ErrorKind::Config, text)
+                .with("group", group)
+                .with("partitions", partitions)
+                .with("queue", next));
+        }
         let classic = table(&[("x-queue-type", text("classic"))]);
         self.queue(&hungry_queue(group), classic).await?;
         for partition in 0..partitions {
             let name = partition_queue(group, partition);
-            let mut arguments = self.arguments();
+            let mut arguments = self.arguments(group);
             arguments.push(("x-single-active-consumer", AMQPValue::Boolean(true)));
             self.queue(&name, quorum(&arguments)).await?;
             if self.options.declares {
@@ -277,20 +327,20 @@ impl<'a> Declaring<'a> {
         Ok(())
     }
 
-    /// The queue of the group's dead letters.
-    pub(crate) async fn dead_letters(&self, group: &GroupName) -> Result<String> {
-        let asked = self.asked.dead_letter_to.clone();
-        let name = asked.unwrap_or_else(|| dead_queue(group));
-        self.queue(&name, quorum(&[])).await?;
-        Ok(name)
-    }
-
-    /// The queue that messages go to that have waited too long: before any of them does.
-    async fn expired(&self) -> Result<()> {
-        match (&self.asked.dead_letter_to, self.asked.message_expiry) {
-            (Some(name), Some(_)) => self.queue(name, quorum(&[])).await,
-            _ => Ok(()),
+    /// The queue of the group's dead letters. One that is there is taken as it is, of whatever kind.
+    pub(crate) async fn dead_letters(&self, connection: &Connection, group: &GroupName) -> Result<String> {
+        let name = self.dead_queue(group);
+        match (&self.asked.dead_letter_to, self.options.declares) {
+            (None, false) => {}
+            (Some(_), _) if self.has(connection, &name).await? => {}
+            _ => self.queue(&name, quorum(&[])).await?,
         }
+        if let (true, (exchange, routing_key)) = (self.options.declares, self.way_to_dead(group))
+            && !exchange.is_empty()
+        {
+            self.bind(&name, &routing_key).await?;
+        }
+        Ok(name)
     }
 
     /// A queue whose messages go to `queue` after `millis`.
@@ -344,7 +394,7 @@ impl CopyQueues {
             let declaring = Declaring::on(&connection, broker).await?;
             let name = match copy {
                 Copy::Retry(queue, millis) => declaring.retries(group, queue, *millis).await,
-                Copy::Dead => declaring.dead_letters(group).await,
+                Copy::Dead => declaring.dead_letters(&connection, group).await,
             };
             close_soon(Arc::new(connection));
             name

@@ -129,7 +129,7 @@ impl Member {
         declaring.exchange().await?;
         match shared.subscription.broadcast {
             true => declaring.broadcast(&shared.queue, &shared.subscription).await?,
-            false => declaring.group(&shared.subscription).await?,
+            false => declaring.group(&member.connection, &shared.subscription).await?,
         }
         let joining = async {
             declaring.end().await?;
@@ -246,7 +246,7 @@ impl Member {
         declaring.exchange().await?;
         match shared.subscription.broadcast {
             true => declaring.broadcast(&shared.queue, &shared.subscription).await?,
-            false => declaring.group(&shared.subscription).await?,
+            false => declaring.group(&self.connection, &shared.subscription).await?,
         }
         declaring.end().await?;
         self.watch(shared).await;

@@ -70,7 +70,7 @@ impl Subscriber for RabbitMqSubscriber {
         let declaring = Declaring::on(&connection, &broker).await?;
         let declared = async {
             declaring.exchange().await?;
-            declaring.group(subscription).await?;
+            declaring.group(&connection, subscription).await?;
             declaring.end().await
         };
         let declared = declared.await;

@@ -9,7 +9,8 @@ use postrider_core::{
 };
 use postrider_rabbitmq::transport_with;
 use postrider_testkit::{
-    run,
+    run, run_within,
+    server::RabbitMq,
     transport::{NamedTransport, a_pattern_takes_every_topic_that_matches, order_per_key},
 };
 use std::time::{Duration, Instant};
@@ -195,5 +196,86 @@ fn a_group_of_many_topics_may_take_longer_than_anything_else() {
         publish(&transport, &[Message::new(last, "e.v1", "last")]).await;
         assert_eq!(text(&take(&mut intake, 1, Duration::from_secs(10)).await[0]), "last");
         settling.close(Duration::from_secs(5)).await.unwrap();
+    });
+}
+
+/// An operator's policy takes messages out of a queue that were delivered so often: they go to the group's dead letters.
+#[test]
+fn a_policy_of_the_operators_loses_nothing() {
+    run_within(Duration::from_secs(60), async {
+        let mut server = RabbitMq::start();
+        let fixture = Fixture::on(&server);
+        let policy = r#"{"delivery-limit": 2}"#;
+        server.ctl(&["set_policy", "limits", ".*", policy, "--apply-to", "queues"]);
+        let transport = fixture.transport();
+        let subscription = fixture.ordered().unordered();
+        let (mut intake, settling) = join(&transport, &subscription).await;
+        publish(&transport, &[fixture.message(None, "unlucky")]).await;
+        let began = Instant::now();
+        let (_connection, channel) = fixture.plain().await;
+        let dead = format!("{}:dead", fixture.name);
+        loop {
+            let taken = take(&mut intake, 1, Duration::from_secs(1)).await;
+            settling
+                .settle(taken.into_iter().map(postrider_core::Delivery::release).collect())
+                .await;
+            let options = BasicGetOptions { no_ack: true };
+            let got = channel.basic_get(dead.as_str().into(), options).await.unwrap();
+            if let Some(got) = got {
+                assert_eq!(got.delivery.data, b"unlucky");
+                return;
+            }
+            assert!(began.elapsed() < Duration::from_secs(30), "it is lost");
+        }
+    });
+}
+
+/// A member that is told of fewer partitions than there are would never read the others.
+#[test]
+fn a_member_that_knows_too_few_partitions_is_refused() {
+    run(async {
+        let fixture = Fixture::new();
+        let (_intake, _settling) = join(&fixture.transport(), &fixture.ordered()).await;
+        let few = transport_with(fixture.options().with_partitions(4).without_declaring()).unwrap();
+        let subscription = fixture.ordered();
+        let error = few
+            .subscriber(&subscription)
+            .unwrap()
+            .subscribe(&subscription)
+            .await
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+        assert!(error.to_string().contains("more partitions"), "{error}");
+    });
+}
+
+/// Dead letters go to a queue that is there already, of whatever kind.
+#[test]
+fn dead_letters_go_to_a_queue_of_another_kind() {
+    run(async {
+        let fixture = Fixture::new();
+        let (_connection, channel) = fixture.plain().await;
+        let name = format!("{}-classic", fixture.name);
+        let durable = QueueDeclareOptions {
+            durable: true,
+            ..Default::default()
+        };
+        channel
+            .queue_declare(name.as_str().into(), durable, FieldTable::default())
+            .await
+            .unwrap();
+        let mut subscription = fixture.ordered().unordered();
+        subscription.queue = asks(|queue| queue.dead_letter_to = Some(name.clone()));
+        let transport = fixture.transport();
+        let (mut intake, settling) = join(&transport, &subscription).await;
+        publish(&transport, &[fixture.message(None, "dead")]).await;
+        let taken = take(&mut intake, 1, Duration::from_secs(5)).await;
+        let letters = taken.into_iter().map(postrider_core::Delivery::dead_letter).collect();
+        assert_eq!(settling.settle(letters).await.len(), 0);
+        let got = channel
+            .basic_get(name.as_str().into(), BasicGetOptions { no_ack: true })
+            .await
+            .unwrap();
+        assert_eq!(got.unwrap().delivery.data, b"dead");
     });
 }
