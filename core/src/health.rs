@@ -124,6 +124,8 @@ pub(crate) enum Trouble {
     Destinations,
     /// A service that handlers need is away.
     Services,
+    /// The broker does not let the group, or this member of it, take anything: rights, or settings that do not match.
+    Group,
     /// The broker does not take outcomes.
     Outcomes,
     /// The members of the group disagree about what they handle.

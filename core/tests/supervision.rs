@@ -36,6 +36,8 @@ struct Faults {
     settles_hang: AtomicBool,
     closes_hang: AtomicBool,
     wait_returns_at_once: AtomicBool,
+    /// How often the feed says that the group is refused.
+    refusals: AtomicU32,
     /// Waits that fail.
     wait_fails: AtomicU32,
     empty_batches: AtomicBool,
@@ -136,6 +138,9 @@ impl Deliveries for FaultyFeed {
     async fn next(&mut self, max: usize) -> Result<Incoming> {
         if self.ends {
             return Err(Error::new(ErrorKind::Closed, "it has ended"));
+        }
+        if happens(&self.faults.refusals) {
+            return Err(Error::new(ErrorKind::Config, "READ on the group is missing"));
         }
         if self.faults.empty_batches.load(Ordering::SeqCst) {
             self.faults.asked.fetch_add(1, Ordering::SeqCst);
@@ -286,6 +291,41 @@ async fn a_feed_that_closes_at_once_is_joined_ever_more_seldom() {
         .unwrap()
         .clone();
     assert_eq!(part.state, PartState::Degraded);
+}
+
+/// A group without rights is shown for as long as that lasts, and with what to do; the broker is there all the while.
+#[tokio::test]
+async fn a_group_without_rights_is_shown_until_it_has_them() {
+    let (world, bus, faults) = faulty().await;
+    bus.start().await.unwrap();
+    faults.refusals.store(3, Ordering::SeqCst);
+    let _running = world::subscribe(&bus, "g").await.unwrap();
+    let part = Part::Subscription(GroupName::new("g"));
+    for _ in 0..20 {
+        world.pass(secs(1)).await;
+        let health = bus.health();
+        let shown = health.part(&part).unwrap();
+        assert_eq!((shown.state, health.live), (PartState::Degraded, true));
+        let error = shown.error.as_ref().unwrap();
+        assert!(
+            error.text.contains("READ on the group") && error.fix.is_some(),
+            "{error:?}"
+        );
+    }
+    for _ in 0..20 {
+        world.pass(secs(1)).await;
+    }
+    assert_eq!(state(&bus, &part), PartState::Running, "it has not been said again");
+    // And at once with the first message.
+    faults.refusals.store(1, Ordering::SeqCst);
+    bus.publish(event("t", None, "1")).await.unwrap();
+    world.until(|_| faults.refusals.load(Ordering::SeqCst) == 0).await;
+    bus.publish(event("t", None, "2")).await.unwrap();
+    for _ in 0..3 {
+        world.pass(secs(1)).await;
+    }
+    assert_eq!(state(&bus, &part), PartState::Running);
+    bus.shutdown(secs(5)).await.unwrap();
 }
 
 /// A start that is cut off while the log opens its mailbox has started nothing, and may be tried again.

@@ -231,7 +231,9 @@ pub trait Deliveries: Debug + Send + 'static {
     /// - At most `max` messages. In order, where order was asked for.
     /// - Cancel-safe: takes nothing before its last await. Core calls it only while it has room, so not calling it is
     ///   the backpressure.
-    /// - Reconnects by itself. An error is reported once and the next call goes on; after
+    /// - Reconnects by itself. An error is reported once and the next call goes on. One of
+    ///   [`ErrorKind::Config`](crate::ErrorKind::Config) says that this member gets nothing, or not all of it, for a reason that only
+    ///   an operator mends (rights, settings): the driver repeats it every 10 s while that lasts, and core shows it; after
     ///   [`ErrorKind::Closed`](crate::ErrorKind::Closed) nothing comes any more. Before a [`close`](Settler::close) that says
     ///   that the feed has ended and cannot be mended: core joins the group anew, with backoff.
     ///

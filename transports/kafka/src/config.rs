@@ -15,6 +15,8 @@ pub struct KafkaOptions {
     pub replication: Option<i32>,
     /// Messages that may be on their way unconfirmed; 10,000 by default.
     pub window: usize,
+    /// The most bytes of a record; 1 MiB by default, as brokers have it.
+    pub max_message_bytes: u32,
     /// How long the client waits for more to send with a message; 1 ms by default.
     pub linger: Duration,
     /// How long a message may be on its way, retries included; 8 s by default, less than the relay waits for a call.
@@ -46,7 +48,7 @@ pub struct KafkaOptions {
 }
 
 /// What this transport says itself.
-const OWN: [&str; 30] = [
+const OWN: [&str; 31] = [
     "acks",
     "auto.commit.interval.ms",
     "auto.offset.reset",
@@ -63,6 +65,7 @@ const OWN: [&str; 30] = [
     "heartbeat.interval.ms",
     "linger.ms",
     "message.timeout.ms",
+    "message.max.bytes",
     "metadata.broker.list",
     "partition.assignment.strategy",
     "partitioner",
@@ -121,6 +124,7 @@ impl Default for KafkaOptions {
             partitions: 12,
             replication: None,
             window: 10_000,
+            max_message_bytes: 1024 * 1024,
             linger: Duration::from_millis(1),
             delivery_timeout: Duration::from_secs(8),
             timeout: Duration::from_secs(10),
@@ -169,6 +173,13 @@ impl KafkaOptions {
     #[must_use]
     pub fn with_window(mut self, messages: usize) -> Self {
         self.window = messages;
+        self
+    }
+    /// Sets the most bytes of a record. Brokers and topics have limits of their own (`message.max.bytes`, `max.message.bytes`), and so has
+    /// the bus ([`Limits`](postrider_core::Limits)).
+    #[must_use]
+    pub fn with_max_message_bytes(mut self, bytes: u32) -> Self {
+        self.max_message_bytes = bytes;
         self
     }
     /// Sets how long the client waits for more to send with a message.
@@ -258,6 +269,20 @@ impl KafkaOptions {
         if self.delivery_timeout < self.linger + Duration::from_millis(10) {
             return wrong("delivery_timeout", "longer than linger");
         }
+        if !(10_000..=1_000_000_000).contains(&self.max_message_bytes) {
+            return wrong("max_message_bytes", "between 10,000 and 1,000,000,000");
+        }
+        let mechanisms = ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"];
+        if self
+            .login
+            .as_ref()
+            .is_some_and(|login| !mechanisms.contains(&login.mechanism.as_str()))
+        {
+            return wrong(
+                "login",
+                "the mechanism is one of PLAIN, SCRAM-SHA-256 and SCRAM-SHA-512",
+            );
+        }
         if self.timeout.is_zero() {
             return wrong("timeout", "more than nothing");
         }
@@ -292,6 +317,7 @@ impl fmt::Debug for KafkaOptions {
             .field("partitions", &self.partitions)
             .field("replication", &self.replication)
             .field("window", &self.window)
+            .field("max_message_bytes", &self.max_message_bytes)
             .field("linger", &self.linger)
             .field("delivery_timeout", &self.delivery_timeout)
             .field("timeout", &self.timeout)

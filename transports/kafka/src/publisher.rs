@@ -91,6 +91,8 @@ struct Call {
     any_confirmed: AtomicBool,
     /// Those the client has given up, without saying whether it was the destination or every broker.
     late: Mutex<Vec<usize>>,
+    /// Those refused for something that may be another's fault, which travelled with them.
+    together: Mutex<Vec<usize>>,
     /// Dropped with the last message.
     open: Mutex<Option<oneshot::Sender<()>>>,
 }
@@ -106,7 +108,10 @@ impl Call {
             Err(error) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageTimedOut) => {
                 self.late.lock().unwrap_or_else(PoisonError::into_inner).push(at);
             }
-            Err(error) => self.refused(at, error, None),
+            Err(error) if self.messages.len() > 1 && is_of_batch(&error) => {
+                self.together.lock().unwrap_or_else(PoisonError::into_inner).push(at);
+            }
+            Err(error) => self.refused(at, self.shared.cause(error), None),
         }
         self.shared.window.add_permits(1);
         if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
@@ -156,6 +161,7 @@ impl KafkaPublisher {
             .set("partitioner", "murmur2_random")
             .set("linger.ms", format!("{:.3}", options.linger.as_secs_f64() * 1000.0))
             .set("message.timeout.ms", options.delivery_timeout.as_millis().to_string())
+            .set("message.max.bytes", options.max_message_bytes.to_string())
             .set("queue.buffering.max.messages", "100000");
         let cluster = &self.shared.cluster;
         let made = Producer::from_config_and_context(&cluster.with_properties(config), Confirms(cluster.clone()))
@@ -255,6 +261,7 @@ impl KafkaPublisher {
             // Nothing is sent: it is dropped.
             let _ = ended.await;
             self.judge_late(producer, &call).await;
+            self.send_apart(producer, &call, copy_to, outcomes).await;
         }
         if producer.client().fatal_error().is_some() {
             self.renew(producer);
@@ -279,6 +286,7 @@ impl KafkaPublisher {
             left: AtomicUsize::new(count),
             any_confirmed: AtomicBool::new(false),
             late: Mutex::default(),
+            together: Mutex::default(),
             open: Mutex::new(Some(open)),
         });
         let wanted = u32::try_from(count).unwrap_or(u32::MAX);
@@ -311,6 +319,19 @@ impl KafkaPublisher {
         (call, ended)
     }
 
+    /// Brokers refuse a whole batch for one record: those that travelled together go one by one.
+    async fn send_apart(&self, producer: &Arc<Producer>, call: &Call, copy_to: Option<&str>, outcomes: &Outcomes) {
+        let mut together = std::mem::take(&mut *call.together.lock().unwrap_or_else(PoisonError::into_inner));
+        together.sort_unstable();
+        for at in together {
+            let (alone, ended) = self
+                .hand_over(producer, vec![call.messages[at].clone()], copy_to, outcomes)
+                .await;
+            let _ = ended.await;
+            self.judge_late(producer, &alone).await;
+        }
+    }
+
     /// The client tries for as long as a message may take, and then says no more than that it is late. Where brokers
     /// answer, it is the destination that is not there: without a leader, or with too few replicas.
     async fn judge_late(&self, producer: &Arc<Producer>, call: &Call) {
@@ -326,6 +347,34 @@ impl KafkaPublisher {
         for at in late {
             let error = KafkaError::MessageProduction(RDKafkaErrorCode::MessageTimedOut);
             call.refused(at, error, why.as_deref());
+        }
+    }
+}
+
+/// Whether brokers say it of a whole batch, for one record of it.
+fn is_of_batch(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode as Code;
+    let of_batch = [
+        Code::InvalidTimestamp,
+        Code::InvalidRecord,
+        Code::InvalidMessage,
+        Code::MessageSizeTooLarge,
+    ];
+    error.rdkafka_error_code().is_some_and(|code| of_batch.contains(&code))
+}
+
+impl Shared {
+    /// What the client has failed for good for, where it says no more than that it has.
+    fn cause(&self, error: KafkaError) -> KafkaError {
+        let is_fatal = error.rdkafka_error_code() == Some(RDKafkaErrorCode::Fatal);
+        let producer = self.producer.lock().unwrap_or_else(PoisonError::into_inner);
+        match producer
+            .as_ref()
+            .filter(|_| is_fatal)
+            .and_then(|producer| producer.client().fatal_error())
+        {
+            Some((cause, _)) => KafkaError::MessageProduction(cause),
+            None => error,
         }
     }
 }
@@ -353,15 +402,13 @@ fn refusal(error: KafkaError, message: &Message, timeout: Duration, unreachable:
         }
         // A batch may be too large where its messages are not.
         Some(Code::MessageSizeTooLarge) if message.size() < ALWAYS_TAKEN => PublishError::rejected(error),
-        Some(
-            Code::MessageSizeTooLarge
-            | Code::InvalidMessage
-            | Code::InvalidMessageSize
-            | Code::InvalidRecord
-            | Code::InvalidTimestamp,
-        ) => PublishError::invalid(error),
-        // Another one of its batch was invalid.
-        Some(Code::PolicyViolation | Code::InvalidDifferentRecord) => PublishError::rejected(error),
+        Some(Code::MessageSizeTooLarge | Code::InvalidMessage | Code::InvalidMessageSize) => {
+            PublishError::invalid(error)
+        }
+        // Of this one, or of another that the client has put into one batch with it.
+        Some(Code::PolicyViolation | Code::InvalidDifferentRecord | Code::InvalidRecord | Code::InvalidTimestamp) => {
+            PublishError::rejected(error)
+        }
         Some(Code::MessageTimedOut) => match unreachable {
             None => PublishError::destination(format!(
                 "topic `{topic}` did not confirm within {timeout:?}, though brokers answer: it has no leader, or too few replicas"

@@ -28,6 +28,11 @@ const CUT_OFF: Duration = Duration::from_millis(500);
 const PAUSE: Duration = Duration::from_millis(500);
 /// And while a transport fails to take outcomes, which makes messages come again at once: twice as long each time, up to this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// After so long without another word of it the group is open to this member again. Transports repeat it more often.
+const REFUSED: Duration = Duration::from_secs(25);
+const REFUSED_FIX: &str =
+    "give the user the rights that the error names, or make the settings of the group's members the same";
+
 pub(super) struct Worker {
     pub(super) shared: Arc<Shared>,
     pub(super) intake: Intake,
@@ -58,6 +63,8 @@ impl Worker {
         let mut is_stopping = false;
         let mut end = WorkerEnd::Stopped;
         let mut broker_check: Option<BoxFuture<'static, bool>> = None;
+        // Until the group counts as open to this member again, if the transport does not say once more that it is not.
+        let mut refused: Option<BoxFuture<'static, ()>> = None;
         let mut settle_is_late: Option<BoxFuture<'static, ()>> = None;
         let mut empty_batches: u32 = 0;
         let mut pause: Option<BoxFuture<'static, ()>> = None;
@@ -168,6 +175,10 @@ impl Worker {
                         false => Some(shared.check_broker()),
                     };
                 }
+                () = ready(&mut refused), if refused.is_some() => {
+                    refused = None;
+                    shared.is_let_in();
+                }
                 looked = ready(&mut looking), if looking.is_some() => {
                     looking = None;
                     hand.looked_at = 0;
@@ -193,6 +204,9 @@ impl Worker {
                         if broker_check.take().is_some() {
                             shared.status.clear(Trouble::Broker);
                         }
+                        if refused.take().is_some() {
+                            shared.is_let_in();
+                        }
                         shared.counters.delivered(batch.len());
                         if shared.asks_the_inbox {
                             hand.to_look.extend(batch);
@@ -207,6 +221,17 @@ impl Worker {
                     Err(error) if error.kind() == ErrorKind::Closed => {
                         end = WorkerEnd::Closed;
                         is_stopping = true;
+                    }
+                    // Nothing that a broker which comes back would mend.
+                    Err(error) if error.kind() == ErrorKind::Config => {
+                        if refused.is_none() {
+                            tracing::warn!(group = %shared.group, error = error.to_chain(), "the broker does not let the group take what it asks for: it is tried again");
+                        }
+                        shared.status.raise(Trouble::Group, PartState::Degraded, error.to_chain(), Some(REFUSED_FIX));
+                        let clock = shared.tools.clock.clone();
+                        refused = Some(async move { clock.sleep(REFUSED).await }.boxed());
+                        let clock = shared.tools.clock.clone();
+                        pause = Some(async move { clock.sleep(PAUSE).await }.boxed());
                     }
                     Err(error) => {
                         shared.status.raise(Trouble::Broker, PartState::Degraded, error.to_chain(), None);
@@ -267,6 +292,13 @@ async fn ready<T>(job: &mut Option<BoxFuture<'static, T>>) -> T {
 }
 
 impl Shared {
+    /// The broker has nothing against the group any more.
+    fn is_let_in(&self) {
+        if self.status.clear(Trouble::Group) {
+            tracing::info!(group = %self.group, "the broker lets the group take what it asks for");
+        }
+    }
+
     /// Asks after a moment whether the broker is back, once the feed has had an error: it does not say so by itself.
     fn check_broker(self: &Arc<Self>) -> BoxFuture<'static, bool> {
         let shared = self.clone();

@@ -13,7 +13,7 @@ use rdkafka::{
     ClientContext, Offset, TopicPartitionList,
     config::{FromClientConfigAndContext as _, RDKafkaLogLevel},
     consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, RebalanceProtocol},
-    error::{KafkaError, KafkaResult},
+    error::{KafkaError, KafkaResult, RDKafkaErrorCode},
     types::RDKafkaRespErr,
 };
 use rustc_hash::FxHashMap;
@@ -32,6 +32,8 @@ pub(super) type Consumer = BaseConsumer<Rebalances>;
 const SOON: Duration = Duration::from_millis(5);
 /// And while nothing is.
 const LATER: Duration = Duration::from_millis(50);
+/// A refusal that lasts is told again.
+const REPEATED_AFTER: Duration = Duration::from_secs(10);
 /// How long leaving a group may take.
 const LONGEST_CLOSE: Duration = Duration::from_secs(30);
 /// How long joining it takes at most, for one that leaves before it hears of partitions; with the new protocol it does not hear
@@ -228,6 +230,7 @@ struct Revoking {
 impl Member {
     fn serve(mut self) {
         let mut told: Option<KafkaError> = None;
+        let mut refused: Option<(RDKafkaErrorCode, Instant)> = None;
         loop {
             if self.shared.membership.is_closing() {
                 break;
@@ -239,6 +242,13 @@ impl Member {
                 Some(Err(KafkaError::MessageConsumptionFatal(why))) => {
                     self.fail(why);
                     break;
+                }
+                Some(Err(error)) if is_refusal(&error) => {
+                    let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
+                    let since = Instant::now();
+                    if refused.replace((code, since)).is_none() {
+                        self.tell_refused(code);
+                    }
                 }
                 Some(Err(error)) => {
                     // It is tried again by itself.
@@ -267,8 +277,50 @@ impl Member {
                 }
             }
             self.begin_again();
+            if let Some((code, since)) = refused
+                && since.elapsed() >= REPEATED_AFTER
+            {
+                refused = self.is_refused(code).then(|| (code, Instant::now()));
+                if refused.is_some() {
+                    self.tell_refused(code);
+                }
+            }
         }
         self.leave();
+    }
+
+    /// Tells that this member gets nothing, or not all of it, and will not until somebody mends that.
+    fn tell_refused(&self, code: RDKafkaErrorCode) {
+        let why = match code {
+            RDKafkaErrorCode::GroupAuthorizationFailed => {
+                "the user may not read as this group: it needs READ on the group (Kafka's ACLs), under its name or a prefix"
+            }
+            RDKafkaErrorCode::TopicAuthorizationFailed => {
+                "the user may not read a topic of this group: it needs READ and DESCRIBE on each (Kafka's ACLs)"
+            }
+            _ => {
+                "the members of the group do not share a protocol: all have to use the same, `with_new_group_protocol` or not"
+            }
+        };
+        let error = Error::new(ErrorKind::Config, why).with("group", &self.shared.subscription.group);
+        self.shared.membership.tell(Err(error.because(code)));
+    }
+
+    /// Whether it still is so.
+    fn is_refused(&self, code: RDKafkaErrorCode) -> bool {
+        if code != RDKafkaErrorCode::TopicAuthorizationFailed {
+            return self.shared.membership.holds().is_empty();
+        }
+        let mut topics = self.shared.subscription.topics.iter();
+        topics.any(|topic| {
+            let metadata = self
+                .consumer
+                .fetch_metadata(Some(topic.as_str()), Duration::from_secs(2));
+            let is_refused = |found: &rdkafka::metadata::MetadataTopic| {
+                found.error() == Some(RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED)
+            };
+            metadata.is_ok_and(|metadata| metadata.topics().iter().any(is_refused))
+        })
     }
 
     /// The client can do nothing more, for a reason that somebody has to mend.
@@ -446,6 +498,17 @@ impl Member {
             }
         }
     }
+}
+
+/// Whether brokers say that this member is to have nothing, or not all that it asks for.
+fn is_refusal(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode as Code;
+    let refusals = [
+        Code::GroupAuthorizationFailed,
+        Code::TopicAuthorizationFailed,
+        Code::InconsistentGroupProtocol,
+    ];
+    error.rdkafka_error_code().is_some_and(|code| refusals.contains(&code))
 }
 
 fn holds_of(shared: &Shared, partitions: &[Place]) -> Vec<Arc<Hold>> {

@@ -1,5 +1,5 @@
 use crate::fixture::{Fixture, join, publish, take, text};
-use postrider_core::{Delivery, Message, Taken};
+use postrider_core::{Delivery, ErrorKind, Message, Taken};
 use postrider_kafka::{KafkaOptions, transport_with};
 use postrider_testkit::{
     run, run_within,
@@ -7,7 +7,7 @@ use postrider_testkit::{
 };
 use rdkafka::{
     ClientConfig, TopicPartitionList,
-    consumer::{BaseConsumer, Consumer as _},
+    consumer::{BaseConsumer, Consumer as _, StreamConsumer},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -382,5 +382,41 @@ fn a_member_without_partitions_leaves_at_once() {
             assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
             drop(second);
         }
+    });
+}
+
+/// A member that the group does not take, since the others speak another protocol, says so: it does not look healthy.
+#[test]
+#[cfg_attr(feature = "mock", ignore = "the mock cluster takes any protocol")]
+fn a_member_of_another_protocol_is_told() {
+    run(async {
+        let fixture = Fixture::new();
+        publish(&fixture.transport(), &[fixture.message(None, "declares")]).await;
+        let plain: StreamConsumer = ClientConfig::new()
+            .set("bootstrap.servers", &fixture.brokers)
+            .set("group.id", fixture.subscription().group.as_str())
+            .set("partition.assignment.strategy", "range")
+            .set("auto.offset.reset", "earliest")
+            .create()
+            .unwrap();
+        plain.subscribe(&[fixture.topic().as_str()]).unwrap();
+        plain.recv().await.unwrap();
+        let polling = tokio::spawn(async move {
+            loop {
+                let _ = plain.recv().await;
+            }
+        });
+        let (mut intake, _settling) = join(&fixture.transport(), &fixture.subscription()).await;
+        let until = Instant::now() + Duration::from_secs(30);
+        let error = loop {
+            match tokio::time::timeout(Duration::from_secs(30), intake.next(10)).await {
+                Ok(Err(error)) => break error,
+                Ok(Ok(_)) => assert!(Instant::now() < until, "it was taken in"),
+                Err(_) => panic!("it hears nothing"),
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::Config, "{error:?}");
+        assert!(error.to_string().contains("protocol"), "{error}");
+        polling.abort();
     });
 }

@@ -4,7 +4,12 @@ use postrider_core::{
 };
 use postrider_kafka::{KafkaOptions, Login, transport_with};
 use postrider_testkit::{run, transport::send_reported};
-use rdkafka::mocking::MockCluster;
+use rdkafka::{
+    ClientConfig,
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    client::DefaultClientContext,
+    mocking::MockCluster,
+};
 use std::time::Duration;
 
 fn kind(outcome: &Result<(), PublishError>) -> Option<PublishErrorKind> {
@@ -169,5 +174,34 @@ fn a_topic_that_cannot_be_declared_is_a_destination_that_is_away() {
         let outcomes = transport.publisher().unwrap().publish_all(&batch).await;
         let kinds: Vec<_> = outcomes.iter().map(kind).collect();
         assert_eq!(kinds, [DESTINATION, None], "{outcomes:?}");
+    });
+}
+
+/// Brokers refuse a whole batch for one record: its neighbours go all the same, and cost nothing.
+#[test]
+#[cfg_attr(feature = "mock", ignore = "the mock cluster compacts nothing")]
+fn a_record_that_spoils_its_batch_spoils_no_other() {
+    run(async {
+        let fixture = Fixture::new();
+        let client: AdminClient<DefaultClientContext> = ClientConfig::new()
+            .set("bootstrap.servers", &fixture.brokers)
+            .create()
+            .unwrap();
+        let topic = fixture.topic();
+        // Of a compacted topic each record needs a key.
+        let compacted = NewTopic::new(topic.as_str(), 1, TopicReplication::Fixed(1)).set("cleanup.policy", "compact");
+        client.create_topics([&compacted], &AdminOptions::new()).await.unwrap();
+        let transport = transport_with(fixture.options().with_linger(Duration::from_millis(50))).unwrap();
+        let mut batch: Vec<Message> = (0..20).map(|n| fixture.message(Some("k"), &n.to_string())).collect();
+        batch.insert(7, fixture.message(None, "no key"));
+        let outcomes = transport.publisher().unwrap().publish_all(&batch).await;
+        for (at, outcome) in outcomes.iter().enumerate() {
+            let expected = if at == 7 {
+                Some(PublishErrorKind::Rejected)
+            } else {
+                None
+            };
+            assert_eq!(kind(outcome), expected, "{at}: {outcome:?}");
+        }
     });
 }
