@@ -1,5 +1,5 @@
 use crate::fixture::{Fixture, join, publish, take};
-use postrider_core::{Limits, Message, MessageId, clock::Timestamp, wire::Format};
+use postrider_core::{AttributeValue, Limits, Message, MessageId, clock::Timestamp, wire::Format};
 use postrider_kafka::transport_with;
 use postrider_testkit::run;
 use rdkafka::{
@@ -117,5 +117,91 @@ fn records_of_a_plain_client_are_taken() {
         }
         assert!(bare.time().is_some(), "the broker's");
         assert_eq!(event.topic(), &topic);
+    });
+}
+
+/// Events as the official SDKs of Python and JavaScript write them (`transports/interop`) are read field for field.
+#[test]
+fn events_of_the_official_sdks_are_read() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let (mut intake, _settling) = join(&transport, &fixture.subscription()).await;
+        let producer: FutureProducer = ClientConfig::new()
+            .set("bootstrap.servers", &fixture.brokers)
+            .create()
+            .unwrap();
+        let topic = fixture.topic();
+        for (name, golden) in [
+            (
+                "python binary",
+                include_str!("../../../interop/python-kafka-binary.json"),
+            ),
+            (
+                "python structured",
+                include_str!("../../../interop/python-kafka-structured.json"),
+            ),
+            (
+                "javascript binary",
+                include_str!("../../../interop/javascript-kafka-binary.json"),
+            ),
+            (
+                "javascript structured",
+                include_str!("../../../interop/javascript-kafka-structured.json"),
+            ),
+        ] {
+            let golden: serde_json::Value = serde_json::from_str(golden).unwrap();
+            let headers = golden["headers"].as_object().unwrap().iter();
+            let headers = headers.fold(OwnedHeaders::new(), |headers, (key, value)| {
+                let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                headers.insert(Header {
+                    key,
+                    value: Some(&value),
+                })
+            });
+            let record = FutureRecord::to(topic.as_str())
+                .key(golden["key"].as_str().unwrap())
+                .payload(golden["body"].as_str().unwrap())
+                .headers(headers);
+            producer.send(record, Duration::from_secs(10)).await.unwrap();
+            let taken = take(&mut intake, 1, Duration::from_secs(20)).await;
+            let event = taken[0].message();
+            assert_eq!(
+                (&*event.event_id(), event.source()),
+                ("Ünï-1", Some("/shop/eu")),
+                "{name}"
+            );
+            assert_eq!(
+                (event.kind(), event.key()),
+                ("com.example.order.placed", Some("order-1")),
+                "{name}"
+            );
+            assert_eq!(event.time().unwrap().timestamp_millis(), 1_767_225_600_123, "{name}");
+            assert_eq!(event.content_type(), "application/json", "{name}");
+            // In binary mode all values are texts.
+            let (level, urgent): (AttributeValue, AttributeValue) = match name {
+                "python binary" => ("3".into(), "True".into()),
+                "javascript binary" => ("3".into(), "true".into()),
+                _ => (3.into(), true.into()),
+            };
+            let attributes: Vec<(&str, &AttributeValue)> = event
+                .attributes()
+                .iter()
+                .map(|(name, value)| (name.as_str(), value))
+                .collect();
+            assert_eq!(
+                attributes,
+                [
+                    ("level", &level),
+                    ("subject", &"orders/1".into()),
+                    ("tenantid", &"acme".into()),
+                    ("urgent", &urgent)
+                ],
+                "{name}"
+            );
+            let data: serde_json::Value = serde_json::from_slice(event.payload()).unwrap();
+            assert_eq!(data, serde_json::json!({"id": 1, "text": "ü"}), "{name}");
+            assert!(event.headers().is_empty(), "{name}: {:?}", event.headers());
+        }
     });
 }

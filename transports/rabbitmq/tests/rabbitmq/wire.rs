@@ -5,7 +5,7 @@ use lapin::{
     options::{BasicConsumeOptions, BasicPublishOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
-use postrider_core::{Limits, Message, MessageId, clock::Timestamp, wire::Format};
+use postrider_core::{AttributeValue, Limits, Message, MessageId, clock::Timestamp, wire::Format};
 use postrider_rabbitmq::transport_with;
 use postrider_testkit::run;
 use std::{collections::BTreeMap, time::Duration};
@@ -300,5 +300,97 @@ fn ids_of_strangers_are_unique_only_with_their_source() {
         settling
             .settle(taken.into_iter().map(postrider_core::Delivery::ack).collect())
             .await;
+    });
+}
+
+/// Events as the official Python SDK writes them (`transports/interop`), in its bindings for AMQP and for RabbitMQ, are read field for
+/// field.
+#[test]
+fn events_of_the_official_sdk_are_read() {
+    run(async {
+        let fixture = Fixture::new();
+        let transport = fixture.transport();
+        let (mut intake, settling) = join(&transport, &fixture.ordered().unordered()).await;
+        let (_connection, channel) = fixture.plain().await;
+        for (name, golden) in [
+            ("amqp binary", include_str!("../../../interop/python-amqp-binary.json")),
+            (
+                "amqp structured",
+                include_str!("../../../interop/python-amqp-structured.json"),
+            ),
+            (
+                "rabbitmq binary",
+                include_str!("../../../interop/python-rabbitmq-binary.json"),
+            ),
+            (
+                "rabbitmq structured",
+                include_str!("../../../interop/python-rabbitmq-structured.json"),
+            ),
+        ] {
+            let golden: serde_json::Value = serde_json::from_str(golden).unwrap();
+            let mut headers = FieldTable::default();
+            for (name, value) in golden["headers"].as_object().unwrap() {
+                let value = match value {
+                    serde_json::Value::Bool(yes) => AMQPValue::Boolean(*yes),
+                    serde_json::Value::Number(n) => AMQPValue::LongLongInt(n.as_i64().unwrap()),
+                    text => AMQPValue::LongString(text.as_str().unwrap().into()),
+                };
+                headers.insert(name.as_str().into(), value);
+            }
+            let properties = BasicProperties::default()
+                .with_headers(headers)
+                .with_content_type(golden["content_type"].as_str().unwrap().into());
+            channel
+                .basic_publish(
+                    fixture.name.as_str().into(),
+                    fixture.topic("t").as_str().into(),
+                    BasicPublishOptions::default(),
+                    golden["body"].as_str().unwrap().as_bytes(),
+                    properties,
+                )
+                .await
+                .unwrap()
+                .await
+                .unwrap();
+            let taken = take(&mut intake, 1, SOON).await;
+            let event = taken[0].message();
+            assert_eq!(
+                (&*event.event_id(), event.source()),
+                ("Ünï-1", Some("/shop/eu")),
+                "{name}"
+            );
+            assert_eq!(event.id(), MessageId::foreign("/shop/eu", "Ünï-1"), "{name}");
+            assert_eq!(
+                (event.kind(), event.key()),
+                ("com.example.order.placed", Some("order-1")),
+                "{name}"
+            );
+            assert_eq!(event.time().unwrap().timestamp_millis(), 1_767_225_600_123, "{name}");
+            assert_eq!(event.content_type(), "application/json", "{name}");
+            // The binding for RabbitMQ writes all values as texts, in Python's words.
+            let is_text = name == "rabbitmq binary";
+            let (level, urgent): (AttributeValue, AttributeValue) = match is_text {
+                true => ("3".into(), "True".into()),
+                false => (3.into(), true.into()),
+            };
+            let attributes: Vec<(&str, &AttributeValue)> =
+                event.attributes().iter().map(|(n, v)| (n.as_str(), v)).collect();
+            assert_eq!(
+                attributes,
+                [
+                    ("level", &level),
+                    ("subject", &"orders/1".into()),
+                    ("tenantid", &"acme".into()),
+                    ("urgent", &urgent)
+                ],
+                "{name}"
+            );
+            let data: serde_json::Value = serde_json::from_slice(event.payload()).unwrap();
+            assert_eq!(data, serde_json::json!({"id": 1, "text": "ü"}), "{name}");
+            assert!(event.headers().is_empty(), "{name}: {:?}", event.headers());
+            settling
+                .settle(taken.into_iter().map(postrider_core::Delivery::ack).collect())
+                .await;
+        }
     });
 }
