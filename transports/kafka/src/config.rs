@@ -17,6 +17,9 @@ pub struct KafkaOptions {
     pub window: usize,
     /// The most bytes of a record; 1 MiB by default, as brokers have it.
     pub max_message_bytes: u32,
+    /// The most bytes of records that a subscription has fetched ahead of its handlers, all partitions together; 96 MiB by default. At
+    /// least 64 KiB a partition, and one record.
+    pub fetch_memory: usize,
     /// How long the client waits for more to send with a message; 1 ms by default.
     pub linger: Duration,
     /// How long a message may be on its way, retries included; 8 s by default, less than the relay waits for a call.
@@ -48,7 +51,7 @@ pub struct KafkaOptions {
 }
 
 /// What this transport says itself.
-const OWN: [&str; 31] = [
+const OWN: [&str; 32] = [
     "acks",
     "auto.commit.interval.ms",
     "auto.offset.reset",
@@ -59,6 +62,7 @@ const OWN: [&str; 31] = [
     "enable.auto.offset.store",
     "enable.idempotence",
     "enable.partition.eof",
+    "fetch.max.bytes",
     "fetch.queue.backoff.ms",
     "group.id",
     "group.protocol",
@@ -125,6 +129,7 @@ impl Default for KafkaOptions {
             replication: None,
             window: 10_000,
             max_message_bytes: 1024 * 1024,
+            fetch_memory: 96 * 1024 * 1024,
             linger: Duration::from_millis(1),
             delivery_timeout: Duration::from_secs(8),
             timeout: Duration::from_secs(10),
@@ -180,6 +185,12 @@ impl KafkaOptions {
     #[must_use]
     pub fn with_max_message_bytes(mut self, bytes: u32) -> Self {
         self.max_message_bytes = bytes;
+        self
+    }
+    /// Sets how many bytes of records a subscription may have fetched ahead of its handlers, all partitions together.
+    #[must_use]
+    pub fn with_fetch_memory(mut self, bytes: usize) -> Self {
+        self.fetch_memory = bytes;
         self
     }
     /// Sets how long the client waits for more to send with a message.
@@ -318,6 +329,7 @@ impl fmt::Debug for KafkaOptions {
             .field("replication", &self.replication)
             .field("window", &self.window)
             .field("max_message_bytes", &self.max_message_bytes)
+            .field("fetch_memory", &self.fetch_memory)
             .field("linger", &self.linger)
             .field("delivery_timeout", &self.delivery_timeout)
             .field("timeout", &self.timeout)

@@ -214,9 +214,9 @@ impl KafkaPublisher {
             let refused = match ensured {
                 Ok(Ok(())) => None,
                 Ok(Err(error)) => Some(match error.kind() {
-                    ErrorKind::Config => PublishError::unroutable(error),
+                    ErrorKind::Config if !self.shared.cluster.options().declares => PublishError::unroutable(error),
                     // Brokers answered, and said it of this topic.
-                    ErrorKind::Conflict => PublishError::destination(error),
+                    ErrorKind::Config | ErrorKind::Conflict => PublishError::destination(error),
                     _ => PublishError::connection(error),
                 }),
                 // Where brokers answer it is the topic's fault.

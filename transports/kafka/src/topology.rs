@@ -134,6 +134,26 @@ impl Topology {
         Ok(())
     }
 
+    /// How many partitions these topics have; of those that brokers do not tell of, as many as are declared.
+    pub(crate) async fn partitions<'t>(&self, topics: impl Iterator<Item = &'t str>) -> usize {
+        let (options, mut count) = (self.cluster.options(), 0);
+        for topic in topics {
+            let (asked, timeout) = (topic.to_owned(), options.timeout);
+            let known = match self.admin.get().cloned() {
+                Some(admin) => {
+                    let found = off_thread(move || {
+                        let metadata = admin.inner().fetch_metadata(Some(&asked), timeout).ok()?;
+                        metadata.topics().iter().map(|topic| topic.partitions().len()).max()
+                    });
+                    found.await.ok().flatten().filter(|partitions| *partitions > 0)
+                }
+                None => None,
+            };
+            count += known.unwrap_or(usize::try_from(options.partitions).unwrap_or(1));
+        }
+        count.max(1)
+    }
+
     async fn look_for(&self, admin: Arc<AdminClient<Quiet>>, name: String) -> Result<()> {
         let (timeout, asked) = (self.cluster.options().timeout, name.clone());
         let found = off_thread(move || {

@@ -150,7 +150,7 @@ fn a_role_without_rights_is_told_what_to_run() {
         let last = lines[lines.len() - 2..].join("\n");
         sqlx::raw_sql(AssertSqlSafe(last)).execute(&admin).await.unwrap();
         let producing = as_role(&producer);
-        let append = format!("SELECT \"{}\".append('t', 't.v1', 'x')", options.schema);
+        let append = format!("SELECT \"{}\".append('t', 't.v1', '{{}}')", options.schema);
         sqlx::raw_sql(AssertSqlSafe(append))
             .execute(producing.pool())
             .await

@@ -124,7 +124,9 @@ fn a_sequence_that_has_caught_up_between_two_looks_is_noticed_too() {
         let many: Vec<String> = (0..60).map(|n| format!("new {n}")).collect();
         let values: Vec<String> = many
             .iter()
-            .map(|name| format!("SELECT {{append}}('t', 't.v1', '{name}'::text, key => 'k');"))
+            .map(|name| {
+                format!("SELECT {{append}}('t', 't.v1', '{name}'::text, content_type => 'text/plain', key => 'k');")
+            })
             .collect();
         let values = values.join(" ");
         fixture

@@ -155,84 +155,94 @@ fn what_becomes_due_after_a_step_back_of_the_clock_is_given() {
 #[test]
 fn the_floor_dies_with_the_server() {
     run(async {
-        // The position is written to disk only with a commit.
-        let mut server = Postgres::start_with(&["fsync=off", "wal_writer_delay=10s", "autovacuum=off"]);
-        let log = PostgresLog::connect_with(&server.url(), PostgresOptions::default().with_max_connections(3))
-            .await
-            .unwrap();
-        log.migrate().await.unwrap();
-        let session = open(&log, options(LONG)).await;
-        log.append(&Mailbox::outbox(), &[record(None, "1")]).await.unwrap();
-        assert_eq!(drain(&*session).await, ["1"]);
-        let held = [record(Some("k"), "held")];
-        log.append(&Mailbox::outbox(), &held).await.unwrap();
-        let held = claim(&*session).await.records;
-        let mut undone = begin(&log).await;
-        // More than the server notes in advance.
-        say(
-            &mut undone,
-            "INSERT INTO postrider.event (mailbox, lane, message_id, topic, type, content_type, headers, payload) \
-            SELECT 1, 0, gen_random_uuid(), 't', 't.v1', 'c', '[]', '' FROM generate_series(1, 100)",
-        )
-        .await;
-        say(&mut undone, "ROLLBACK").await;
-        a_moment().await;
-        // A look that sees the position up there, with nobody writing: everything below is settled.
-        assert!(claim(&*session).await.records.is_empty());
-        let before: i64 = sqlx::query_scalar("SELECT last_value FROM postrider.position")
-            .fetch_one(log.pool())
-            .await
-            .unwrap();
-        assert!(before > 100);
-        server.kill();
-        server.restart();
-        let mut tries = 0;
-        while log.append(&Mailbox::outbox(), &[record(None, "after")]).await.is_err() {
-            tries += 1;
-            assert!(tries < 100);
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        let after: i64 = sqlx::query_scalar("SELECT max(id) FROM postrider.event")
-            .fetch_one(log.pool())
-            .await
-            .unwrap();
-        assert!(
-            after < before,
-            "the server has not forgotten: {after} after {before}, this shows nothing"
-        );
-        let mut got = Vec::new();
-        for _ in 0..40 {
-            // The connection is lost once; then everything is read again.
-            if let Ok(claimed) = session.claim(&Claim::new(100)).await {
-                let done: Vec<_> = claimed
-                    .records
-                    .iter()
-                    .map(|r| Settled {
-                        tag: r.tag,
-                        outcome: Outcome::Done,
-                    })
-                    .collect();
-                if session.settle(&done).await.is_ok_and(|report| report.lost.is_empty()) {
-                    got.extend(names(&claimed.records));
-                }
+        // Whatever else commits in between writes the position to disk, too: then it is tried once more.
+        for _ in 0..5 {
+            if the_server_forgets().await {
+                return;
             }
-            if got.len() == 2 {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        got.sort();
-        assert_eq!(got, ["after", "held"]);
-        assert_eq!(
-            done(&*session, &held).await.lost.len(),
-            1,
-            "what was claimed before the crash belongs to that life"
-        );
-        let left: i64 = sqlx::query_scalar("SELECT count(*) FROM postrider.event")
-            .fetch_one(log.pool())
-            .await
-            .unwrap();
-        assert_eq!(left, 0);
-        drop(undone);
+        panic!("the server has never forgotten: this shows nothing");
     });
+}
+
+async fn the_server_forgets() -> bool {
+    // The position is written to disk only with a commit.
+    let mut server = Postgres::start_with(&["fsync=off", "wal_writer_delay=10s", "autovacuum=off"]);
+    let log = PostgresLog::connect_with(&server.url(), PostgresOptions::default().with_max_connections(3))
+        .await
+        .unwrap();
+    log.migrate().await.unwrap();
+    let session = open(&log, options(LONG)).await;
+    log.append(&Mailbox::outbox(), &[record(None, "1")]).await.unwrap();
+    assert_eq!(drain(&*session).await, ["1"]);
+    let held = [record(Some("k"), "held")];
+    log.append(&Mailbox::outbox(), &held).await.unwrap();
+    let held = claim(&*session).await.records;
+    let mut undone = begin(&log).await;
+    // More than the server notes in advance.
+    say(
+        &mut undone,
+        // As an INSERT takes its ids, with so little besides that nothing of it is written before a commit.
+        "SELECT nextval('postrider.position') FROM generate_series(1, 100)",
+    )
+    .await;
+    say(&mut undone, "ROLLBACK").await;
+    a_moment().await;
+    // A look that sees the position up there, with nobody writing: everything below is settled.
+    assert!(claim(&*session).await.records.is_empty());
+    let before: i64 = sqlx::query_scalar("SELECT last_value FROM postrider.position")
+        .fetch_one(log.pool())
+        .await
+        .unwrap();
+    assert!(before > 100);
+    server.kill();
+    server.restart();
+    let mut tries = 0;
+    while log.append(&Mailbox::outbox(), &[record(None, "after")]).await.is_err() {
+        tries += 1;
+        assert!(tries < 100);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let after: i64 = sqlx::query_scalar("SELECT max(id) FROM postrider.event")
+        .fetch_one(log.pool())
+        .await
+        .unwrap();
+    if after >= before {
+        return false;
+    }
+    let mut got = Vec::new();
+    for _ in 0..40 {
+        // The connection is lost once; then everything is read again.
+        if let Ok(claimed) = session.claim(&Claim::new(100)).await {
+            let done: Vec<_> = claimed
+                .records
+                .iter()
+                .map(|r| Settled {
+                    tag: r.tag,
+                    outcome: Outcome::Done,
+                })
+                .collect();
+            if session.settle(&done).await.is_ok_and(|report| report.lost.is_empty()) {
+                got.extend(names(&claimed.records));
+            }
+        }
+        if got.len() == 2 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    got.sort();
+    assert_eq!(got, ["after", "held"]);
+    assert_eq!(
+        done(&*session, &held).await.lost.len(),
+        1,
+        "what was claimed before the crash belongs to that life"
+    );
+    let left: i64 = sqlx::query_scalar("SELECT count(*) FROM postrider.event")
+        .fetch_one(log.pool())
+        .await
+        .unwrap();
+    assert_eq!(left, 0);
+    drop(undone);
+    true
 }

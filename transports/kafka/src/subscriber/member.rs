@@ -93,9 +93,11 @@ impl ConsumerContext for Rebalances {
     }
 }
 
-/// Joins the group, and starts the thread that serves it.
-pub(super) fn start(shared: Arc<Shared>, working: Working<Hold>) -> Result<()> {
+/// Joins the group, whose topics have so many partitions, and starts the thread that serves it.
+pub(super) fn start(shared: Arc<Shared>, partitions: usize, working: Working<Hold>) -> Result<()> {
     let options = shared.cluster.options();
+    // Of each partition, all of which this member may have.
+    let fetched_ahead = (options.fetch_memory / partitions / 1024).clamp(64, 8192);
     let millis = |duration: Duration| duration.as_millis().to_string();
     let mut config = shared.cluster.config();
     let group = &shared.subscription.group;
@@ -113,8 +115,9 @@ pub(super) fn start(shared: Arc<Shared>, working: Working<Hold>) -> Result<()> {
         .set("auto.commit.interval.ms", millis(options.commit_interval))
         // Once the queue is full, fetching begins again at once when it is not.
         .set("fetch.queue.backoff.ms", "10")
-        // Of each partition; the rest stays where it is.
-        .set("queued.max.messages.kbytes", "8192")
+        // The rest stays where it is.
+        .set("queued.max.messages.kbytes", fetched_ahead.to_string())
+        .set("fetch.max.bytes", options.fetch_memory.clamp(1 << 20, 50 << 20).to_string())
         .set("queued.min.messages", (shared.subscription.max_in_flight.saturating_mul(20)).clamp(10_000, 100_000).to_string())
         // New partitions are noticed soon.
         .set("topic.metadata.refresh.interval.ms", "30000")

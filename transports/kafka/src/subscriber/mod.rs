@@ -35,7 +35,9 @@ impl KafkaSubscriber {
 impl Subscriber for KafkaSubscriber {
     async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
         let topics = subscription.topics.iter().map(postrider_core::Topic::as_str);
-        self.publisher.topology().ensure(topics).await?;
+        let topology = self.publisher.topology();
+        topology.ensure(topics.clone()).await?;
+        let partitions = topology.partitions(topics).await;
         let (membership, working) = Membership::begin();
         let shared = Arc::new(Shared {
             subscription: subscription.clone(),
@@ -46,7 +48,7 @@ impl Subscriber for KafkaSubscriber {
         let feed = shared
             .membership
             .feed(KafkaSource::new(shared.membership.clone()), shared.clone());
-        off_thread(move || member::start(shared, working)).await??;
+        off_thread(move || member::start(shared, partitions, working)).await??;
         Ok(feed)
     }
 
