@@ -18,6 +18,22 @@
 //!
 //! Kafka neither counts deliveries nor delays them: retries belong to the group's inbox, in the event log.
 //!
+//! Records carry the broker's time, not the event's, which is the attribute `time`: brokers delete and compact by the record's.
+//!
+//! # What the brokers' errors mean
+//!
+//! | brokers say | publishing | joining, consuming |
+//! |---|---|---|
+//! | nothing, connection refused, login refused | the connection is away: the relay probes, no attempt is counted | `Unavailable`, tried again |
+//! | `TopicAuthorizationFailed`, also as the cause of a fatal error | the topic's destination is away | `Config`, told every 10 s and shown in health while it lasts |
+//! | `GroupAuthorizationFailed`, `InconsistentGroupProtocol` | – | the same |
+//! | `UnknownTopicOrPartition` | unroutable: the topic is paused, or dropped if it says so | `Config` with `without_declaring`, else it is declared |
+//! | `InvalidReplicationFactor`, `PolicyViolation` while declaring | the topic's destination is away | `Config` |
+//! | `NotEnoughReplicas`, no leader, no confirm within `delivery_timeout` though brokers answer | the topic's destination is away | – |
+//! | `MessageSizeTooLarge`, `InvalidMessage` | that message is invalid; its neighbours go one by one | – |
+//! | `InvalidRecord`, `InvalidTimestamp`, `PolicyViolation` of a record | that message is rejected: an attempt is counted; its neighbours go one by one | – |
+//! | `FencedInstanceId`, `UnsupportedVersion` and other fatal errors of a consumer | – | the feed ends, and the subscription joins anew |
+//!
 //! # TLS
 //! TLS and SCRAM come with the feature `tls` (`kafka-tls` of the facade), which needs OpenSSL to build.
 

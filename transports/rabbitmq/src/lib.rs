@@ -10,7 +10,7 @@
 //! | `<group>:0` … `<group>:7` | an ordered group | a range of slots each, with one consumer at a time |
 //! | `<group>:each:<id>` | a broadcast | everything, for one member; gone with it, or 10 minutes after it died |
 //! | `<group>:retry:<ms>:<queue>` | both | messages that wait for a retry, dead-lettered back by the broker |
-//! | `<group>:dead` | both | dead letters, for groups without an event log |
+//! | `<group>:dead` | both | dead letters, for groups without an event log; and what a policy's `delivery-limit` takes out of a queue |
 //! | `<group>:members`, `<group>:hungry`, `<group>:<n>:lease` | an ordered group | who is there, who has too little, and who has which partition; never any messages |
 //!
 //! A plain client publishes to the exchange with the routing key `<topic>`; its messages arrive at an unordered group, and at
@@ -35,6 +35,27 @@
 //! up to 256 messages lie ready at the member that has it, whatever it may have in flight: that is its memory, and where
 //! handlers need more than some seconds for one message, the broker's `consumer_timeout` (30 minutes) has to be longer than
 //! they need for 256, or it ends the channel, and what was not settled comes again, in order.
+//!
+//! # What the broker's errors mean
+//!
+//! | the broker says | publishing | joining, declaring | settling |
+//! |---|---|---|---|
+//! | connection refused or lost, 320, 541, heartbeat missed | the connection is away: the relay probes, no attempt is counted | `Unavailable`, tried again | the outcome is lost, the message comes again |
+//! | 403 no right | the destination is away: its topics are paused, no attempt is counted | `Config`: which right, of what | as a lost connection |
+//! | 404 no exchange or queue | the destination is away; the next call declares it again | `Config` with `without_declaring`, else it is declared | as a lost connection |
+//! | 405 locked by another member | – | that partition is the other's | – |
+//! | 406 declared otherwise | the destination is away | `Config`: what to delete, or to call otherwise | – |
+//! | 406 larger than `max_message_size` | that message is invalid, the others are sent again | – | a copy is not stored: the message comes again |
+//! | headers larger than `frame_max` | that message is invalid, before it is sent | – | – |
+//! | returned, 312 no queue bound | unroutable: the topic is paused, or dropped if it says so | – | – |
+//! | nack, a queue is full | the destination is away | – | a copy is not stored |
+//! | no confirm within `confirm_timeout` | the destination is away: it may have lost its majority | a partition is passed over, and tried again every 5 s | – |
+//! | `connection.blocked` | the connection is away until it is unblocked | – | – |
+//!
+//! # When an exchange is deleted
+//! Its bindings go with it, and whoever declares it anew gives it none. Members of groups notice that within 5 s and bind their queues
+//! again, with a WARN; what was published meanwhile was unroutable (and waits in the outbox), or reached only groups that joined later.
+//! Exchanges that are somebody else's (`bind`), topic exchanges and `without_declaring` are not watched.
 //!
 //! # Payloads in log lines
 //! lapin logs every message that RabbitMQ returns, payload included, as a WARN of the target `lapin::returned_messages`: each
