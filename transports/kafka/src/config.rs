@@ -20,6 +20,8 @@ pub struct KafkaOptions {
     /// The most bytes of records that a subscription has fetched ahead of its handlers, all partitions together; 96 MiB by default. At
     /// least 64 KiB a partition, and one record.
     pub fetch_memory: usize,
+    /// Where a group begins that has read nothing of a partition yet; with the earliest message by default.
+    pub start: Start,
     /// How long the client waits for more to send with a message; 1 ms by default.
     pub linger: Duration,
     /// How long a message may be on its way, retries included; 8 s by default, less than the relay waits for a call.
@@ -86,6 +88,18 @@ const OWN: [&str; 32] = [
     "transactional.id",
 ];
 
+/// Where a group begins that has read nothing of a partition yet.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Start {
+    /// With the earliest message there is.
+    #[default]
+    Earliest,
+    /// With what is published from the time it joins. A partition that is added later, and one whose offsets the brokers have
+    /// forgotten, begins with its latest, too: what lay there before is passed over.
+    Latest,
+}
+
 /// Who to be.
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -130,6 +144,7 @@ impl Default for KafkaOptions {
             window: 10_000,
             max_message_bytes: 1024 * 1024,
             fetch_memory: 96 * 1024 * 1024,
+            start: Start::Earliest,
             linger: Duration::from_millis(1),
             delivery_timeout: Duration::from_secs(8),
             timeout: Duration::from_secs(10),
@@ -185,6 +200,12 @@ impl KafkaOptions {
     #[must_use]
     pub fn with_max_message_bytes(mut self, bytes: u32) -> Self {
         self.max_message_bytes = bytes;
+        self
+    }
+    /// Sets where a group begins that has read nothing yet.
+    #[must_use]
+    pub fn with_start(mut self, start: Start) -> Self {
+        self.start = start;
         self
     }
     /// Sets how many bytes of records a subscription may have fetched ahead of its handlers, all partitions together.
@@ -330,6 +351,7 @@ impl fmt::Debug for KafkaOptions {
             .field("window", &self.window)
             .field("max_message_bytes", &self.max_message_bytes)
             .field("fetch_memory", &self.fetch_memory)
+            .field("start", &self.start)
             .field("linger", &self.linger)
             .field("delivery_timeout", &self.delivery_timeout)
             .field("timeout", &self.timeout)

@@ -44,7 +44,7 @@ mod subscriber;
 mod topology;
 mod wire;
 
-pub use config::{KafkaOptions, Login};
+pub use config::{KafkaOptions, Login, Start};
 
 use postrider_core::{Capabilities, Order, Result, Transport};
 use publisher::KafkaPublisher;

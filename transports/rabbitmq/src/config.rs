@@ -33,6 +33,10 @@ pub struct RabbitMqOptions {
     pub declares: bool,
     /// Messages that may be on their way unconfirmed; 1000 by default.
     pub window: usize,
+    /// How many messages of each partition of an ordered group lie ready at the member that has it; 256 by default, 1 to 2000. With
+    /// large messages, or slow handlers, fewer: times the partitions and the size of messages it is a member's memory. All members
+    /// of a group have to have the same, or order is lost when a partition changes hands: change it while none of them runs.
+    pub prefetch: u16,
     /// The most time that connecting, declaring and closing may take, each; 10 s by default.
     pub timeout: Duration,
     /// How long the broker may take to confirm a message; 8 s by default, less than the relay waits for a call, and 100 ms at
@@ -63,6 +67,7 @@ impl Default for RabbitMqOptions {
             partitions: 8,
             declares: true,
             window: 1000,
+            prefetch: 256,
             timeout: Duration::from_secs(10),
             confirm_timeout: Duration::from_secs(8),
             heartbeat: Duration::from_secs(10),
@@ -112,6 +117,12 @@ impl RabbitMqOptions {
     #[must_use]
     pub fn with_window(mut self, messages: usize) -> Self {
         self.window = messages;
+        self
+    }
+    /// Sets how many messages of each partition of an ordered group lie ready at its member.
+    #[must_use]
+    pub fn with_prefetch(mut self, messages: u16) -> Self {
+        self.prefetch = messages;
         self
     }
     /// Sets the most time that connecting, declaring and closing may take.
@@ -183,6 +194,9 @@ impl RabbitMqOptions {
         if self.window == 0 {
             return wrong("window", "at least 1".to_owned());
         }
+        if !(1..=2000).contains(&self.prefetch) {
+            return wrong("prefetch", "between 1 and 2000".to_owned());
+        }
         if self.timeout.is_zero() {
             return wrong("timeout", "more than nothing".to_owned());
         }
@@ -210,6 +224,7 @@ impl fmt::Debug for RabbitMqOptions {
             .field("partitions", &self.partitions)
             .field("declares", &self.declares)
             .field("window", &self.window)
+            .field("prefetch", &self.prefetch)
             .field("timeout", &self.timeout)
             .field("confirm_timeout", &self.confirm_timeout)
             .field("heartbeat", &self.heartbeat)
@@ -262,6 +277,7 @@ mod tests {
             (RabbitMqOptions::default().with_partitions(65), "partitions"),
             (RabbitMqOptions::default().with_exchange("amq.topic"), "exchange"),
             (RabbitMqOptions::default().with_window(0), "window"),
+            (RabbitMqOptions::default().with_prefetch(0), "prefetch"),
             (RabbitMqOptions::default().with_heartbeat(Duration::ZERO), "heartbeat"),
         ] {
             assert!(options.check().unwrap_err().to_string().contains(name));

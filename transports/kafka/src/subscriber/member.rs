@@ -4,7 +4,7 @@ use super::{
     Shared,
     hold::{Hold, Queue},
 };
-use crate::client::Cluster;
+use crate::{client::Cluster, config::Start};
 use postrider_core::{
     Error, ErrorKind, MessageId, Result, Topic,
     partition::{Hold as _, Working},
@@ -109,7 +109,13 @@ pub(super) fn start(shared: Arc<Shared>, partitions: usize, working: Working<Hol
     };
     config
         .set("group.id", &group)
-        .set("auto.offset.reset", "earliest")
+        .set(
+            "auto.offset.reset",
+            match options.start {
+                Start::Latest => "latest",
+                _ => "earliest",
+            },
+        )
         .set("enable.auto.offset.store", "false")
         .set("enable.auto.commit", if broadcast { "false" } else { "true" })
         .set("auto.commit.interval.ms", millis(options.commit_interval))

@@ -1,6 +1,6 @@
 use crate::fixture::{Fixture, join, publish, take, text};
 use postrider_core::{Delivery, ErrorKind, Message, Taken};
-use postrider_kafka::{KafkaOptions, transport_with};
+use postrider_kafka::{KafkaOptions, Start, transport_with};
 use postrider_testkit::{
     run, run_within,
     server::{Kafka, fresh_name},
@@ -418,5 +418,23 @@ fn a_member_of_another_protocol_is_told() {
         assert_eq!(error.kind(), ErrorKind::Config, "{error:?}");
         assert!(error.to_string().contains("protocol"), "{error}");
         polling.abort();
+    });
+}
+
+/// A group that begins with the latest passes over what was there before, and nothing after it has joined.
+#[test]
+#[cfg_attr(feature = "mock", ignore = "it takes a real group")]
+fn a_group_may_begin_with_what_comes() {
+    run(async {
+        let fixture = Fixture::new();
+        publish(&fixture.transport(), &[fixture.message(Some("k"), "before")]).await;
+        let transport = transport_with(fixture.options().with_start(Start::Latest)).unwrap();
+        let (mut intake, settling) = join(&transport, &fixture.subscription()).await;
+        // Until it has its partitions it has not begun.
+        assert!(take(&mut intake, 1, Duration::from_secs(8)).await.is_empty());
+        publish(&transport, &[fixture.message(Some("k"), "after")]).await;
+        let got = take(&mut intake, 1, SOON).await;
+        assert_eq!(got.iter().map(text).collect::<Vec<_>>(), ["after"]);
+        settling.settle(got.into_iter().map(Delivery::ack).collect()).await;
     });
 }

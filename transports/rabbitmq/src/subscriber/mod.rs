@@ -79,9 +79,6 @@ impl Subscriber for RabbitMqSubscriber {
     }
 }
 
-/// See [`Shared::prefetch`]. Members of another number must not meet those of this one.
-const PREFETCH_IN_ORDER: u16 = 256;
-
 /// What the two sides of a feed and its task share.
 #[derive(Debug)]
 struct Shared {
@@ -107,7 +104,7 @@ impl Shared {
     /// what others have left, so one that had room for less than the one before it would leave that behind the rest.
     fn prefetch(&self) -> u16 {
         if self.subscription.ordered {
-            return PREFETCH_IN_ORDER;
+            return self.broker.options().prefetch;
         }
         let wanted = self.subscription.max_in_flight.saturating_mul(2).clamp(16, 2000);
         u16::try_from(wanted).unwrap_or(2000)
