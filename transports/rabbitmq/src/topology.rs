@@ -302,9 +302,9 @@ impl<'a> Declaring<'a> {
                 error
             }
         })?;
-        // Those of its queues that it does not know would be read by nobody.
+        // Those of its queues that it does not know would be read by nobody. (Where it declares them, it has been told by now.)
         let next = partition_queue(group, partitions);
-        if self.has(connection, &next).await? {
+        if !self.options.declares && self.has(connection, &next).await? {
             let text =
                 "the group has more partitions on RabbitMQ than this member is told of: it would never read the others";
             return Err(Error::new(ErrorKind::Config, text)

@@ -188,6 +188,8 @@ impl Link {
             if !self.channel.status().connected() {
                 return self.fail_all();
             }
+            // It was about another channel of the connection.
+            self.refused = None;
         }
     }
 
