@@ -6,7 +6,7 @@ use std::{
     io::{Read as _, Write as _},
     net::TcpStream,
     os::unix::fs::PermissionsExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
     sync::OnceLock,
     time::Duration,
@@ -15,7 +15,8 @@ use std::{
 /// A RabbitMQ broker of a test's own. It is stopped, and its data removed, when this is dropped, and when the test's process
 /// ends in whatever way.
 ///
-/// Its programs are looked for in `POSTRIDER_TEST_RABBITMQ_BIN` and in Debian's place for them.
+/// Its programs are looked for in `POSTRIDER_TEST_RABBITMQ_BIN` and in Debian's place for them. Where `../../../bin` beside them
+/// has an Erlang, they run on that one.
 #[derive(Debug)]
 pub struct RabbitMq {
     place: Place<Own>,
@@ -140,6 +141,7 @@ impl RabbitMq {
 impl Own {
     fn start(behind_proxy: bool) -> Self {
         let dir = fresh_dir("rabbitmq");
+        let bin = programs();
         let (dist, epmd) = (free_port(), free_port());
         let (port, tls_port) = (free_port(), free_port());
         certificate(&dir);
@@ -150,10 +152,12 @@ impl Own {
         fs::write(dir.join("enabled_plugins"), "[].").expect("its plugins");
         // The port daemon outlives the node.
         let ending = dir.join("ending");
-        fs::write(&ending, format!("#!/bin/sh\nepmd -port {epmd} -kill\n")).expect("a script");
+        let path = search_path(&bin);
+        let script = format!("#!/bin/sh\nPATH='{}' epmd -port {epmd} -kill\n", path.display());
+        fs::write(&ending, script).expect("a script");
         fs::set_permissions(&ending, fs::Permissions::from_mode(0o755)).expect("its permissions");
         let mut own = Own {
-            bin: programs(),
+            bin,
             port,
             tls_port,
             proxy: behind_proxy.then(|| Proxy::to(port)),
@@ -172,6 +176,7 @@ impl Own {
         let mut command = Command::new(self.bin.join(program));
         let dir = |name: &str| self.dir.join(name);
         command
+            .env("PATH", search_path(&self.bin))
             .env("HOME", &self.dir)
             .env("RABBITMQ_NODENAME", format!("postrider{}@localhost", self.port))
             .env("RABBITMQ_NODE_IP_ADDRESS", "127.0.0.1")
@@ -193,8 +198,9 @@ impl Own {
     }
 
     fn run(&mut self) {
-        let port = self.port;
-        self.pid = launch(&mut self.command("rabbitmq-server"), &self.dir, || speaks_amqp(port));
+        let (port, tls_port) = (self.port, self.tls_port);
+        let answers = || speaks_amqp(port) && TcpStream::connect(("127.0.0.1", tls_port)).is_ok();
+        self.pid = launch(&mut self.command("rabbitmq-server"), &self.dir, answers);
     }
 }
 
@@ -206,6 +212,13 @@ fn speaks_amqp(port: u16) -> bool {
     let _ = socket.set_read_timeout(Some(Duration::from_secs(2)));
     let mut answer = [0; 1];
     socket.write_all(b"AMQP\x00\x00\x09\x01").is_ok() && socket.read_exact(&mut answer).is_ok() && answer[0] == 1
+}
+
+/// Where its programs find Erlang: beside them, where it is unpacked with one of its own.
+fn search_path(bin: &Path) -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path = std::iter::once(bin.join("../../../bin")).chain(std::env::split_paths(&path));
+    std::env::join_paths(path).expect("a path").into()
 }
 
 fn programs() -> PathBuf {
