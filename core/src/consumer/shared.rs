@@ -237,10 +237,15 @@ impl Shared {
         known.map(|(kind, _)| kind.as_str())
     }
 
+    /// Whether this is the first message of a type that this member does not handle.
+    fn is_new(&self, message: &Message) -> bool {
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        warned.len() < MOST_WARNED && warned.insert((message.kind().to_owned(), message.topic().clone()))
+    }
+
     /// Warns once of each type that this member does not handle.
     pub(super) fn warn_once(&self, message: &Message, what: &str) {
-        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
-        if warned.len() < MOST_WARNED && warned.insert((message.kind().to_owned(), message.topic().clone())) {
+        if self.is_new(message) {
             tracing::warn!(group = %self.group, kind = message.kind(), topic = %message.topic(), message = %message.id(), "this member of the group does not handle the type: {what}");
         }
     }
@@ -276,7 +281,10 @@ impl Shared {
             match self.who_handles(members, message).await {
                 None => return Handled::Released,
                 Some(Who::Running) => {
-                    self.warn_once(message, "it waits in the inbox for a member that does");
+                    // As in each rolling deploy; members that disagree for long are warned of.
+                    if self.is_new(message) {
+                        tracing::info!(group = %self.group, kind = message.kind(), topic = %message.topic(), message = %message.id(), "this member of the group does not handle the type: it waits in the inbox for a member that does");
+                    }
                     return parked(Duration::ZERO, why);
                 }
                 Some(Who::Recent) => {

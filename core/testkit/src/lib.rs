@@ -14,6 +14,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::mem_forget)]
 
 pub mod log;
+mod quiet;
 #[cfg(unix)]
 pub mod server;
 pub mod transport;
@@ -86,6 +87,9 @@ macro_rules! log_conformance {
 
 /// One test for each behaviour a transport has to show; the argument is an expression that makes a fresh
 /// [`TransportFixture`](transport::TransportFixture), evaluated for each test in an async context.
+///
+/// Whatever the process logs at WARN or above meanwhile fails the tests that run: have nothing else in the same file, and install
+/// no logger or subscriber.
 #[macro_export]
 macro_rules! transport_conformance {
     ($fixture:expr) => {
@@ -118,7 +122,7 @@ macro_rules! transport_conformance {
         #[test]
         fn $name() {
             let longest = std::time::Duration::from_secs(180);
-            $crate::run_within(longest, async { $crate::transport::$name(&$fixture).await });
+            $crate::run_quietly(longest, async { $crate::transport::$name(&$fixture).await });
         }
     )*};
 }
@@ -156,6 +160,12 @@ macro_rules! transport_outages {
 #[doc(hidden)]
 pub fn run(test: impl Future<Output = ()>) {
     run_within(std::time::Duration::from_secs(60), test);
+}
+
+/// As [`run_within`], and fails if anything is logged at WARN or above.
+#[doc(hidden)]
+pub fn run_quietly(limit: std::time::Duration, test: impl Future<Output = ()>) {
+    quiet::quietly(|| run_within(limit, test));
 }
 
 /// Runs a test on a runtime of two threads, for at most `limit`.

@@ -1,16 +1,11 @@
-//! The conformance suite, on a real broker.
+//! The conformance suite, on a real broker. Whatever is logged at WARN or above while it runs fails it.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
 mod broker;
 
-use postrider_core::Transport;
-use postrider_kafka::{KafkaOptions, transport_with};
-use postrider_testkit::{
-    server::{Kafka, fresh_name},
-    transport::NamedTransport,
-    transport_conformance, transport_outages,
-};
+use postrider_kafka::transport_with;
+use postrider_testkit::{server::fresh_name, transport::NamedTransport, transport_conformance};
 use std::time::Duration;
 
 /// Topics and groups of its own.
@@ -21,17 +16,4 @@ fn fixture() -> NamedTransport {
     NamedTransport::new(fresh_name(), transport, Duration::from_secs(quiet))
 }
 
-fn soon_told(server: &Kafka) -> Transport {
-    let seconds = Duration::from_secs;
-    let options = KafkaOptions::new(server.brokers())
-        .with_partitions(4)
-        .with_session_timeout(seconds(2));
-    transport_with(options.with_timeout(seconds(3)).with_delivery_timeout(seconds(3))).unwrap()
-}
-
 transport_conformance!(fixture());
-transport_outages!(
-    Kafka,
-    soon_told,
-    #[cfg_attr(feature = "mock", ignore = "there is no Apache Kafka here to be killed")]
-);

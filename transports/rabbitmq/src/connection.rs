@@ -2,12 +2,16 @@
 
 use crate::config::{RabbitMqOptions, without_password};
 use lapin::{
-    Channel, Connection, ConnectionProperties,
+    Channel, ConnectionProperties,
     tcp::OwnedTLSConfig,
     uri::{AMQPScheme, AMQPUri},
 };
 use postrider_core::{Error, ErrorKind, Result, subscriber::QueueOptions};
-use std::{sync::Arc, time::Duration};
+use std::{
+    ops::Deref,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 /// Where the broker is, and how to talk to it.
 #[derive(Debug, Clone)]
@@ -119,9 +123,14 @@ impl Broker {
         };
         let runtime = lapin::runtime::default_runtime()
             .map_err(|why| Error::new(ErrorKind::Unexpected, "RabbitMQ's client needs a tokio runtime").because(why))?;
-        let connect = Connection::connect_uri_with_config(self.0.uri.0.clone(), properties, tls, runtime);
-        self.in_time("connecting", async { connect.await.map_err(failed) })
-            .await
+        let connect = lapin::Connection::connect_uri_with_config(self.0.uri.0.clone(), properties, tls, runtime);
+        let client = self
+            .in_time("connecting", async { connect.await.map_err(failed) })
+            .await?;
+        Ok(Connection {
+            client: Arc::new(client),
+            channels: Mutex::default(),
+        })
     }
 
     /// Runs `work` for at most the time that anything may take.
@@ -169,11 +178,45 @@ pub(crate) async fn ask(channel: &Channel, queue: &str) -> std::result::Result<(
     asked.map(drop)
 }
 
-/// Closes a connection, whoever still holds parts of it, and lets nobody wait for that.
-pub(crate) fn close_soon(connection: Arc<Connection>) {
-    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-        runtime.spawn(async move {
-            let _ = tokio::time::timeout(Duration::from_secs(5), connection.close(200, "OK".into())).await;
-        });
+/// A connection of the client's. Dropped, it is closed, whoever still holds channels of it, and nobody waits for that.
+///
+/// It keeps its channels: the client closes a channel whose last handle is dropped, and where the connection is being closed just
+/// then, it takes that for an error, and says so at ERROR.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    client: Arc<lapin::Connection>,
+    channels: Mutex<Vec<Channel>>,
+}
+
+impl Connection {
+    pub(crate) async fn create_channel(&self) -> lapin::Result<Channel> {
+        let channel = self.client.create_channel().await?;
+        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        channels.retain(|channel| channel.status().connected());
+        channels.push(channel.clone());
+        Ok(channel)
+    }
+}
+
+impl Deref for Connection {
+    type Target = lapin::Connection;
+
+    fn deref(&self) -> &lapin::Connection {
+        &self.client
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Ok(runtime) = tokio::runtime::Handle::try_current()
+            && self.client.status().connected()
+        {
+            let client = self.client.clone();
+            let channels = std::mem::take(self.channels.get_mut().unwrap_or_else(PoisonError::into_inner));
+            runtime.spawn(async move {
+                let _ = tokio::time::timeout(Duration::from_secs(5), client.close(200, "OK".into())).await;
+                drop(channels);
+            });
+        }
     }
 }

@@ -11,7 +11,7 @@
 //! | `<group>:each:<id>` | a broadcast | everything, for one member; gone with it, or 10 minutes after it died |
 //! | `<group>:retry:<ms>:<queue>` | both | messages that wait for a retry, dead-lettered back by the broker |
 //! | `<group>:dead` | both | dead letters, for groups without an event log; and what a policy's `delivery-limit` takes out of a queue |
-//! | `<group>:members`, `<group>:hungry`, `<group>:<n>:lease` | an ordered group | who is there, who has too little, and who has which partition; never any messages |
+//! | `<group>:members`, `<group>:hungry`, `<group>:<n>/<partitions>:lease` | an ordered group | who is there, who has too little, and who has which partition; never any messages |
 //!
 //! A plain client publishes to the exchange with the routing key `<topic>`; its messages arrive at an unordered group, and at
 //! the first partition of an ordered one. One that consumes binds its queue with `<topic>.@.0` to `<topic>.@.63`. What it
@@ -43,7 +43,6 @@
 //! | connection refused or lost, 320, 541, heartbeat missed | the connection is away: the relay probes, no attempt is counted | `Unavailable`, tried again | the outcome is lost, the message comes again |
 //! | 403 no right | the destination is away: its topics are paused, no attempt is counted | `Config`: which right, of what | as a lost connection |
 //! | 404 no exchange or queue | the destination is away; the next call declares it again | `Config` with `without_declaring`, else it is declared | as a lost connection |
-//! | 405 locked by another member | – | that partition is the other's | – |
 //! | 406 declared otherwise | the destination is away | `Config`: what to delete, or to call otherwise | – |
 //! | 406 larger than `max_message_size` | that message is invalid, the others are sent again | – | a copy is not stored: the message comes again |
 //! | headers larger than `frame_max` | that message is invalid, before it is sent | – | – |

@@ -2,10 +2,10 @@
 
 use crate::{
     config::RabbitMqOptions,
-    connection::{Broker, close_soon, failed, is_reply, within},
+    connection::{Broker, Connection, failed, is_reply, within},
 };
 use lapin::{
-    Channel, Connection, ExchangeKind,
+    Channel, ExchangeKind,
     options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
@@ -16,7 +16,7 @@ use postrider_core::{
 use rustc_hash::FxHashMap;
 use std::{
     ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -38,8 +38,9 @@ pub(crate) fn partition_queue(group: &GroupName, partition: usize) -> String {
     format!("{group}:{partition}")
 }
 
-pub(crate) fn lease_queue(group: &GroupName, partition: usize) -> String {
-    format!("{group}:{partition}:lease")
+/// It says how many there are, so that nobody who is told of fewer finds it.
+pub(crate) fn lease_queue(group: &GroupName, partition: usize, partitions: usize) -> String {
+    format!("{group}:{partition}/{partitions}:lease")
 }
 
 pub(crate) fn members_queue(group: &GroupName) -> String {
@@ -302,19 +303,21 @@ impl<'a> Declaring<'a> {
                 error
             }
         })?;
-        // Those of its queues that it does not know would be read by nobody. (Where it declares them, it has been told by now.)
-        let next = partition_queue(group, partitions);
-        if !self.options.declares && self.has(connection, &next).await? {
-            let text =
-                "the group has more partitions on RabbitMQ than this member is told of: it would never read the others";
-            return Err(Error::new(ErrorKind::Config, text)
+        let classic = table(&[("x-queue-type", text("classic"))]);
+        self.queue(&hungry_queue(group), classic.clone()).await?;
+        for partition in 0..partitions {
+            let lease = lease_queue(group, partition, partitions);
+            self.queue(&lease, classic.clone()).await.map_err(|error| match error.kind() {
+                // What it does not know of would be read by nobody. (Where it declares them, it has been told by now.)
+                ErrorKind::Config if !self.options.declares => Error::new(
+                    ErrorKind::Config,
+                    "the group is not declared on RabbitMQ with this number of partitions: a member has to be told of all that there are",
+                )
                 .with("group", group)
                 .with("partitions", partitions)
-                .with("queue", next));
-        }
-        let classic = table(&[("x-queue-type", text("classic"))]);
-        self.queue(&hungry_queue(group), classic).await?;
-        for partition in 0..partitions {
+                .because(error),
+                _ => error,
+            })?;
             let name = partition_queue(group, partition);
             let mut arguments = self.arguments(group);
             arguments.push(("x-single-active-consumer", AMQPValue::Boolean(true)));
@@ -392,12 +395,10 @@ impl CopyQueues {
         let declaring = async {
             let connection = broker.connect("copies").await?;
             let declaring = Declaring::on(&connection, broker).await?;
-            let name = match copy {
+            match copy {
                 Copy::Retry(queue, millis) => declaring.retries(group, queue, *millis).await,
                 Copy::Dead => declaring.dead_letters(&connection, group).await,
-            };
-            close_soon(Arc::new(connection));
-            name
+            }
         };
         let name = broker.in_time("declaring a queue for copies", declaring).await?;
         self.known().insert(copy.clone(), name.clone());

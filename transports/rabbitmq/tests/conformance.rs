@@ -1,10 +1,9 @@
-//! The conformance suite, on a real broker.
+//! The conformance suite, on a real broker. Whatever is logged at WARN or above while it runs fails it.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
-use postrider_core::Transport;
 use postrider_rabbitmq::{RabbitMqOptions, transport_with};
-use postrider_testkit::{server::RabbitMq, transport::NamedTransport, transport_conformance, transport_outages};
+use postrider_testkit::{server::RabbitMq, transport::NamedTransport, transport_conformance};
 use std::time::Duration;
 
 /// Everything under an exchange of its own.
@@ -15,9 +14,4 @@ fn fixture() -> NamedTransport {
     NamedTransport::new(name, transport_with(options).unwrap(), Duration::from_secs(1))
 }
 
-fn soon_told(server: &RabbitMq) -> Transport {
-    transport_with(RabbitMqOptions::new(server.url()).with_heartbeat(Duration::from_secs(1))).unwrap()
-}
-
 transport_conformance!(fixture());
-transport_outages!(RabbitMq, soon_told);

@@ -37,16 +37,6 @@ impl KafkaSource {
     }
 }
 
-impl Drop for KafkaSource {
-    /// The queues keep the client alive, and whoever has the last of them waits for it.
-    fn drop(&mut self) {
-        let holds = std::mem::take(&mut self.holds);
-        if !holds.is_empty() {
-            std::thread::spawn(move || drop(holds));
-        }
-    }
-}
-
 impl Source for KafkaSource {
     fn poll_take(&mut self, _: &mut Context<'_>, max: usize) -> Poll<Vec<Received>> {
         let changes = self.membership.changes();
@@ -58,8 +48,9 @@ impl Source for KafkaSource {
         self.first = (self.first + 1) % count.max(1);
         for n in 0..count {
             let hold = &self.holds[(self.first + n) % count];
+            let Some(queue) = hold.queue() else { continue };
             while batch.len() < max && !hold.is_leaving() {
-                match hold.queue.poll(Duration::ZERO) {
+                match queue.poll(Duration::ZERO) {
                     None => break,
                     Some(Ok(record)) => {
                         let message = wire::read(&mut self.records, &record, &hold.topic);

@@ -18,8 +18,8 @@ pub(super) struct Hold {
     assignment: Assignment,
     pub(super) topic: Topic,
     pub(super) partition: i32,
-    pub(super) queue: Arc<Queue>,
-    /// Whoever drops the last handle waits for the client: that is the thread's to do.
+    /// Until it is lost. A queue keeps the client, and whoever has the last handle on that waits for its end: the member's thread does.
+    queue: Mutex<Option<Arc<Queue>>>,
     consumer: Weak<Consumer>,
     state: Mutex<State>,
 }
@@ -73,7 +73,7 @@ impl Hold {
             assignment: Assignment::fresh(),
             topic,
             partition,
-            queue,
+            queue: Mutex::new(Some(queue)),
             consumer: Arc::downgrade(consumer),
             state: Mutex::new(state),
         }
@@ -81,6 +81,11 @@ impl Hold {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What comes of it, for a moment: nobody keeps that.
+    pub(super) fn queue(&self) -> Option<Arc<Queue>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether this offset is not behind all those before: then the hold begins anew from there, once nothing is out of it.
@@ -171,9 +176,12 @@ impl partition::Hold for Hold {
     }
 
     fn lose(&self) {
-        let mut state = self.state();
-        state.is_leaving = true;
-        state.is_gone = true;
+        {
+            let mut state = self.state();
+            state.is_leaving = true;
+            state.is_gone = true;
+        }
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
     async fn settle(&self, batch: &[(u64, Disposition)]) -> (Vec<Result<()>>, bool) {

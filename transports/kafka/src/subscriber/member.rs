@@ -22,6 +22,7 @@ use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
+        mpsc::{self, RecvTimeoutError},
     },
     time::{Duration, Instant},
 };
@@ -452,6 +453,10 @@ impl Member {
             let Some((from, settled)) = hold.begins_again() else {
                 continue;
             };
+            let place = (hold.topic.to_string(), hold.partition);
+            let Some(queue) = self.queues.get(&place).cloned() else {
+                continue;
+            };
             hold.lose();
             let sought = self.consumer.seek(
                 hold.topic.as_str(),
@@ -465,7 +470,7 @@ impl Member {
             self.shared.membership.remove(hold.assignment());
             self.shared
                 .membership
-                .add(self.hold(hold.topic.clone(), hold.partition, hold.queue.clone(), settled));
+                .add(self.hold(hold.topic.clone(), hold.partition, queue, settled));
         }
     }
 
@@ -494,17 +499,31 @@ impl Member {
         for partitions in revoking.chain(revoked.map(|(_, partitions)| partitions)) {
             let _ = unassign(&self.consumer, &self.list(&partitions));
         }
-        // Here and not where the last handle is dropped, which may be long after.
-        match self.consumer.close_queue() {
-            Ok(()) => {
-                let until = Instant::now() + LONGEST_CLOSE;
-                while !self.consumer.closed() && Instant::now() < until {
-                    let _ = self.consumer.poll(Duration::from_millis(20));
+        let Self {
+            shared,
+            mut consumer,
+            queues,
+            ..
+        } = self;
+        drop(queues);
+        let (leaving, left) = mpsc::channel();
+        let closing = move || {
+            // Whoever looks at a message or notes an offset just now has a handle for that long.
+            let alone = loop {
+                match Arc::try_unwrap(consumer) {
+                    Ok(alone) => break alone,
+                    Err(again) => consumer = again,
                 }
-            }
-            Err(error) => {
-                tracing::warn!(%error, "the group was not left in order: its others wait for this member's session to end");
-            }
+                std::thread::park_timeout(Duration::from_millis(1));
+            };
+            // It leaves the group, and waits for the answer.
+            drop(alone);
+            let _ = leaving.send(());
+        };
+        let name = format!("kafka {} leaving", shared.subscription.group);
+        let started = std::thread::Builder::new().name(name).spawn(closing);
+        if started.is_err() || left.recv_timeout(LONGEST_CLOSE) == Err(RecvTimeoutError::Timeout) {
+            tracing::warn!(group = %shared.subscription.group, "the group was not left in order: its others wait for this member's session to end");
         }
     }
 }

@@ -8,13 +8,13 @@
 
 use super::{Job, Work, unavailable};
 use crate::{
-    connection::{Broker, close_soon, failed, is_reply, within},
+    connection::{Broker, Connection, failed, is_reply, within},
     topology::{Declaring, routing_key},
     wire::{self, Layout},
 };
 use futures_util::{FutureExt as _, Stream, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
-    Channel, Confirmation, Connection, Event, ExchangeKind,
+    Channel, Confirmation, Event, ExchangeKind,
     options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions},
     types::FieldTable,
 };
@@ -374,12 +374,6 @@ impl Link {
             (Ok(_), None) => Ok(()),
         };
         self.calls.confirm(place, outcome);
-    }
-}
-
-impl Drop for Link {
-    fn drop(&mut self) {
-        close_soon(self.connection.clone());
     }
 }
 

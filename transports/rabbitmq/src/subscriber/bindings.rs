@@ -4,9 +4,9 @@
 //! A queue of the member's own is bound like the group's, and a message that expires at once is sent to it now and then. When that
 //! reaches no queue, the bindings are gone.
 
-use crate::connection::{failed, is_reply};
+use crate::connection::{Connection, failed, is_reply};
 use lapin::{
-    BasicProperties, Channel, Confirmation, Connection,
+    BasicProperties, Channel, Confirmation,
     options::{BasicPublishOptions, ConfirmSelectOptions, QueueBindOptions, QueueDeclareOptions},
     types::FieldTable,
 };

@@ -71,7 +71,7 @@ type Said = std::pin::Pin<Box<dyn Future<Output = lapin::Result<()>> + Send>>;
 impl Hold {
     /// Begins to consume a queue.
     pub(super) async fn open(
-        connection: &lapin::Connection,
+        connection: &connection::Connection,
         shared: &Shared,
         queue: String,
         partition: Option<usize>,

@@ -1,28 +1,29 @@
 //! Who is in an ordered group, and who has which of its partitions.
 //!
-//! Of each partition there is a lease, an exclusive queue, which the broker frees when its connection ends. How many members there
+//! Consumers of queues that get no messages say all of it, and the broker forgets them when their connection ends. Whoever is the only
+//! consumer of a partition's lease has it: of two that try at the same time one at least sees the other. How many members there
 //! are says the number of consumers of the members' queue, and of another, how many of them have less than their part.
 
 use crate::{
-    connection::{failed, is_reply},
-    topology::{hungry_queue, lease_queue, members_queue, partition_queue},
+    connection::{Connection, failed},
+    topology::{hungry_queue, lease_queue, members_queue},
 };
 use lapin::{
-    Channel, Connection, Consumer,
-    options::{BasicCancelOptions, BasicConsumeOptions, QueueDeclareOptions, QueueDeleteOptions},
+    Channel, Consumer,
+    options::{BasicCancelOptions, BasicConsumeOptions, QueueDeclareOptions},
     types::FieldTable,
 };
 use postrider_core::{Assignment, GroupName, Result};
-use std::sync::Arc;
+use rustc_hash::FxHashMap;
 
 /// What a member knows of its group, and the group of it, for as long as its connection lives.
 pub(super) struct Leases {
-    connection: Arc<Connection>,
     group: GroupName,
+    partitions: usize,
     control: Channel,
-    /// Its channel is its own: a refusal closes it.
-    leasing: Option<Channel>,
-    /// Its mark among the members,
+    /// Its marks on the leases of partitions,
+    held: FxHashMap<usize, Consumer>,
+    /// among the members,
     _mark: Consumer,
     /// and among those that have less than their part.
     short: Option<Consumer>,
@@ -32,14 +33,14 @@ pub(super) struct Leases {
 
 impl Leases {
     /// Makes this a member.
-    pub(super) async fn join(connection: &Arc<Connection>, group: &GroupName) -> Result<Self> {
+    pub(super) async fn join(connection: &Connection, group: &GroupName, partitions: usize) -> Result<Self> {
         let control = connection.create_channel().await.map_err(failed("opening a channel"))?;
         let mark = mark(&control, members_queue(group)).await;
         Ok(Self {
-            connection: connection.clone(),
             group: group.clone(),
+            partitions,
             control,
-            leasing: None,
+            held: FxHashMap::default(),
             _mark: mark.map_err(failed("joining the members of the group"))?,
             short: None,
             first: usize::try_from(Assignment::fresh().0).unwrap_or(0) + std::process::id() as usize,
@@ -85,40 +86,27 @@ impl Leases {
 
     /// Takes a partition, unless somebody else has it.
     pub(super) async fn take(&mut self, partition: usize) -> Result<bool> {
-        // Whoever has one consumes its queue, so those that are taken need not be asked for: each refusal closes a channel, and
-        // the client has a number for each only once.
-        if self.consumers(partition_queue(&self.group, partition)).await? > 0 {
+        let lease = lease_queue(&self.group, partition, self.partitions);
+        if self.consumers(lease.clone()).await? > 0 {
             return Ok(false);
         }
-        let channel = match self.leasing.take() {
-            Some(channel) => channel,
-            None => self
-                .connection
-                .create_channel()
-                .await
-                .map_err(failed("opening a channel"))?,
-        };
-        let options = QueueDeclareOptions {
-            exclusive: true,
-            ..Default::default()
-        };
-        let name = lease_queue(&self.group, partition);
-        match channel.queue_declare(name.into(), options, FieldTable::default()).await {
-            Ok(_) => {
-                self.leasing = Some(channel);
-                Ok(true)
-            }
-            // The refusal has closed the channel.
-            Err(why) if is_reply(&why, 405) => Ok(false),
-            Err(why) => Err(failed("taking a partition")(why)),
+        let mark = mark(&self.control, lease.clone()).await;
+        self.held.insert(partition, mark.map_err(failed("taking a partition"))?);
+        // Those that tried at the same time all let go, and try again each in its own time.
+        let is_alone = self.consumers(lease).await? == 1;
+        if !is_alone {
+            self.free(partition).await?;
         }
+        Ok(is_alone)
     }
 
     /// Gives a partition back.
-    pub(super) async fn free(&self, partition: usize) -> Result<()> {
-        let name = lease_queue(&self.group, partition);
-        let deleted = self.control.queue_delete(name.into(), QueueDeleteOptions::default());
-        deleted.await.map(drop).map_err(failed("handing over a partition"))
+    pub(super) async fn free(&mut self, partition: usize) -> Result<()> {
+        let Some(mark) = self.held.remove(&partition) else {
+            return Ok(());
+        };
+        let ended = self.control.basic_cancel(mark.tag(), BasicCancelOptions::default());
+        ended.await.map_err(failed("handing over a partition"))
     }
 }
 

@@ -10,13 +10,13 @@ use super::{
     leases::Leases,
 };
 use crate::{
-    connection::{close_soon, failed, within},
+    connection::{Connection, failed, within},
     topology::{Declaring, partition_queue},
 };
 use async_trait::async_trait;
 use futures_util::{Stream, StreamExt as _};
 use lapin::{
-    Connection, Event,
+    Event,
     options::{BasicConsumeOptions, BasicQosOptions, QueueDeleteOptions},
     types::FieldTable,
 };
@@ -93,13 +93,6 @@ impl Shared {
     }
 }
 
-impl Drop for Member {
-    /// Channels that others hold would keep the connection, and with it the leases.
-    fn drop(&mut self) {
-        close_soon(self.connection.clone());
-    }
-}
-
 impl Member {
     /// The first time: a partition that cannot be consumed is passed over.
     pub(super) async fn first(shared: &Shared) -> Result<Self> {
@@ -134,7 +127,8 @@ impl Member {
         let joining = async {
             declaring.end().await?;
             if shared.is_shared() {
-                member.leases = Some(Leases::join(&member.connection, group).await?);
+                member.leases =
+                    Some(Leases::join(&member.connection, group, shared.broker.options().partitions).await?);
                 member.balance(shared).await
             } else {
                 open(&member.connection, shared, shared.queue.clone(), None, Vec::new()).await
@@ -271,7 +265,7 @@ impl Member {
             } else {
                 continue;
             }
-            match (hold.partition, &self.leases) {
+            match (hold.partition, &mut self.leases) {
                 (Some(partition), Some(leases)) if !keeps => leases.free(partition).await?,
                 (partition, _) => open(&self.connection, shared, hold.queue.clone(), partition, settled).await?,
             }
@@ -397,7 +391,7 @@ impl partition::Leases for Taking<'_> {
 /// it hands out meanwhile goes back to its place, for it is as much as any member takes.
 async fn is_sound(shared: &Shared, queue: &str) -> bool {
     let trying = async {
-        let connection = Arc::new(shared.broker.connect("trying a queue").await?);
+        let connection = shared.broker.connect("trying a queue").await?;
         let tried = async {
             let channel = connection.create_channel().await?;
             channel.basic_qos(shared.prefetch(), BasicQosOptions::default()).await?;
@@ -408,9 +402,7 @@ async fn is_sound(shared: &Shared, queue: &str) -> bool {
             drop(consumer);
             Ok(())
         };
-        let tried = tried.await.map_err(failed("trying a queue"));
-        close_soon(connection);
-        tried
+        tried.await.map_err(failed("trying a queue"))
     };
     let tried = within(shared.broker.options().timeout / 4, "trying a queue", trying).await;
     if let Err(error) = &tried {

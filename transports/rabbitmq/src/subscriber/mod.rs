@@ -7,7 +7,7 @@ mod leases;
 mod member;
 
 use crate::{
-    connection::{Broker, close_soon},
+    connection::Broker,
     publisher::RabbitMqPublisher,
     topology::{CopyQueues, Declaring, broadcast_queue},
 };
@@ -66,16 +66,11 @@ impl Subscriber for RabbitMqSubscriber {
             return Err(nothing_to_declare(&subscription.group));
         }
         let broker = self.broker.for_queue(&subscription.queue)?;
-        let connection = Arc::new(broker.connect(&format!("declaring {}", subscription.group)).await?);
+        let connection = broker.connect(&format!("declaring {}", subscription.group)).await?;
         let declaring = Declaring::on(&connection, &broker).await?;
-        let declared = async {
-            declaring.exchange().await?;
-            declaring.group(&connection, subscription).await?;
-            declaring.end().await
-        };
-        let declared = declared.await;
-        close_soon(connection);
-        declared
+        declaring.exchange().await?;
+        declaring.group(&connection, subscription).await?;
+        declaring.end().await
     }
 }
 

@@ -245,7 +245,7 @@ fn a_member_that_knows_too_few_partitions_is_refused() {
             .await
             .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Config, "{error}");
-        assert!(error.to_string().contains("more partitions"), "{error}");
+        assert!(error.to_string().contains("this number of partitions"), "{error}");
     });
 }
 
