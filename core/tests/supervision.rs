@@ -36,6 +36,8 @@ struct Faults {
     settles_hang: AtomicBool,
     closes_hang: AtomicBool,
     wait_returns_at_once: AtomicBool,
+    /// Settles that come too late: the broker has given the messages to somebody else by then.
+    late_settles: AtomicU32,
     /// How often the feed says that the group is refused.
     refusals: AtomicU32,
     /// Waits that fail.
@@ -155,6 +157,12 @@ impl Settler for Faulty<dyn Settler> {
     async fn settle(&self, batch: &[(DeliveryTag, Disposition)]) -> Vec<Result<()>> {
         if self.0.settles_hang.load(Ordering::SeqCst) {
             std::future::pending::<()>().await;
+        }
+        if happens(&self.0.late_settles) {
+            let back: Vec<_> = batch.iter().map(|(tag, _)| (*tag, Disposition::Release)).collect();
+            self.1.settle(&back).await;
+            let late = || Err(Error::new(ErrorKind::LeaseLost, "it is somebody else's"));
+            return batch.iter().map(|_| late()).collect();
         }
         self.1.settle(batch).await
     }
@@ -371,6 +379,23 @@ impl Subscriber for Refusing {
     async fn declare(&self, _: &Subscription) -> Result<()> {
         Err(Error::new(ErrorKind::Config, "no such exchange"))
     }
+}
+
+/// What was handled, and comes again because the broker did not take its acknowledgement, is acknowledged and not handled again.
+#[tokio::test]
+async fn what_is_done_and_not_acknowledged_is_handled_once() {
+    let (world, bus, faults) = faulty().await;
+    faults.late_settles.store(1, Ordering::SeqCst);
+    bus.start().await.unwrap();
+    let running = world::subscribe(&bus, "g").await.unwrap();
+    bus.publish(event("t", Some("k"), "1")).await.unwrap();
+    world.until(|_| running.report().delivered == 2).await;
+    bus.publish(event("t", Some("k"), "2")).await.unwrap();
+    world.until(|_| running.report().delivered == 3).await;
+    world.settle().await;
+    let report = running.report();
+    assert_eq!((report.handled, report.dropped, report.unsettled), (2, 1, 1));
+    bus.shutdown(secs(5)).await.unwrap();
 }
 
 /// A settler that hangs is shown, and bounds neither a stop nor a shutdown.

@@ -28,6 +28,7 @@ mod starting;
 mod starts;
 mod steps;
 mod subscribing;
+mod unacknowledged;
 mod worker;
 
 pub use barrier::Barrier;

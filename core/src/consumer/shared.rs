@@ -9,6 +9,7 @@ use super::{
     inbox::{ANOTHER_VERSION, Stored, behind, record},
     members::{Members, Who},
     running::Counters,
+    unacknowledged::Unacknowledged,
 };
 use crate::{
     Delivery, GroupName, Message, Settlement, Topic,
@@ -66,6 +67,8 @@ pub(super) struct Shared {
     pub(super) suspects: tokio::sync::Semaphore,
     /// Types and topics that were warned of.
     pub(super) warned: Mutex<FxHashSet<(String, Topic)>>,
+    /// Done with, though the broker does not know.
+    pub(super) unacknowledged: Unacknowledged,
     pub(super) status: Arc<Status>,
     /// Whether it has ever been connected.
     pub(super) connected: tokio::sync::watch::Sender<bool>,

@@ -11,6 +11,7 @@ use super::{
     options::{OnExhausted, Unknown},
     running::Counters,
     shared::Shared,
+    unacknowledged::Unacknowledged,
 };
 use crate::{
     AnyEvent, Bus, Error, ErrorKind, GroupName, Mailbox, RelayOptions, Result, Subscription, Topic,
@@ -164,6 +165,7 @@ impl About {
             from_inbox: TaskTracker::new(),
             suspects: tokio::sync::Semaphore::new(1),
             warned: Mutex::default(),
+            unacknowledged: Unacknowledged::default(),
             status: status.clone(),
             connected: tokio::sync::watch::Sender::new(false),
         });

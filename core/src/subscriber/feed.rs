@@ -1,7 +1,7 @@
 //! A feed, and the engine's two sides of it.
 
 use super::{Assignment, Deliveries, DeliveryTag, Disposition, Incoming, Received, Settler};
-use crate::{Error, Message, Result, clock::bounded};
+use crate::{Error, Message, MessageId, Result, clock::bounded};
 use std::{
     collections::HashMap,
     sync::{
@@ -79,6 +79,7 @@ pub struct Delivery {
 #[derive(Debug)]
 #[must_use = "give it to `Settling::settle`"]
 pub struct Settlement {
+    message: MessageId,
     tag: DeliveryTag,
     disposition: Disposition,
 }
@@ -119,6 +120,7 @@ impl Delivery {
     fn settled(mut self, disposition: Disposition) -> Settlement {
         self.dropped = None;
         Settlement {
+            message: self.message.id(),
             tag: self.tag,
             disposition,
         }
@@ -215,14 +217,25 @@ pub struct Settling {
 impl Settling {
     /// Settles a batch, and releases what was dropped meanwhile. Gives back the errors.
     pub async fn settle(&self, batch: Vec<Settlement>) -> Vec<Error> {
-        let mut all: Vec<_> = batch.into_iter().map(|s| (s.tag, s.disposition)).collect();
+        self.settle_each(batch).await.0
+    }
+
+    /// The same, and which messages were done with and are not acknowledged.
+    pub(crate) async fn settle_each(&self, batch: Vec<Settlement>) -> (Vec<Error>, Vec<MessageId>) {
+        let mut all: Vec<_> = batch.iter().map(|s| (s.tag, s.disposition)).collect();
         let dropped = std::mem::take(&mut *self.dropped.lock().unwrap_or_else(PoisonError::into_inner));
         all.extend(dropped.into_iter().map(|tag| (tag, Disposition::Release)));
         if all.is_empty() {
-            return Vec::new();
+            return (Vec::new(), Vec::new());
         }
-        let outcomes = self.settler.settle(&all).await;
-        outcomes.into_iter().filter_map(Result::err).collect()
+        let (mut errors, mut unacknowledged) = (Vec::new(), Vec::new());
+        for (at, outcome) in self.settler.settle(&all).await.into_iter().enumerate() {
+            let Err(error) = outcome else { continue };
+            errors.push(error);
+            let done = batch.get(at).filter(|settled| settled.disposition == Disposition::Ack);
+            unacknowledged.extend(done.map(|settled| settled.message));
+        }
+        (errors, unacknowledged)
     }
 
     /// Whether deliveries were dropped that the broker has not been told of.

@@ -57,17 +57,28 @@ impl Cluster {
     }
 
     /// Why a broker could not be reached, if that was lately.
-    pub(crate) fn recent_trouble(&self) -> Option<String> {
+    fn recent_trouble(&self) -> Option<String> {
         let trouble = self.trouble();
         let recent = trouble.as_ref().filter(|(at, _)| at.elapsed() < RECENT);
         recent.map(|(_, reason)| reason.clone())
+    }
+
+    /// Why no broker answers, as far as is known.
+    pub(crate) fn why_silent(&self) -> String {
+        let why = self.recent_trouble();
+        why.unwrap_or_else(|| format!("no broker answers of {}", self.options().brokers))
     }
 
     /// What went wrong while `doing` something.
     pub(crate) fn failed(&self, doing: &'static str) -> impl Fn(KafkaError) -> Error {
         move |why| {
             let kind = kind_of(&why);
-            let error = Error::new(kind, "Kafka failed").with("doing", doing).because(why);
+            let error = Error::new(kind, "Kafka failed").with("doing", doing);
+            let error = match kind {
+                ErrorKind::Unavailable => error.with("brokers", &self.options().brokers),
+                _ => error,
+            };
+            let error = error.because(why);
             match self.recent_trouble().filter(|_| kind == ErrorKind::Unavailable) {
                 Some(reason) => error.with("reason", reason),
                 None => error,

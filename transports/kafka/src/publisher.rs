@@ -226,7 +226,7 @@ impl KafkaPublisher {
                     )),
                     false => PublishError::connection(format!(
                         "Kafka did not answer within {limit:?}: {}",
-                        self.shared.cluster.recent_trouble().unwrap_or_default()
+                        self.shared.cluster.why_silent()
                     )),
                 }),
             };
@@ -342,7 +342,7 @@ impl KafkaPublisher {
         let is_topic = call.any_confirmed.load(Ordering::Acquire) || brokers_answer(producer).await;
         let why = match is_topic {
             true => None,
-            false => Some(self.shared.cluster.recent_trouble().unwrap_or_default()),
+            false => Some(self.shared.cluster.why_silent()),
         };
         for at in late {
             let error = KafkaError::MessageProduction(RDKafkaErrorCode::MessageTimedOut);

@@ -95,7 +95,10 @@ impl Worker {
 
     /// Handles a delivery now, or behind those of its key.
     pub(super) fn begin(&self, hand: &mut InHand, delivery: Delivery, answer: Admission) {
-        if matches!(answer, Admission::Duplicate | Admission::Parked) {
+        let message = delivery.message().id();
+        if matches!(answer, Admission::Duplicate | Admission::Parked)
+            || self.shared.unacknowledged.take(message, &*self.shared.tools.clock)
+        {
             self.shared.counters.dropped(1);
             hand.settlements.push(delivery.ack());
             return;

@@ -272,8 +272,9 @@ impl Worker {
         hand.being_settled = batch.len();
         let (settling, shared) = (self.settling.clone(), self.shared.clone());
         async move {
-            let errors = settling.settle(batch).await;
+            let (errors, unacknowledged) = settling.settle_each(batch).await;
             shared.counters.unsettled(errors.len());
+            shared.unacknowledged.add(unacknowledged, shared.tools.clock.elapsed());
             if let Some(error) = errors.first() {
                 tracing::warn!(group = %shared.group, messages = errors.len(), error = error.to_chain(), "outcomes were not taken: the messages come again");
             }

@@ -113,6 +113,7 @@ fn brokers_that_cannot_be_reached_are_told_without_the_password() {
         let outcome = transport.publisher().unwrap().publish_all(&[message]).await;
         assert_eq!(kind(&outcome[0]), CONNECTION);
         assert!(!format!("{outcome:?}").contains("secret"));
+        assert!(format!("{outcome:?}").contains("127.0.0.1:1"), "{outcome:?}");
         assert!(matches!(
             transport.publisher().unwrap().check().await,
             Reachability::Down(_)

@@ -10,7 +10,7 @@ use super::{
     leases::Leases,
 };
 use crate::{
-    connection::{Connection, failed, within},
+    connection::{Connection, failed, is_reply, within},
     topology::{Declaring, partition_queue},
 };
 use async_trait::async_trait;
@@ -21,7 +21,7 @@ use lapin::{
     types::FieldTable,
 };
 use postrider_core::{
-    Error, Message, Result,
+    Error, ErrorKind, Message, Result,
     partition::{self, Hold as _, fair_share},
 };
 use rustc_hash::FxHashMap;
@@ -109,6 +109,7 @@ impl Member {
     pub(super) async fn join(shared: &Shared) -> Result<Self> {
         let group = &shared.subscription.group;
         let connection = Arc::new(shared.broker.connect(&format!("group {group}")).await?);
+        has_channels(&connection, shared)?;
         let events = Mutex::new(Box::pin(connection.events_listener()) as Pin<Box<_>>);
         let mut member = Self {
             connection,
@@ -188,8 +189,11 @@ impl Member {
             tokio::select! {
                 event = events.next() => match event {
                     None => return false,
-                    // Of a channel too: a partition that somebody else has is one.
                     Some(Event::Error(_)) if !self.connection.status().connected() => return false,
+                    Some(Event::Error(why)) if is_consumer_timeout(&why) => {
+                        let group = &shared.subscription.group;
+                        tracing::warn!(%group, error = %why, "the broker has taken messages back that were not settled within its `consumer_timeout`: they come again, even if they are still being handled. Raise that time-out, or have fewer messages lie ready (`with_prefetch`)");
+                    }
                     Some(_) => {}
                 },
                 // What is settled meanwhile is acknowledged with it.
@@ -326,6 +330,37 @@ impl Member {
             tracing::warn!(group = %shared.subscription.group, error = error.to_chain(), "the group was not left in order");
         }
     }
+}
+
+/// How many channels a member has beside those of its partitions: for declaring, for its leases, and for the bindings' watch.
+const OTHER_CHANNELS: usize = 4;
+
+/// Whether one connection may have as many channels as a member that has every partition.
+fn has_channels(connection: &Connection, shared: &Shared) -> Result<()> {
+    let partitions = if shared.is_shared() {
+        shared.broker.options().partitions
+    } else {
+        1
+    };
+    let (wanted, granted) = (
+        partitions + OTHER_CHANNELS,
+        usize::from(connection.configuration().channel_max()),
+    );
+    // No limit is told by nothing.
+    if granted == 0 || wanted <= granted {
+        return Ok(());
+    }
+    let text = "RabbitMQ permits a connection fewer channels than the group needs, one for each partition: raise the broker's \
+        `channel_max`, or have fewer partitions";
+    Err(Error::new(ErrorKind::Config, text)
+        .with("group", &shared.subscription.group)
+        .with("channel_max", granted)
+        .with("needed", wanted))
+}
+
+/// Whether the broker has closed a channel because what it handed out was not settled for too long.
+fn is_consumer_timeout(why: &lapin::Error) -> bool {
+    is_reply(why, 406) && why.to_string().contains("delivery acknowledgement")
 }
 
 /// Begins to consume a queue. One that cannot be consumed is passed over for a while.

@@ -7,7 +7,7 @@ use postrider_core::PublisherExt as _;
 use postrider_core::{
     ErrorKind, GroupName, Message, Reachability, Subscription, relay::TopicPattern, subscriber::QueueOptions,
 };
-use postrider_rabbitmq::transport_with;
+use postrider_rabbitmq::{RabbitMqOptions, transport_with};
 use postrider_testkit::{
     run, run_within,
     server::RabbitMq,
@@ -246,6 +246,30 @@ fn a_member_that_knows_too_few_partitions_is_refused() {
             .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Config, "{error}");
         assert!(error.to_string().contains("this number of partitions"), "{error}");
+    });
+}
+
+/// A connection that may have fewer channels than there are partitions would be torn down for ever.
+#[test]
+fn a_group_that_needs_more_channels_than_are_permitted_is_refused() {
+    run(async {
+        let fixture = Fixture::new();
+        let url = format!("{}?channel_max=8", fixture.url);
+        let options = RabbitMqOptions::new(url).with_exchange(&fixture.name);
+        let subscription = fixture.ordered();
+        let transport = transport_with(options.clone()).unwrap();
+        let error = transport
+            .subscriber(&subscription)
+            .unwrap()
+            .subscribe(&subscription)
+            .await;
+        let error = error.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+        assert!(
+            error.to_string().contains("channel_max: 8") && error.to_string().contains("needed: 12"),
+            "{error}"
+        );
+        let (_intake, _settling) = join(&transport_with(options.with_partitions(4)).unwrap(), &subscription).await;
     });
 }
 
