@@ -80,3 +80,61 @@ fn a_delayed_event_survives_restarts_and_comes_when_it_is_due() {
         second.shutdown(Duration::from_secs(5)).await.unwrap();
     });
 }
+
+/// RabbitMQ takes back what is not settled within its `consumer_timeout`. A handler that needs longer is begun once more at that
+/// moment, and not for ever: what it has done by then is acknowledged when it comes again.
+#[test]
+fn a_handler_that_outlasts_the_consumer_timeout_is_not_repeated_for_ever() {
+    use postrider::{Bus, Event, memory::MemoryLog};
+    use std::{
+        sync::{
+            Arc,
+            atomic::{AtomicU32, Ordering},
+        },
+        time::{Duration, Instant},
+    };
+
+    #[derive(serde::Serialize, serde::Deserialize, Event)]
+    #[event(name = "slow.work", key = "n")]
+    struct Slow {
+        n: u32,
+    }
+    let mut server = server::RabbitMq::start();
+    // What is not settled is looked at by the tick of a channel.
+    server.ctl(&[
+        "eval",
+        "application:set_env(rabbit, consumer_timeout, 1000), application:set_env(rabbit, channel_tick_interval, 500).",
+    ]);
+    postrider_testkit::run_within(Duration::from_secs(120), async {
+        let transport = postrider::rabbitmq::transport(server.url()).unwrap();
+        let bus = Bus::builder()
+            .log(MemoryLog::new())
+            .transport(transport)
+            .build()
+            .unwrap();
+        bus.start().await.unwrap();
+        let begun = Arc::new((AtomicU32::new(0),));
+        let running = bus
+            .subscribe::<Slow>("slow")
+            .state(begun.clone())
+            .handler(async |(begun,), _, _| {
+                begun.fetch_add(1, Ordering::SeqCst);
+                tokio::time::sleep(Duration::from_secs(4)).await;
+                Ok(())
+            })
+            .start()
+            .await
+            .unwrap();
+        bus.publish(&Slow { n: 1 }).await.unwrap();
+        let began = Instant::now();
+        while running.report().dropped == 0 {
+            assert!(began.elapsed() < Duration::from_secs(60), "{:?}", running.report());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let times = begun.0.load(Ordering::SeqCst);
+        assert!(times <= 3, "begun {times} times");
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        assert_eq!(begun.0.load(Ordering::SeqCst), times, "{:?}", running.report());
+        bus.shutdown(Duration::from_secs(10)).await.unwrap();
+    });
+}
