@@ -491,6 +491,27 @@ async fn a_shutdown_past_its_deadline_says_so_and_loses_nothing() {
     next.until(|w| w.published("t") == ["stuck"]).await;
 }
 
+/// Health tells of an outage, and of its end, though nobody publishes anything.
+#[tokio::test]
+async fn an_outage_shows_while_nothing_is_published() {
+    let world = World::start(options()).await;
+    world.bus.publish(event("t", None, "1")).await.unwrap();
+    world.until(|w| w.published("t") == ["1"]).await;
+    world.transport.faults().set_down(true);
+    for _ in 0..6 {
+        world.pass(secs(1)).await;
+    }
+    world.until(|w| w.bus.relay_report().broker_away.is_some()).await;
+    assert!(!world.bus.relay_report().is_healthy());
+    world.transport.faults().clear();
+    for _ in 0..30 {
+        world.pass(secs(1)).await;
+    }
+    world.until(|w| w.bus.relay_report().is_healthy()).await;
+    world.bus.publish(event("t", None, "2")).await.unwrap();
+    world.until(|w| w.published("t") == ["1", "2"]).await;
+}
+
 #[tokio::test]
 async fn a_stuck_publish_counts_as_an_outage() {
     let world = World::start(options().with_publish_timeout(secs(10))).await;

@@ -16,6 +16,9 @@ use std::{cmp::Reverse, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 /// How often a connection may die with one message alone in flight before the message is blamed.
 const DEATHS_BLAMED: u8 = 2;
 
+/// How often the broker is asked whether it is there while nothing is to be sent.
+const ASK_EVERY: Duration = Duration::from_secs(5);
+
 impl Engine {
     pub(super) fn confirmed(&mut self, place: Place) {
         let Some(held) = self.in_hand.take(place) else { return };
@@ -264,9 +267,7 @@ impl Engine {
             self.link_probing = Probing::new(self.options.max_probe_interval);
         }
         // One confirmed message is enough to say so: what comes slowly at first is no outage.
-        if self.reporter.broker_is_back() {
-            tracing::info!(mailbox = %self.mailbox, "the broker is back");
-        }
+        self.broker_is_back();
     }
 
     /// The connection was lost with these messages in flight: none of them has used an attempt, unless one is to blame.
@@ -318,7 +319,50 @@ impl Engine {
         }
     }
 
+    /// When to ask the broker whether it is there, while nothing is with it that would tell.
+    pub(super) fn asks_at(&self) -> Option<Moment> {
+        let is_idle = matches!(self.link, Link::Up) && self.in_flight == 0 && !self.is_asking && !self.is_stopping;
+        (self.has_destinations && self.has_lease && is_idle).then(|| self.heard_at + ASK_EVERY)
+    }
+
+    /// An outage shows although nobody publishes.
+    pub(super) fn ask_while_idle(&mut self, now: Moment) {
+        if self.asks_at().is_some_and(|at| at <= now) {
+            self.is_asking = true;
+            let attempts = self.attempts.clone();
+            self.job(async move { Event::Asked(attempts.check().await) });
+        }
+    }
+
+    pub(super) fn asked(&mut self, reachability: &Reachability, now: Moment) {
+        (self.is_asking, self.heard_at) = (false, now);
+        // What is with the client by now finds out for itself.
+        if let Reachability::Down(error) = reachability
+            && matches!(self.link, Link::Up)
+            && self.in_flight == 0
+        {
+            self.link_lost(Vec::new(), error, false, now);
+        }
+    }
+
+    /// The broker answers again, and there is nothing to be sent.
+    pub(super) fn is_idle_again(&mut self) {
+        let is_seen_up = matches!(self.link, Link::Slow { may_blame: true, .. });
+        if is_seen_up && self.in_flight == 0 && self.ready.is_empty() {
+            self.link = Link::Up;
+            self.link_probing = Probing::new(self.options.max_probe_interval);
+            self.broker_is_back();
+        }
+    }
+
+    fn broker_is_back(&self) {
+        if self.reporter.broker_is_back() {
+            tracing::info!(mailbox = %self.mailbox, "the broker is back");
+        }
+    }
+
     pub(super) fn checked(&mut self, reachability: &Reachability, now: Moment) {
+        self.heard_at = now;
         self.link = match reachability {
             Reachability::Up => Link::Slow {
                 window: 1,

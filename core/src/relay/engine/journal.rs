@@ -186,6 +186,9 @@ impl Engine {
         self.claimed_at = now;
         self.due_at = self.next_poll(given, claimed.next_due).map(|wait| now + wait);
         self.line_up(claimed.records);
+        if given == 0 {
+            self.is_idle_again();
+        }
         if self.is_stopping {
             self.stop();
         }

@@ -101,6 +101,9 @@ pub(crate) struct Engine {
     quick_poll: Option<Duration>,
     link: Link,
     link_probing: Probing,
+    /// When the broker last answered anything, and whether it is asked just now though nothing is to be sent.
+    heard_at: Moment,
+    is_asking: bool,
     destinations: Destinations,
     log_probing: Probing,
     /// The log failed; it is asked again then.
@@ -141,6 +144,7 @@ enum Event {
         result: Result<u64>,
     },
     Checked(Reachability),
+    Asked(Reachability),
     Told,
 }
 
@@ -189,6 +193,8 @@ impl Engine {
             quick_poll: None,
             link: Link::Up,
             link_probing: Probing::new(max_probe),
+            heard_at: Moment::ZERO,
+            is_asking: false,
             destinations: Destinations::new(max_probe),
             log_probing: Probing::new(max_probe),
             log_retry_at: None,
@@ -287,6 +293,7 @@ impl Engine {
         }
         self.end_local_waits(now);
         self.check_link(now);
+        self.ask_while_idle(now);
         self.send_ready(now);
         if self.log_retry_at.is_some_and(|at| at > now) {
             return;
@@ -305,7 +312,7 @@ impl Engine {
         // A timer counts only if there is something to be done when it ends.
         let link = match &self.link {
             Link::Down { probe_at } if !self.is_stopping => Some(*probe_at),
-            _ => None,
+            _ => self.asks_at(),
         };
         let local = self.local.peek().map(|Reverse((at, _))| *at);
         let log_retry = self.log_retry_at.filter(|_| self.wants_log());
@@ -345,6 +352,7 @@ impl Engine {
             Event::Settled { batch, result } => self.settled(batch, result, now),
             Event::Resumed { topic, asked, result } => self.resumed(&topic, asked, result, now),
             Event::Checked(reachability) => self.checked(&reachability, now),
+            Event::Asked(reachability) => self.asked(&reachability, now),
             Event::Told => {}
         }
     }

@@ -154,6 +154,7 @@ impl Engine {
         let empty = std::mem::take(&mut self.empty_reports);
         let mut reports = self.reports.take(empty);
         if !reports.is_empty() {
+            self.heard_at = now;
             let was_alone = self.in_flight == 1;
             let mut news = News::default();
             for Report {
