@@ -128,6 +128,8 @@ pub(crate) enum Trouble {
     Group,
     /// The broker does not take outcomes.
     Outcomes,
+    /// The broker has deleted what the group had not read.
+    Missed,
     /// The members of the group disagree about what they handle.
     Members,
 }

@@ -36,6 +36,8 @@ struct Faults {
     settles_hang: AtomicBool,
     closes_hang: AtomicBool,
     wait_returns_at_once: AtomicBool,
+    /// Messages that the broker deletes unread, each told of by itself.
+    misses: AtomicU32,
     /// Settles that come too late: the broker has given the messages to somebody else by then.
     late_settles: AtomicU32,
     /// How often the feed says that the group is refused.
@@ -143,6 +145,10 @@ impl Deliveries for FaultyFeed {
         }
         if happens(&self.faults.refusals) {
             return Err(Error::new(ErrorKind::Config, "READ on the group is missing"));
+        }
+        if happens(&self.faults.misses) {
+            let why = "topic t is kept for 1 s".to_owned();
+            return Ok(Incoming::Missed { messages: 5, why });
         }
         if self.faults.empty_batches.load(Ordering::SeqCst) {
             self.faults.asked.fetch_add(1, Ordering::SeqCst);
@@ -395,6 +401,26 @@ async fn what_is_done_and_not_acknowledged_is_handled_once() {
     world.settle().await;
     let report = running.report();
     assert_eq!((report.handled, report.dropped, report.unsettled), (2, 1, 1));
+    bus.shutdown(secs(5)).await.unwrap();
+}
+
+/// What the broker deletes before the group has read it is counted, and health shows it for a while.
+#[tokio::test]
+async fn messages_that_were_deleted_unread_are_shown() {
+    let (world, bus, faults) = faulty().await;
+    faults.misses.store(2, Ordering::SeqCst);
+    bus.start().await.unwrap();
+    let running = world::subscribe(&bus, "g").await.unwrap();
+    world.until(|_| running.report().missed == 10).await;
+    let part = Part::Subscription(GroupName::new("g"));
+    assert_eq!(state(&bus, &part), PartState::Degraded);
+    let error = bus.health().part(&part).unwrap().error.clone().unwrap();
+    assert!(
+        error.text.contains("deleted 5 messages") && error.fix.is_some(),
+        "{error:?}"
+    );
+    world.pass(secs(601)).await;
+    world.until(|_| state(&bus, &part) == PartState::Running).await;
     bus.shutdown(secs(5)).await.unwrap();
 }
 

@@ -71,6 +71,7 @@ impl Joining {
         shared.is_connected();
         self.tell(Ok(()));
         let (intake, settling) = feed.split();
+        *shared.lag.lock().unwrap_or_else(PoisonError::into_inner) = intake.lag();
         let worker = Worker {
             shared: shared.clone(),
             intake,

@@ -6,7 +6,7 @@ use crate::{
 use std::{
     fmt,
     sync::{
-        Arc,
+        Arc, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -23,6 +23,9 @@ macro_rules! counters {
         #[non_exhaustive]
         pub struct SubscriptionReport {
             $($(#[$doc])* pub $name: u64,)*
+            /// Messages that wait with the broker for this member, when it was last looked; `None` where the transport does not
+            /// know.
+            pub lag: Option<u64>,
         }
 
         #[derive(Debug, Default)]
@@ -35,9 +38,10 @@ macro_rules! counters {
                 self.$name.fetch_add(n as u64, Ordering::Relaxed);
             })*
 
-            fn report(&self) -> SubscriptionReport {
+            fn report(&self, lag: Option<u64>) -> SubscriptionReport {
                 SubscriptionReport {
                     $($name: self.$name.load(Ordering::Relaxed),)*
+                    lag,
                 }
             }
         }
@@ -59,6 +63,8 @@ counters! {
     ignored,
     /// Deliveries whose outcome the broker did not take: they come back.
     unsettled,
+    /// Messages that the broker deleted before the group had read them, as far as the transport knows.
+    missed,
 }
 
 /// A started subscription. It runs until it is stopped or its bus shuts down; dropping this changes nothing.
@@ -95,7 +101,8 @@ impl Running {
     /// What it has done.
     #[must_use]
     pub fn report(&self) -> SubscriptionReport {
-        self.shared.counters.report()
+        let lag = self.shared.lag.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shared.counters.report(lag.get())
     }
 
     /// Whether it goes on.

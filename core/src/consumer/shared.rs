@@ -16,6 +16,7 @@ use crate::{
     health::{PartState, Status, Trouble},
     log::{AttemptError, Placement},
     relay::Wake,
+    subscriber::Lag,
 };
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::{
@@ -67,6 +68,8 @@ pub(super) struct Shared {
     pub(super) suspects: tokio::sync::Semaphore,
     /// Types and topics that were warned of.
     pub(super) warned: Mutex<FxHashSet<(String, Topic)>>,
+    /// Of the feed it has, or had last.
+    pub(super) lag: Mutex<Lag>,
     /// Done with, though the broker does not know.
     pub(super) unacknowledged: Unacknowledged,
     pub(super) status: Arc<Status>,

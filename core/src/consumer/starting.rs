@@ -165,6 +165,7 @@ impl About {
             from_inbox: TaskTracker::new(),
             suspects: tokio::sync::Semaphore::new(1),
             warned: Mutex::default(),
+            lag: Mutex::default(),
             unacknowledged: Unacknowledged::default(),
             status: status.clone(),
             connected: tokio::sync::watch::Sender::new(false),

@@ -1,6 +1,6 @@
 //! A feed, and the engine's two sides of it.
 
-use super::{Assignment, Deliveries, DeliveryTag, Disposition, Incoming, Received, Settler};
+use super::{Assignment, Deliveries, DeliveryTag, Disposition, Incoming, Lag, Received, Settler};
 use crate::{Error, Message, MessageId, Result, clock::bounded};
 use std::{
     collections::HashMap,
@@ -16,6 +16,7 @@ use std::{
 pub struct Feed {
     deliveries: Box<dyn Deliveries>,
     settler: Arc<dyn Settler>,
+    lag: Lag,
 }
 
 impl Feed {
@@ -25,7 +26,15 @@ impl Feed {
         Self {
             deliveries: Box::new(deliveries),
             settler: Arc::new(settler),
+            lag: Lag::default(),
         }
+    }
+
+    /// Shows how many messages wait with the broker.
+    #[must_use]
+    pub fn with_lag(mut self, lag: Lag) -> Self {
+        self.lag = lag;
+        self
     }
 
     /// Wraps the outcomes' side, to meter it or to inject faults.
@@ -34,6 +43,7 @@ impl Feed {
         Self {
             deliveries: self.deliveries,
             settler: Arc::new(wrap(self.settler)),
+            lag: self.lag,
         }
     }
 
@@ -51,6 +61,7 @@ impl Feed {
             deliveries: self.deliveries,
             assignments: HashMap::new(),
             dropped: dropped.clone(),
+            lag: self.lag,
         };
         let settling = Settling {
             settler: self.settler,
@@ -163,6 +174,13 @@ pub enum Taken {
     Batch(Vec<Delivery>),
     /// This assignment is over: its deliveries have been told ([`Delivery::is_gone`]) and are to be settled or dropped.
     Gone(Assignment),
+    /// The broker has deleted so many messages that the group has not read, and why.
+    Missed {
+        /// How many, as far as is known.
+        messages: u64,
+        /// Of what, and why.
+        why: String,
+    },
 }
 
 /// The engine's side of a feed: where deliveries come from.
@@ -172,6 +190,7 @@ pub struct Intake {
     /// Each with whether it is gone.
     assignments: HashMap<Assignment, Arc<AtomicBool>>,
     dropped: Dropped,
+    lag: Lag,
 }
 
 impl Intake {
@@ -190,7 +209,13 @@ impl Intake {
                 }
                 Ok(Taken::Gone(assignment))
             }
+            Incoming::Missed { messages, why } => Ok(Taken::Missed { messages, why }),
         }
+    }
+
+    /// How many messages wait with the broker.
+    pub(crate) fn lag(&self) -> Lag {
+        self.lag.clone()
     }
 
     fn deliver(&mut self, received: Received) -> Delivery {

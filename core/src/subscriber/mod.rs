@@ -220,6 +220,43 @@ pub enum Incoming {
     Revoked(Assignment),
     /// The partition is gone already. What is settled of it from now on is in vain.
     Lost(Assignment),
+    /// The broker no longer has messages that the group has not read: it has deleted them, for their age, say.
+    Missed {
+        /// How many, as far as is known; at least one.
+        messages: u64,
+        /// Of what, and why.
+        why: String,
+    },
+}
+
+/// How many messages wait with the broker, for a member to read them: a driver sets it now and then, a subscription's report
+/// shows it. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct Lag(Arc<AtomicU64>);
+
+impl Default for Lag {
+    /// One that is not known.
+    fn default() -> Self {
+        Self(Arc::new(AtomicU64::new(u64::MAX)))
+    }
+}
+
+impl Lag {
+    /// Sets it.
+    pub fn set(&self, messages: u64) {
+        self.0.store(messages, Ordering::Relaxed);
+    }
+
+    /// It is not known any more.
+    pub fn forget(&self) {
+        self.set(u64::MAX);
+    }
+
+    /// What it was when it was last looked; `None` if it is not known.
+    #[must_use]
+    pub fn get(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|messages| *messages != u64::MAX)
+    }
 }
 
 /// The author's side of a feed: where messages come from.

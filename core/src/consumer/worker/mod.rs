@@ -30,6 +30,9 @@ const PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// After so long without another word of it the group is open to this member again. Transports repeat it more often.
 const REFUSED: Duration = Duration::from_secs(25);
+/// How long health shows that messages were missed.
+const MISSED: Duration = Duration::from_secs(10 * 60);
+const MISSED_FIX: &str = "have the broker keep messages for longer than a group may be behind or away; what is missing has to be had from its source";
 const REFUSED_FIX: &str =
     "give the user the rights that the error names, or make the settings of the group's members the same";
 
@@ -65,6 +68,8 @@ impl Worker {
         let mut broker_check: Option<BoxFuture<'static, bool>> = None;
         // Until the group counts as open to this member again, if the transport does not say once more that it is not.
         let mut refused: Option<BoxFuture<'static, ()>> = None;
+        // Until health no longer shows that messages were missed; those of a worker before this one, too.
+        let mut missed = shared.status.has(Trouble::Missed).map(|_| shared.wait(MISSED));
         let mut settle_is_late: Option<BoxFuture<'static, ()>> = None;
         let mut empty_batches: u32 = 0;
         let mut pause: Option<BoxFuture<'static, ()>> = None;
@@ -72,8 +77,7 @@ impl Worker {
             tokio::task::coop::consume_budget().await;
             if settle.is_none() && (!hand.settlements.is_empty() || self.settling.has_dropped()) {
                 settle = Some(self.settle(&mut hand));
-                let clock = shared.tools.clock.clone();
-                settle_is_late = Some(async move { clock.sleep(LATE).await }.boxed());
+                settle_is_late = Some(shared.wait(LATE));
             }
             if is_stopping && hand.len() == 0 && settle.is_none() {
                 break;
@@ -93,10 +97,7 @@ impl Worker {
             }
             let mut changed = std::pin::pin!(shared.gate.changed());
             changed.as_mut().enable();
-            let mut gathering = self.start_gathered(&mut hand).map(|wait| {
-                let clock = shared.tools.clock.clone();
-                async move { clock.sleep(wait).await }.boxed()
-            });
+            let mut gathering = self.start_gathered(&mut hand).map(|wait| shared.wait(wait));
             if !hand.jobs.is_empty() {
                 crew.add(&mut hand.jobs);
             }
@@ -108,10 +109,7 @@ impl Worker {
                 room = room.min(1);
             }
             let takes = room > 0 && !is_stopping && pause.is_none() && (!shared.gate.is_closed() || probes);
-            let mut probing = probing.map(|wait| {
-                let clock = shared.tools.clock.clone();
-                async move { clock.sleep(wait).await }.boxed()
-            });
+            let mut probing = probing.map(|wait| shared.wait(wait));
             tokio::select! {
                 biased;
                 () = self.kill.cancelled() => break,
@@ -149,10 +147,8 @@ impl Worker {
                     (settle, settle_is_late) = (None, None);
                     hand.being_settled = 0;
                     if failed {
-                        let clock = shared.tools.clock.clone();
-                        let length = next_pause;
+                        pause = Some(shared.wait(next_pause));
                         next_pause = (next_pause * 2).min(LONGEST_PAUSE);
-                        pause = Some(async move { clock.sleep(length).await }.boxed());
                         let text = "the broker does not take the outcomes of deliveries: their messages come again";
                         shared.status.raise(Trouble::Outcomes, PartState::Degraded, text.to_owned(), None);
                     } else {
@@ -179,6 +175,11 @@ impl Worker {
                     refused = None;
                     shared.is_let_in();
                 }
+                () = ready(&mut missed), if missed.is_some() => {
+                    missed = None;
+                    shared.status.clear(Trouble::Missed);
+                    tracing::info!(group = %shared.group, "the broker has deleted nothing unread for {MISSED:?}");
+                }
                 looked = ready(&mut looking), if looking.is_some() => {
                     looking = None;
                     hand.looked_at = 0;
@@ -195,9 +196,7 @@ impl Worker {
                             tracing::warn!(group = %shared.group, "the transport gave an empty batch: it is asked again, ever more slowly");
                         }
                         empty_batches = empty_batches.saturating_add(1);
-                        let clock = shared.tools.clock.clone();
-                        let wait = SHORTEST_PAUSE.saturating_mul(1 << empty_batches.min(9)).min(PAUSE);
-                        pause = Some(async move { clock.sleep(wait).await }.boxed());
+                        pause = Some(shared.wait(SHORTEST_PAUSE.saturating_mul(1 << empty_batches.min(9)).min(PAUSE)));
                     }
                     Ok(Taken::Batch(batch)) => {
                         empty_batches = 0;
@@ -218,6 +217,13 @@ impl Worker {
                         }
                     }
                     Ok(Taken::Gone(assignment)) => drop_gone(&mut hand, assignment),
+                    Ok(Taken::Missed { messages, why }) => {
+                        shared.counters.missed(usize::try_from(messages).unwrap_or(usize::MAX));
+                        let text = format!("the broker has deleted {messages} messages that the group had not read: {why}");
+                        tracing::warn!(group = %shared.group, messages, "{text}");
+                        shared.status.raise(Trouble::Missed, PartState::Degraded, text, Some(MISSED_FIX));
+                        missed = Some(shared.wait(MISSED));
+                    }
                     Err(error) if error.kind() == ErrorKind::Closed => {
                         end = WorkerEnd::Closed;
                         is_stopping = true;
@@ -228,17 +234,14 @@ impl Worker {
                             tracing::warn!(group = %shared.group, error = error.to_chain(), "the broker does not let the group take what it asks for: it is tried again");
                         }
                         shared.status.raise(Trouble::Group, PartState::Degraded, error.to_chain(), Some(REFUSED_FIX));
-                        let clock = shared.tools.clock.clone();
-                        refused = Some(async move { clock.sleep(REFUSED).await }.boxed());
-                        let clock = shared.tools.clock.clone();
-                        pause = Some(async move { clock.sleep(PAUSE).await }.boxed());
+                        refused = Some(shared.wait(REFUSED));
+                        pause = Some(shared.wait(PAUSE));
                     }
                     Err(error) => {
                         shared.status.raise(Trouble::Broker, PartState::Degraded, error.to_chain(), None);
                         broker_check = Some(shared.check_broker());
                         tracing::warn!(group = %shared.group, error = error.to_chain(), "the subscription cannot receive, it will be tried again");
-                        let clock = shared.tools.clock.clone();
-                        pause = Some(async move { clock.sleep(PAUSE).await }.boxed());
+                        pause = Some(shared.wait(PAUSE));
                     }
                 },
             }
@@ -293,6 +296,11 @@ async fn ready<T>(job: &mut Option<BoxFuture<'static, T>>) -> T {
 }
 
 impl Shared {
+    fn wait(&self, length: Duration) -> BoxFuture<'static, ()> {
+        let clock = self.tools.clock.clone();
+        async move { clock.sleep(length).await }.boxed()
+    }
+
     /// The broker has nothing against the group any more.
     fn is_let_in(&self) {
         if self.status.clear(Trouble::Group) {

@@ -1,6 +1,7 @@
 use super::{Copies, Hold, not_outstanding};
 use crate::{
     Assignment, Deliveries, DeliveryTag, Disposition, Error, ErrorKind, Feed, Incoming, Received, Result, Settler,
+    subscriber::Lag,
 };
 use async_trait::async_trait;
 use rustc_hash::FxHashMap;
@@ -27,6 +28,7 @@ pub struct Membership<H> {
     holds: Mutex<FxHashMap<Assignment, Arc<H>>>,
     changes: AtomicU64,
     told: Mutex<VecDeque<Result<Incoming>>>,
+    lag: Lag,
     news: Arc<Notify>,
     work: Notify,
     closing: AtomicBool,
@@ -59,6 +61,7 @@ impl<H: Hold> Membership<H> {
             holds: Mutex::default(),
             changes: AtomicU64::new(0),
             told: Mutex::default(),
+            lag: Lag::default(),
             news: Arc::default(),
             work: Notify::new(),
             closing: AtomicBool::new(false),
@@ -74,7 +77,7 @@ impl<H: Hold> Membership<H> {
             side: side.clone(),
             source: Some(source),
         };
-        Feed::new(taking, Settling { side, copies })
+        Feed::new(taking, Settling { side, copies }).with_lag(self.lag.clone())
     }
 
     fn map(&self) -> MutexGuard<'_, FxHashMap<Assignment, Arc<H>>> {
@@ -113,6 +116,11 @@ impl<H: Hold> Membership<H> {
     /// How often it has come to have something else.
     pub fn changes(&self) -> u64 {
         self.changes.load(Ordering::Acquire)
+    }
+
+    /// How many messages wait with the broker for this member: the task sets it now and then.
+    pub fn lag(&self) -> &Lag {
+        &self.lag
     }
 
     fn told(&self) -> MutexGuard<'_, VecDeque<Result<Incoming>>> {
