@@ -26,6 +26,9 @@ struct Inner {
 /// For so long what was said of a broker explains errors.
 const RECENT: Duration = Duration::from_secs(30);
 
+/// What brokers say to a way of telling the password that they do not have.
+const NO_MECHANISM: &str = "Unsupported SASL mechanism";
+
 impl Cluster {
     pub(crate) fn new(options: KafkaOptions) -> Self {
         Self(Arc::new(Inner {
@@ -69,6 +72,20 @@ impl Cluster {
         why.unwrap_or_else(|| format!("no broker answers of {}", self.options().brokers))
     }
 
+    /// What whoever joins a group is told: of a login that brokers can never take, that it is no outage.
+    pub(crate) fn while_joining(&self, error: Error) -> Error {
+        let is_login = self.recent_trouble().is_some_and(|why| why.contains(NO_MECHANISM));
+        match &self.options().login {
+            Some(login) if is_login && error.kind() == ErrorKind::Unavailable => {
+                let text = "the brokers of Kafka do not take a login by this mechanism: use one of theirs";
+                Error::new(ErrorKind::Config, text)
+                    .with("mechanism", &login.mechanism)
+                    .because(error)
+            }
+            _ => error,
+        }
+    }
+
     /// What went wrong while `doing` something.
     pub(crate) fn failed(&self, doing: &'static str) -> impl Fn(KafkaError) -> Error {
         move |why| {
@@ -79,7 +96,7 @@ impl Cluster {
                 _ => error,
             };
             let error = error.because(why);
-            match self.recent_trouble().filter(|_| kind == ErrorKind::Unavailable) {
+            match self.recent_trouble() {
                 Some(reason) => error.with("reason", reason),
                 None => error,
             }

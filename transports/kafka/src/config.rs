@@ -1,4 +1,4 @@
-use postrider_core::{Error, ErrorKind, Result, wire::Format};
+use postrider_core::{Error, ErrorKind, Result, clock::Timestamp, wire::Format};
 use std::{fmt, time::Duration};
 
 /// Options of the Kafka transport.
@@ -98,6 +98,8 @@ pub enum Start {
     /// With what is published from the time it joins. A partition that is added later, and one whose offsets the brokers have
     /// forgotten, begins with its latest, too: what lay there before is passed over.
     Latest,
+    /// With the first message that brokers have stored at this time or later.
+    At(Timestamp),
 }
 
 /// Who to be.

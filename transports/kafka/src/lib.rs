@@ -24,14 +24,17 @@
 //!
 //! | brokers say | publishing | joining, consuming |
 //! |---|---|---|
-//! | nothing, connection refused, login refused | the connection is away: the relay probes, no attempt is counted | `Unavailable`, tried again |
-//! | `TopicAuthorizationFailed`, also as the cause of a fatal error | the topic's destination is away | `Config`, told every 10 s and shown in health while it lasts |
+//! | nothing, connection refused, user or password refused | the connection is away: the relay probes, no attempt is counted | `Unavailable`, tried again |
+//! | `UnsupportedSaslMechanism` | the same | `Config` |
+//! | `TopicAuthorizationFailed`, `ClusterAuthorizationFailed` (of a user who may write to no topic), also as the cause of a fatal error | the topic's destination is away | `Config`, told every 10 s and shown in health while it lasts |
 //! | `GroupAuthorizationFailed`, `InconsistentGroupProtocol` | – | the same |
 //! | `UnknownTopicOrPartition` | unroutable: the topic is paused, or dropped if it says so | `Config` with `without_declaring`, else it is declared |
 //! | `InvalidReplicationFactor`, `PolicyViolation` while declaring | the topic's destination is away | `Config` |
 //! | `NotEnoughReplicas`, no leader, no confirm within `delivery_timeout` though brokers answer | the topic's destination is away | – |
 //! | `MessageSizeTooLarge`, `InvalidMessage` | that message is invalid; its neighbours go one by one | – |
 //! | `InvalidRecord`, `InvalidTimestamp`, `PolicyViolation` of a record | that message is rejected: an attempt is counted; its neighbours go one by one | – |
+//! | `OffsetOutOfRange` | – | what was deleted unread is counted ([`SubscriptionReport::missed`](postrider_core::consumer::SubscriptionReport::missed)), told and shown for 10 minutes; the group goes on with the earliest message there is |
+//! | `AllBrokersDown` | the connection is away | `Unavailable`: the subscription shows it until a broker answers |
 //! | `FencedInstanceId`, `UnsupportedVersion` and other fatal errors of a consumer | – | the feed ends, and the subscription joins anew |
 //!
 //! # TLS

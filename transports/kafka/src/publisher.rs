@@ -366,7 +366,11 @@ fn is_of_batch(error: &KafkaError) -> bool {
 impl Shared {
     /// What the client has failed for good for, where it says no more than that it has.
     fn cause(&self, error: KafkaError) -> KafkaError {
-        let is_fatal = error.rdkafka_error_code() == Some(RDKafkaErrorCode::Fatal);
+        use RDKafkaErrorCode as Code;
+        let is_fatal = matches!(
+            error.rdkafka_error_code(),
+            Some(Code::Fatal | Code::PurgeQueue | Code::PurgeInflight)
+        );
         let producer = self.producer.lock().unwrap_or_else(PoisonError::into_inner);
         match producer
             .as_ref()
@@ -397,9 +401,10 @@ fn refusal(error: KafkaError, message: &Message, timeout: Duration, unreachable:
         Some(Code::NotEnoughReplicas | Code::NotEnoughReplicasAfterAppend) => {
             PublishError::destination(format!("topic `{topic}` has too few replicas: {error}"))
         }
-        Some(Code::TopicAuthorizationFailed) => {
-            PublishError::destination(format!("topic `{topic}` may not be written to: {error}"))
-        }
+        // The second one of a user who may write to no topic at all.
+        Some(Code::TopicAuthorizationFailed | Code::ClusterAuthorizationFailed) => PublishError::destination(format!(
+            "topic `{topic}` may not be written to, the user needs WRITE and DESCRIBE on it (Kafka's ACLs): {error}"
+        )),
         // A batch may be too large where its messages are not.
         Some(Code::MessageSizeTooLarge) if message.size() < ALWAYS_TAKEN => PublishError::rejected(error),
         Some(Code::MessageSizeTooLarge | Code::InvalidMessage | Code::InvalidMessageSize) => {

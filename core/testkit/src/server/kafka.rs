@@ -25,6 +25,8 @@ struct Own {
     port: u16,
     /// Where it speaks TLS.
     tls_port: u16,
+    /// Where users log in.
+    users_port: u16,
     proxy: Option<Proxy>,
     pid: u32,
     java_options: Vec<String>,
@@ -91,6 +93,55 @@ impl Kafka {
         (format!("localhost:{}", own.tls_port), own.dir.join("ca.pem"))
     }
 
+    /// Its address for those who log in: the user `app` with the password `app`, told by `PLAIN`, who has no rights but those that
+    /// it is [given](Kafka::give).
+    #[must_use]
+    pub fn for_users(&self) -> String {
+        format!("127.0.0.1:{}", self.place.own().users_port)
+    }
+
+    /// Gives the user `app` a right to a `topic` or a `group`.
+    pub fn give(&self, operation: Operation, resource: Resource, name: &str) {
+        self.acl(CREATE_ACLS, operation, resource, name);
+    }
+
+    /// Takes it away again.
+    pub fn withdraw(&self, operation: Operation, resource: Resource, name: &str) {
+        self.acl(DELETE_ACLS, operation, resource, name);
+    }
+
+    /// Neither the client nor the jars that a broker needs can do that: it is said in Kafka's protocol.
+    fn acl(&self, api: u8, operation: Operation, resource: Resource, name: &str) {
+        let string = |text: &str| {
+            [
+                &u16::try_from(text.len()).expect("a short name").to_be_bytes()[..],
+                text.as_bytes(),
+            ]
+            .concat()
+        };
+        let (literal, allow) = (3, 3);
+        let body = [
+            // Version 1, correlation 7, client "t", one entry.
+            &[0, api, 0, 1, 0, 0, 0, 7, 0, 1, b't', 0, 0, 0, 1, resource as u8][..],
+            &string(name),
+            &[literal],
+            &string("User:app"),
+            &string("*"),
+            &[operation as u8, allow],
+        ]
+        .concat();
+        let own = self.place.own();
+        let mut socket = TcpStream::connect(("127.0.0.1", own.port)).expect("Kafka");
+        let size = u32::try_from(body.len()).expect("a short request").to_be_bytes();
+        socket
+            .write_all(&[&size[..], &body].concat())
+            .expect("Kafka takes the request");
+        // Length, correlation, throttle, count, and the error of the first.
+        let mut answer = [0; 18];
+        socket.read_exact(&mut answer).expect("Kafka answers");
+        assert_eq!(answer[16..], [0, 0], "Kafka does not change a right");
+    }
+
     /// A name for topics and groups that no other test uses.
     #[must_use]
     pub fn fresh_name(&self) -> String {
@@ -126,10 +177,32 @@ impl Kafka {
     }
 }
 
+/// What a right is about.
+#[derive(Debug, Clone, Copy)]
+#[allow(missing_docs)]
+pub enum Resource {
+    Topic = 2,
+    Group = 3,
+}
+
+/// What a right permits.
+#[derive(Debug, Clone, Copy)]
+#[allow(missing_docs)]
+pub enum Operation {
+    Read = 3,
+    Write = 4,
+    Create = 5,
+    Describe = 8,
+}
+
+const CREATE_ACLS: u8 = 30;
+const DELETE_ACLS: u8 = 31;
+
 impl Own {
     fn start(java_options: &[&str], behind_proxy: bool) -> Self {
         let dir = fresh_dir("kafka");
         let (port, tls_port, controller) = (free_port(), free_port(), free_port());
+        let users_port = free_port();
         let proxy = behind_proxy.then(|| Proxy::to(port));
         let advertised = proxy.as_ref().map_or(port, Proxy::port);
         certificate(&dir);
@@ -137,6 +210,7 @@ impl Own {
             .replace("{port}", &port.to_string())
             .replace("{advertised}", &advertised.to_string())
             .replace("{tls}", &tls_port.to_string())
+            .replace("{users}", &users_port.to_string())
             .replace("{dir}", &dir.display().to_string())
             .replace("{controller}", &controller.to_string());
         fs::write(dir.join("server.properties"), properties).expect("its configuration");
@@ -147,6 +221,7 @@ impl Own {
             lib: lib(),
             port,
             tls_port,
+            users_port,
             proxy,
             pid: 0,
             java_options: java_options.iter().map(|option| (*option).to_owned()).collect(),
@@ -215,15 +290,21 @@ const PROPERTIES: &str = "\
 process.roles=broker,controller
 node.id=1
 controller.quorum.bootstrap.servers=127.0.0.1:{controller}
-listeners=PLAINTEXT://127.0.0.1:{port},SSL://127.0.0.1:{tls},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{advertised},SSL://localhost:{tls},CONTROLLER://127.0.0.1:{controller}
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SSL:SSL,CONTROLLER:PLAINTEXT
+listeners=PLAINTEXT://127.0.0.1:{port},SSL://127.0.0.1:{tls},SASL_PLAINTEXT://127.0.0.1:{users},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{advertised},SSL://localhost:{tls},SASL_PLAINTEXT://127.0.0.1:{users},CONTROLLER://127.0.0.1:{controller}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SSL:SSL,SASL_PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT
+sasl.enabled.mechanisms=PLAIN
+listener.name.sasl_plaintext.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_app=\"app\";
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:ANONYMOUS
 ssl.keystore.type=PEM
 ssl.keystore.location={dir}/both.pem
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
 log.dirs={dir}/logs
 num.partitions=4
+log.retention.check.interval.ms=500
+log.initial.task.delay.ms=500
 auto.create.topics.enable=false
 offsets.topic.replication.factor=1
 offsets.topic.num.partitions=4

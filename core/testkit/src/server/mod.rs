@@ -7,7 +7,7 @@ mod postgres;
 mod proxy;
 mod rabbitmq;
 
-pub use kafka::Kafka;
+pub use kafka::{Kafka, Operation as KafkaOperation, Resource as KafkaResource};
 pub use postgres::Postgres;
 pub use rabbitmq::RabbitMq;
 

@@ -1,6 +1,6 @@
 //! The two sides of a feed, as core's [`Membership`] has them.
 
-use super::{Shared, hold::Hold};
+use super::{Shared, beginning, hold::Hold, member::is_refusal};
 use crate::{topology::dead_topic, wire};
 use async_trait::async_trait;
 use postrider_core::{
@@ -70,6 +70,13 @@ impl Source for KafkaSource {
                             });
                         }
                     }
+                    Some(Err(error)) if beginning::is_lost(&error) => {
+                        if hold.lose_place() {
+                            self.membership.tell(Ok(Incoming::Revoked(hold.assignment())));
+                        }
+                        break;
+                    }
+                    Some(Err(error)) if is_refusal(&error) => hold.refuse(&error),
                     Some(Err(error)) => {
                         tracing::warn!(%error, topic = %hold.topic, partition = hold.partition, "Kafka reports an error of a partition");
                     }

@@ -4,7 +4,10 @@ use postrider_core::{
     Assignment, Disposition, Message, Result, Topic,
     partition::{self, Prefix, not_outstanding},
 };
-use rdkafka::consumer::{Consumer as _, base_consumer::PartitionQueue};
+use rdkafka::{
+    consumer::{Consumer as _, base_consumer::PartitionQueue},
+    error::{KafkaError, RDKafkaErrorCode},
+};
 use std::{
     collections::BTreeSet,
     fmt,
@@ -35,6 +38,12 @@ struct State {
     released_from: Option<i64>,
     /// The partition's messages are others than those before.
     is_another_log: bool,
+    /// The brokers do not have what comes next.
+    lost_place: bool,
+    /// They have said that this member may not have it,
+    refused: Option<RDKafkaErrorCode>,
+    /// and say it once: to hear of it again they have to be asked again.
+    is_refused: bool,
     is_leaving: bool,
     is_gone: bool,
 }
@@ -102,6 +111,35 @@ impl Hold {
         goes_back
     }
 
+    /// The brokers do not have what comes next: the hold begins anew elsewhere, once nothing is out of it. `false` if it was known.
+    pub(super) fn lose_place(&self) -> bool {
+        let mut state = self.state();
+        state.is_leaving = true;
+        !std::mem::replace(&mut state.lost_place, true)
+    }
+
+    pub(super) fn has_lost_place(&self) -> bool {
+        self.state().lost_place
+    }
+
+    /// Notes that brokers do not give this member what it asks for.
+    pub(super) fn refuse(&self, error: &KafkaError) {
+        let mut state = self.state();
+        state.refused = error.rdkafka_error_code();
+        state.is_refused = true;
+    }
+
+    /// Whether they have said so since this was last called.
+    pub(super) fn take_refusal(&self) -> Option<RDKafkaErrorCode> {
+        self.state().refused.take()
+    }
+
+    /// Whether they are to be asked again.
+    pub(super) fn asks_again(&self) -> bool {
+        let mut state = self.state();
+        state.out.outstanding() == 0 && std::mem::take(&mut state.is_refused)
+    }
+
     /// Notes that a message is handed out. `false` if it must not be, any more or once more.
     pub(super) fn hand_out(&self, at: i64, message: &Message) -> bool {
         let mut state = self.state();
@@ -129,6 +167,9 @@ impl Hold {
     /// Where to begin again, and what of that is settled.
     pub(super) fn begins_again(&self) -> Option<(i64, BTreeSet<i64>)> {
         let mut state = self.state();
+        if state.lost_place {
+            return None;
+        }
         let from = state.released_from?;
         let mut settled = std::mem::take(&mut state.settled_before);
         if state.is_another_log {

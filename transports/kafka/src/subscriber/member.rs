@@ -1,19 +1,21 @@
 //! The thread of a member: it serves the client, and does what the group's coordinator wants when it can be done.
 
 use super::{
-    Shared,
+    Shared, beginning,
     hold::{Hold, Queue},
 };
-use crate::{client::Cluster, config::Start};
+use crate::client::Cluster;
 use postrider_core::{
-    Error, ErrorKind, MessageId, Result, Topic,
+    Error, ErrorKind, Incoming, MessageId, Result, Topic,
     partition::{Hold as _, Working},
+    subscriber::Lag,
 };
 use rdkafka::{
     ClientContext, Offset, TopicPartitionList,
     config::{FromClientConfigAndContext as _, RDKafkaLogLevel},
     consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, RebalanceProtocol},
     error::{KafkaError, KafkaResult, RDKafkaErrorCode},
+    statistics::Statistics,
     types::RDKafkaRespErr,
 };
 use rustc_hash::FxHashMap;
@@ -35,6 +37,8 @@ const SOON: Duration = Duration::from_millis(5);
 const LATER: Duration = Duration::from_millis(50);
 /// A refusal that lasts is told again.
 const REPEATED_AFTER: Duration = Duration::from_secs(10);
+/// Between two looks at how much waits with the brokers.
+const LAG_EVERY: Duration = Duration::from_secs(5);
 /// How long leaving a group may take.
 const LONGEST_CLOSE: Duration = Duration::from_secs(30);
 /// How long joining it takes at most, for one that leaves before it hears of partitions; with the new protocol it does not hear
@@ -50,6 +54,7 @@ pub(super) struct Rebalances {
     has_joined: AtomicBool,
     /// The client is closing: whatever it wants is done at once.
     closing: AtomicBool,
+    lag: Lag,
 }
 
 /// Partitions that are assigned, or else revoked.
@@ -75,6 +80,14 @@ impl ClientContext for Rebalances {
     }
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(%error, "librdkafka: {reason}");
+    }
+
+    /// What is not settled yet, of the partitions that this member has.
+    fn stats(&self, statistics: Statistics) {
+        let partitions = statistics.topics.values().flat_map(|topic| topic.partitions.values());
+        // Of those of others, and of those it has not heard of yet, it does not know.
+        let known = partitions.filter_map(|partition| u64::try_from(partition.consumer_lag_stored).ok());
+        self.lag.set(known.sum());
     }
 }
 
@@ -110,13 +123,8 @@ pub(super) fn start(shared: Arc<Shared>, partitions: usize, working: Working<Hol
     };
     config
         .set("group.id", &group)
-        .set(
-            "auto.offset.reset",
-            match options.start {
-                Start::Latest => "latest",
-                _ => "earliest",
-            },
-        )
+        // Where it is not known: then this transport says.
+        .set("auto.offset.reset", "error")
         .set("enable.auto.offset.store", "false")
         .set("enable.auto.commit", if broadcast { "false" } else { "true" })
         .set("auto.commit.interval.ms", millis(options.commit_interval))
@@ -126,6 +134,7 @@ pub(super) fn start(shared: Arc<Shared>, partitions: usize, working: Working<Hol
         .set("queued.max.messages.kbytes", fetched_ahead.to_string())
         .set("fetch.max.bytes", options.fetch_memory.clamp(1 << 20, 50 << 20).to_string())
         .set("queued.min.messages", (shared.subscription.max_in_flight.saturating_mul(20)).clamp(10_000, 100_000).to_string())
+        .set("statistics.interval.ms", millis(LAG_EVERY))
         // New partitions are noticed soon.
         .set("topic.metadata.refresh.interval.ms", "30000")
         .set("fetch.wait.max.ms", "100");
@@ -146,6 +155,7 @@ pub(super) fn start(shared: Arc<Shared>, partitions: usize, working: Working<Hol
         wanted: Mutex::default(),
         has_joined: AtomicBool::new(false),
         closing: AtomicBool::new(false),
+        lag: shared.membership.lag().clone(),
     };
     let consumer = Consumer::from_config_and_context(&cluster.with_properties(config), rebalances);
     let consumer = consumer.map_err(cluster.failed("connecting"))?;
@@ -180,7 +190,7 @@ pub(super) fn start(shared: Arc<Shared>, partitions: usize, working: Working<Hol
 }
 
 /// A topic and a partition of it.
-type Place = (String, i32);
+pub(super) type Place = (String, i32);
 
 /// The partitions of these topics, which were declared: brokers may hear of that a moment later.
 fn partitions_of(consumer: &Consumer, topics: &[&str], limit: Duration) -> Result<Vec<Place>> {
@@ -247,18 +257,18 @@ impl Member {
             }
             let is_busy =
                 self.revoking.is_some() || self.shared.membership.holds().iter().any(|hold| hold.is_leaving());
+            let holds = self.shared.membership.holds();
+            let mut refusal = holds.iter().find_map(|hold| hold.take_refusal());
             match self.consumer.poll(if is_busy { SOON } else { LATER }) {
                 None => {}
                 Some(Err(KafkaError::MessageConsumptionFatal(why))) => {
                     self.fail(why);
                     break;
                 }
-                Some(Err(error)) if is_refusal(&error) => {
-                    let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
-                    let since = Instant::now();
-                    if refused.replace((code, since)).is_none() {
-                        self.tell_refused(code);
-                    }
+                Some(Err(error)) if is_refusal(&error) => refusal = error.rdkafka_error_code(),
+                Some(Err(error)) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) => {
+                    let error = self.shared.cluster.failed("consuming")(error);
+                    self.shared.membership.tell(Err(error));
                 }
                 Some(Err(error)) => {
                     // It is tried again by itself.
@@ -287,9 +297,17 @@ impl Member {
                 }
             }
             self.begin_again();
+            self.find_places();
+            if let Some(code) = refusal {
+                let known = refused.replace((code, Instant::now()));
+                if known.is_none_or(|(known, _)| known != code) {
+                    self.tell_refused(code);
+                }
+            }
             if let Some((code, since)) = refused
                 && since.elapsed() >= REPEATED_AFTER
             {
+                self.ask_again();
                 refused = self.is_refused(code).then(|| (code, Instant::now()));
                 if refused.is_some() {
                     self.tell_refused(code);
@@ -333,6 +351,24 @@ impl Member {
         })
     }
 
+    /// Has brokers say once more that they refuse a partition, if they still do.
+    fn ask_again(&self) {
+        let mut refused = self.shared.membership.holds();
+        refused.retain(|hold| hold.asks_again());
+        for hold in refused {
+            let place = (hold.topic.to_string(), hold.partition);
+            let next = hold.next_offset().or_else(|| self.from.get(&place).copied());
+            let options = self.shared.cluster.options();
+            let at = match next {
+                Some(next) => Offset::Offset(next),
+                None => beginning::of(&self.consumer, &place, options.start, options.timeout),
+            };
+            if let Err(error) = beginning::place_again(&self.consumer, &place, at) {
+                tracing::debug!(%error, topic = place.0, partition = place.1, "a refused partition cannot be asked for again");
+            }
+        }
+    }
+
     /// The client can do nothing more, for a reason that somebody has to mend.
     fn fail(&self, why: rdkafka::types::RDKafkaErrorCode) {
         tracing::error!(%why, "Kafka's client has failed for good: the subscription has ended");
@@ -364,6 +400,10 @@ impl Member {
         let mut list = self.list(partitions);
         for (place, at) in self.from.iter().filter(|(place, _)| partitions.contains(place)) {
             let _ = list.set_partition_offset(&place.0, place.1, Offset::Offset(*at));
+        }
+        if !self.shared.subscription.broadcast {
+            let options = self.shared.cluster.options();
+            beginning::choose(&self.consumer, &mut list, options.start, options.timeout);
         }
         let assigned = match self.consumer.rebalance_protocol() {
             RebalanceProtocol::Cooperative => self.consumer.incremental_assign(&list),
@@ -474,6 +514,44 @@ impl Member {
         }
     }
 
+    /// Goes on elsewhere where the brokers do not have what comes next, once nothing is out of the partition.
+    fn find_places(&self) {
+        let revoked = self.revoking.as_ref().map_or(&[][..], |revoking| &revoking.partitions);
+        let mut lost = self.shared.membership.holds();
+        lost.retain(|hold| hold.has_lost_place() && hold.is_idle() && !is_of(hold, revoked));
+        for hold in lost {
+            let place = (hold.topic.to_string(), hold.partition);
+            let Some(queue) = self.queues.get(&place).cloned() else {
+                continue;
+            };
+            let options = self.shared.cluster.options();
+            let next = hold.next_offset().or_else(|| self.from.get(&place).copied());
+            let found = beginning::find(
+                &self.consumer,
+                (&hold.topic, hold.partition),
+                next,
+                options.start,
+                options.timeout,
+            );
+            let placed =
+                found.and_then(|found| beginning::place_again(&self.consumer, &place, found.at).map(|()| found));
+            let found = match placed {
+                Ok(found) => found,
+                Err(error) => {
+                    tracing::debug!(%error, topic = %hold.topic, partition = hold.partition, "a partition has lost its place, and cannot go on yet");
+                    continue;
+                }
+            };
+            hold.lose();
+            self.shared.membership.remove(hold.assignment());
+            if let Some((messages, why)) = found.missed {
+                self.shared.membership.tell(Ok(Incoming::Missed { messages, why }));
+            }
+            let anew = self.hold(hold.topic.clone(), hold.partition, queue, BTreeSet::new());
+            self.shared.membership.add(anew);
+        }
+    }
+
     /// Whoever has asked to join has a place kept for it until its session ends, and partitions with it, or nobody else gets in.
     /// The client cannot give that place back before it has been told of it.
     fn finish_joining(&self) {
@@ -529,7 +607,7 @@ impl Member {
 }
 
 /// Whether brokers say that this member is to have nothing, or not all that it asks for.
-fn is_refusal(error: &KafkaError) -> bool {
+pub(super) fn is_refusal(error: &KafkaError) -> bool {
     use RDKafkaErrorCode as Code;
     let refusals = [
         Code::GroupAuthorizationFailed,

@@ -4,6 +4,7 @@
 //! what is out of a partition has been settled. The messages of each partition come in a queue of its own, so that the
 //! client goes on serving the group while nobody takes messages.
 
+mod beginning;
 mod feed;
 mod hold;
 mod member;
@@ -36,7 +37,8 @@ impl Subscriber for KafkaSubscriber {
     async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
         let topics = subscription.topics.iter().map(postrider_core::Topic::as_str);
         let topology = self.publisher.topology();
-        topology.ensure(topics.clone()).await?;
+        let ensured = topology.ensure(topics.clone()).await;
+        ensured.map_err(|error| self.cluster.while_joining(error))?;
         let partitions = topology.partitions(topics).await;
         let (membership, working) = Membership::begin();
         let shared = Arc::new(Shared {
@@ -48,7 +50,8 @@ impl Subscriber for KafkaSubscriber {
         let feed = shared
             .membership
             .feed(KafkaSource::new(shared.membership.clone()), shared.clone());
-        off_thread(move || member::start(shared, partitions, working)).await??;
+        let started = off_thread(move || member::start(shared, partitions, working)).await?;
+        started.map_err(|error| self.cluster.while_joining(error))?;
         Ok(feed)
     }
 
@@ -59,7 +62,8 @@ impl Subscriber for KafkaSubscriber {
             return Err(nothing_to_declare(&subscription.group));
         }
         let topics = subscription.topics.iter().map(postrider_core::Topic::as_str);
-        self.publisher.topology().ensure(topics).await
+        let ensured = self.publisher.topology().ensure(topics).await;
+        ensured.map_err(|error| self.cluster.while_joining(error))
     }
 }
 

@@ -6,6 +6,7 @@
 mod broker;
 mod consuming;
 mod fixture;
+mod operators;
 mod outages;
 mod publishing;
 #[cfg(feature = "tls")]
