@@ -1,5 +1,5 @@
-use postrider_core::{Error, ErrorKind, Result, wire::Format};
-use std::{fmt, path::PathBuf, time::Duration};
+use postrider_core::{AttributeValue, Error, ErrorKind, Result, wire::Format};
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 /// What the names of the headers begin with that hold attributes. All are read, whatever is written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
@@ -14,12 +14,67 @@ pub enum AttributePrefix {
     CeDash,
 }
 
+/// Who to be.
+#[derive(Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Login {
+    /// The user.
+    pub user: String,
+    /// The password. Never shown.
+    pub password: String,
+}
+
+impl Login {
+    /// A user with a password.
+    #[must_use]
+    pub fn new(user: impl Into<String>, password: impl Into<String>) -> Self {
+        Self {
+            user: user.into(),
+            password: password.into(),
+        }
+    }
+}
+
+impl fmt::Debug for Login {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Login")
+            .field("user", &self.user)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Gives the login of each connection.
+#[derive(Clone)]
+pub(crate) struct LoginSource(pub(crate) Arc<dyn Fn() -> Result<Login> + Send + Sync>);
+
+impl PartialEq for LoginSource {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+impl Eq for LoginSource {}
+
+/// Arguments of queues that order, safety, or another option rests on.
+const OWN_ARGUMENTS: [&str; 9] = [
+    "x-queue-type",
+    "x-delivery-limit",
+    "x-single-active-consumer",
+    "x-dead-letter-exchange",
+    "x-dead-letter-routing-key",
+    "x-dead-letter-strategy",
+    "x-overflow",
+    "x-expires",
+    "x-message-ttl",
+];
+
 /// Options of the RabbitMQ transport.
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RabbitMqOptions {
     /// The address: `amqp://user:password@host:5672/vhost`, or `amqps://` for TLS.
     pub url: String,
+    /// Addresses of further nodes of the cluster, tried in turn where one does not answer. None by default.
+    pub further_urls: Vec<String>,
     /// The durable exchange that everything is published to; `postrider` by default.
     pub exchange: String,
     /// Whether groups may subscribe to patterns of topics; no by default. It makes the exchange a topic exchange in place of a
@@ -52,8 +107,20 @@ pub struct RabbitMqOptions {
     pub format: Format,
     /// What the names of attributes begin with in binary mode; `cloudEvents_` by default. All are read.
     pub attribute_prefix: AttributePrefix,
+    /// What the names of groups' queues begin with, so that environments can share a broker; nothing by default. Exchanges are
+    /// named by [`exchange`](Self::exchange).
+    pub queue_prefix: String,
+    /// Further arguments that the queues of groups are declared with, such as `x-max-length` or `x-queue-leader-locator`.
+    pub queue_arguments: Vec<(String, AttributeValue)>,
+    /// Whether messages go out under the routing key `<topic>`, as a plain client publishes, in place of `<topic>.@.<slot>`; no by
+    /// default. An ordered group then gets all of them in its first partition.
+    pub plain_routing_keys: bool,
     /// Certificates (PEM) of authorities to trust, in place of the system's.
     pub ca_file: Option<PathBuf>,
+    /// A certificate and its key (PEM, PKCS#8) to show to brokers that ask for one; read again for each connection. With
+    /// `?auth_mechanism=external` in the address it is the login, too.
+    pub client_certificate: Option<(PathBuf, PathBuf)>,
+    login: Option<LoginSource>,
     /// What the connections are called in RabbitMQ's own tools; `postrider` by default.
     pub connection_name: String,
 }
@@ -62,6 +129,7 @@ impl Default for RabbitMqOptions {
     fn default() -> Self {
         Self {
             url: "amqp://guest:guest@localhost:5672/%2f".to_owned(),
+            further_urls: Vec::new(),
             exchange: "postrider".to_owned(),
             wildcards: false,
             partitions: 8,
@@ -74,7 +142,12 @@ impl Default for RabbitMqOptions {
             balance_interval: Duration::from_millis(200),
             format: Format::Binary,
             attribute_prefix: AttributePrefix::default(),
+            queue_prefix: String::new(),
+            queue_arguments: Vec::new(),
+            plain_routing_keys: false,
             ca_file: None,
+            client_certificate: None,
+            login: None,
             connection_name: "postrider".to_owned(),
         }
     }
@@ -88,6 +161,22 @@ impl RabbitMqOptions {
             url: url.into(),
             ..Self::default()
         }
+    }
+    /// Adds the address of another node of the cluster: connections are made to any that answers.
+    #[must_use]
+    pub fn with_further_url(mut self, url: impl Into<String>) -> Self {
+        self.further_urls.push(url.into());
+        self
+    }
+    /// Asks for user and password whenever a connection is made, in place of those in the address: for passwords that change. It may
+    /// read a file; it runs on a thread for what blocks.
+    #[must_use]
+    pub fn with_login(mut self, login: impl Fn() -> Result<Login> + Send + Sync + 'static) -> Self {
+        self.login = Some(LoginSource(Arc::new(login)));
+        self
+    }
+    pub(crate) fn login(&self) -> Option<&LoginSource> {
+        self.login.as_ref()
     }
     /// Sets the exchange.
     #[must_use]
@@ -161,6 +250,31 @@ impl RabbitMqOptions {
         self.attribute_prefix = prefix;
         self
     }
+    /// Sets what the names of groups' queues begin with.
+    #[must_use]
+    pub fn with_queue_prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.queue_prefix = prefix.into();
+        self
+    }
+    /// Declares the queues of groups with this argument, too. Those that order, safety or another option rests on are refused, and
+    /// RabbitMQ refuses a queue that is there already with others.
+    #[must_use]
+    pub fn with_queue_argument(mut self, name: impl Into<String>, value: impl Into<AttributeValue>) -> Self {
+        self.queue_arguments.push((name.into(), value.into()));
+        self
+    }
+    /// Publishes under the routing key `<topic>`.
+    #[must_use]
+    pub fn with_plain_routing_keys(mut self) -> Self {
+        self.plain_routing_keys = true;
+        self
+    }
+    /// Shows this certificate, whose key is in the other file, to brokers that ask for one.
+    #[must_use]
+    pub fn with_client_certificate(mut self, certificate: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
+        self.client_certificate = Some((certificate.into(), key.into()));
+        self
+    }
     /// Trusts the authorities in this file in place of the system's.
     #[must_use]
     pub fn with_ca_file(mut self, file: impl Into<PathBuf>) -> Self {
@@ -186,6 +300,20 @@ impl RabbitMqOptions {
             return wrong(
                 "exchange",
                 "a name of 1 to 200 bytes that does not begin with `amq.`".to_owned(),
+            );
+        }
+        if let Some((name, _)) = self
+            .queue_arguments
+            .iter()
+            .find(|(name, _)| OWN_ARGUMENTS.contains(&name.as_str()))
+        {
+            return wrong("queue_arguments", format!("`{name}` is the transport's own"));
+        }
+        let is_known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+        if self.queue_prefix.len() > 50 || !self.queue_prefix.chars().all(is_known) {
+            return wrong(
+                "queue_prefix",
+                "up to 50 letters, digits, dots, dashes and underscores".to_owned(),
             );
         }
         if !(1..=64).contains(&self.partitions) {
@@ -219,6 +347,14 @@ impl fmt::Debug for RabbitMqOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RabbitMqOptions")
             .field("url", &without_password(&self.url))
+            .field(
+                "further_urls",
+                &self
+                    .further_urls
+                    .iter()
+                    .map(|url| without_password(url))
+                    .collect::<Vec<_>>(),
+            )
             .field("exchange", &self.exchange)
             .field("wildcards", &self.wildcards)
             .field("partitions", &self.partitions)
@@ -231,7 +367,12 @@ impl fmt::Debug for RabbitMqOptions {
             .field("balance_interval", &self.balance_interval)
             .field("format", &self.format)
             .field("attribute_prefix", &self.attribute_prefix)
+            .field("queue_prefix", &self.queue_prefix)
+            .field("queue_arguments", &self.queue_arguments)
+            .field("plain_routing_keys", &self.plain_routing_keys)
             .field("ca_file", &self.ca_file)
+            .field("client_certificate", &self.client_certificate)
+            .field("login", &self.login.as_ref().map(|_| "…"))
             .field("connection_name", &self.connection_name)
             .finish()
     }
@@ -279,6 +420,11 @@ mod tests {
             (RabbitMqOptions::default().with_window(0), "window"),
             (RabbitMqOptions::default().with_prefetch(0), "prefetch"),
             (RabbitMqOptions::default().with_heartbeat(Duration::ZERO), "heartbeat"),
+            (
+                RabbitMqOptions::default().with_queue_argument("x-overflow", "drop-head"),
+                "x-overflow",
+            ),
+            (RabbitMqOptions::default().with_queue_prefix("a:b"), "queue_prefix"),
         ] {
             assert!(options.check().unwrap_err().to_string().contains(name));
         }

@@ -1,15 +1,19 @@
 //! Connecting.
 
-use crate::config::{RabbitMqOptions, without_password};
+use crate::config::{Login, RabbitMqOptions, without_password};
 use lapin::{
     Channel, ConnectionProperties,
-    tcp::OwnedTLSConfig,
-    uri::{AMQPScheme, AMQPUri},
+    tcp::{OwnedIdentity, OwnedTLSConfig},
+    uri::{AMQPScheme, AMQPUri, AMQPUserInfo},
 };
 use postrider_core::{Error, ErrorKind, Result, subscriber::QueueOptions};
 use std::{
     ops::Deref,
-    sync::{Arc, Mutex, PoisonError},
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -21,22 +25,51 @@ pub(crate) struct Broker(Arc<Inner>);
 struct Inner {
     options: RabbitMqOptions,
     queue: QueueOptions,
-    uri: Hidden,
-    tls: HiddenTls,
+    nodes: Vec<Node>,
+    /// The one that answered last: the next connection tries it first.
+    last: AtomicUsize,
 }
 
-/// Not shown: it holds a password.
-struct Hidden(AMQPUri);
-struct HiddenTls(Option<String>);
+/// A node of the cluster. Its address holds a password and is not shown.
+struct Node {
+    uri: AMQPUri,
+    shown: String,
+}
 
-impl std::fmt::Debug for Hidden {
+impl std::fmt::Debug for Node {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("…")
+        f.write_str(&self.shown)
     }
 }
-impl std::fmt::Debug for HiddenTls {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("…")
+
+impl Node {
+    fn at(url: &str, options: &RabbitMqOptions) -> Result<Self> {
+        let shown = without_password(url);
+        let mut uri: AMQPUri = url.parse().map_err(|why: String| {
+            let text = "the address of RabbitMQ cannot be read: amqp://user:password@host:5672/vhost";
+            Error::new(ErrorKind::Config, text)
+                .with("url", &shown)
+                .because(why.replace(url, "…"))
+        })?;
+        // What the address says counts, where nothing else is said.
+        if uri.query.heartbeat.is_none() || options.heartbeat != RabbitMqOptions::default().heartbeat {
+            uri.query.heartbeat = Some(u16::try_from(options.heartbeat.as_secs()).unwrap_or(u16::MAX));
+        }
+        uri.query.connection_timeout = Some(u64::try_from(options.timeout.as_millis()).unwrap_or(u64::MAX));
+        let certificates = options.ca_file.as_ref().map(|file| ("ca_file", file));
+        let shows = options
+            .client_certificate
+            .as_ref()
+            .map(|(file, _)| ("client_certificate", file));
+        if let Some((option, file)) = certificates.or(shows)
+            && uri.scheme != AMQPScheme::AMQPS
+        {
+            let text = "certificates are given, but the address is not one of TLS: amqps://";
+            return Err(Error::new(ErrorKind::Config, text)
+                .with("url", shown)
+                .with(option, file.display()));
+        }
+        Ok(Self { uri, shown })
     }
 }
 
@@ -46,39 +79,15 @@ impl Broker {
     }
 
     fn with_queue(options: RabbitMqOptions, queue: QueueOptions) -> Result<Self> {
-        let mut uri: AMQPUri = options.url.parse().map_err(|why: String| {
-            Error::new(
-                ErrorKind::Config,
-                "the address of RabbitMQ cannot be read: amqp://user:password@host:5672/vhost",
-            )
-            .with("url", without_password(&options.url))
-            .because(why.replace(&options.url, "…"))
-        })?;
-        // What the address says counts, where nothing else is said.
-        if uri.query.heartbeat.is_none() || options.heartbeat != RabbitMqOptions::default().heartbeat {
-            uri.query.heartbeat = Some(u16::try_from(options.heartbeat.as_secs()).unwrap_or(u16::MAX));
-        }
-        uri.query.connection_timeout = Some(u64::try_from(options.timeout.as_millis()).unwrap_or(u64::MAX));
-        let tls = match &options.ca_file {
-            None => None,
-            Some(file) if uri.scheme != AMQPScheme::AMQPS => {
-                return Err(Error::new(
-                    ErrorKind::Config,
-                    "certificates to trust are given, but the address is not one of TLS: amqps://",
-                )
-                .with("ca_file", file.display()));
-            }
-            Some(file) => Some(std::fs::read_to_string(file).map_err(|why| {
-                Error::new(ErrorKind::Config, "the certificates to trust cannot be read")
-                    .with("ca_file", file.display())
-                    .because(why)
-            })?),
-        };
+        let urls = std::iter::once(&options.url).chain(&options.further_urls);
+        let nodes = urls.map(|url| Node::at(url, &options)).collect::<Result<_>>()?;
+        // What cannot be read is told at once.
+        tls(&options)?;
         Ok(Self(Arc::new(Inner {
             options,
             queue,
-            uri: Hidden(uri),
-            tls: HiddenTls(tls),
+            nodes,
+            last: AtomicUsize::new(0),
         })))
     }
 
@@ -102,8 +111,29 @@ impl Broker {
         &self.0.options
     }
 
-    /// A connection for `what`, which its name says.
+    /// A connection for `what`, which its name says: to the node that answered last, or the next that does.
     pub(crate) async fn connect(&self, what: &str) -> Result<Connection> {
+        let nodes = &self.0.nodes;
+        let first = self.0.last.load(Ordering::Relaxed);
+        let mut failed = None;
+        for n in (first..first + nodes.len()).map(|n| n % nodes.len()) {
+            match self.connect_to(&nodes[n], what).await {
+                Ok(connection) => {
+                    self.0.last.store(n, Ordering::Relaxed);
+                    return Ok(connection);
+                }
+                // Of the others, what they are: the first one says why.
+                Err(error) => failed = failed.or(Some(error)),
+            }
+        }
+        let failed = failed.unwrap_or_else(|| Error::new(ErrorKind::Config, "RabbitMQ has no address"));
+        Err(match nodes.len() {
+            1 => failed,
+            count => failed.with("tried", format!("{count} nodes")),
+        })
+    }
+
+    async fn connect_to(&self, node: &Node, what: &str) -> Result<Connection> {
         let failed = |why: lapin::Error| {
             let text = match why.kind() {
                 lapin::ErrorKind::ProtocolError(_) => {
@@ -111,24 +141,37 @@ impl Broker {
                 }
                 _ => "RabbitMQ cannot be reached",
             };
-            Error::new(ErrorKind::Unavailable, text)
-                .with("url", without_password(&self.options().url))
-                .because(why)
+            Error::new(ErrorKind::Unavailable, text).because(why)
         };
         let name = format!("{} {what}", self.options().connection_name);
         let properties = ConnectionProperties::default().with_connection_name(name.into());
-        let tls = OwnedTLSConfig {
-            identity: None,
-            cert_chain: self.0.tls.0.clone(),
-        };
         let runtime = lapin::runtime::default_runtime()
             .map_err(|why| Error::new(ErrorKind::Unexpected, "RabbitMQ's client needs a tokio runtime").because(why))?;
-        let connect = lapin::Connection::connect_uri_with_config(self.0.uri.0.clone(), properties, tls, runtime);
-        let client = self
-            .in_time("connecting", async { connect.await.map_err(failed) })
-            .await?;
+        let mut uri = node.uri.clone();
+        let options = self.options().clone();
+        let asked = tokio::task::spawn_blocking(move || {
+            let login = options.login().map(|source| (source.0)()).transpose()?;
+            Ok((login, tls(&options)?))
+        });
+        let connecting = async {
+            let asked = asked
+                .await
+                .map_err(|why| Error::new(ErrorKind::Unexpected, "asking for the login has failed").because(why))?;
+            let (login, tls) = asked?;
+            if let Some(Login { user, password, .. }) = login {
+                uri.authority.userinfo = AMQPUserInfo {
+                    username: user,
+                    password,
+                };
+            }
+            lapin::Connection::connect_uri_with_config(uri, properties, tls, runtime)
+                .await
+                .map_err(failed)
+        };
+        let limit = self.options().timeout / u32::try_from(self.0.nodes.len()).unwrap_or(u32::MAX);
+        let client = within(limit, "connecting", connecting).await;
         Ok(Connection {
-            client: Arc::new(client),
+            client: Arc::new(client.map_err(|error| error.with("url", &node.shown))?),
             channels: Mutex::default(),
         })
     }
@@ -137,6 +180,29 @@ impl Broker {
     pub(crate) async fn in_time<T>(&self, doing: &'static str, work: impl Future<Output = Result<T>>) -> Result<T> {
         within(self.options().timeout, doing, work).await
     }
+}
+
+/// What is shown to brokers, and trusted of them. Read for each connection: certificates expire.
+fn tls(options: &RabbitMqOptions) -> Result<OwnedTLSConfig> {
+    let read = |option: &'static str, file: &PathBuf| {
+        std::fs::read(file).map_err(|why| {
+            Error::new(ErrorKind::Config, "a certificate or a key cannot be read")
+                .with(option, file.display())
+                .because(why)
+        })
+    };
+    let identity = match &options.client_certificate {
+        None => None,
+        Some((certificate, key)) => Some(OwnedIdentity::PKCS8 {
+            pem: read("client_certificate", certificate)?,
+            key: read("client_key", key)?,
+        }),
+    };
+    let chain = options.ca_file.as_ref().map(|file| read("ca_file", file)).transpose()?;
+    Ok(OwnedTLSConfig {
+        identity,
+        cert_chain: chain.map(|pem| String::from_utf8_lossy(&pem).into_owned()),
+    })
 }
 
 pub(crate) async fn within<T>(

@@ -73,7 +73,7 @@ mod subscriber;
 mod topology;
 mod wire;
 
-pub use config::{AttributePrefix, RabbitMqOptions};
+pub use config::{AttributePrefix, Login, RabbitMqOptions};
 
 use postrider_core::{Capabilities, Order, Result, Transport};
 use publisher::RabbitMqPublisher;

@@ -10,8 +10,8 @@ use lapin::{
     types::{AMQPValue, FieldTable},
 };
 use postrider_core::{
-    Error, ErrorKind, GroupName, Message, MessageId, Result, Subscription, Topic, partition, relay::TopicPattern,
-    subscriber::QueueOptions,
+    AttributeValue, Error, ErrorKind, GroupName, Message, MessageId, Result, Subscription, Topic, partition,
+    relay::TopicPattern, subscriber::QueueOptions,
 };
 use rustc_hash::FxHashMap;
 use std::{
@@ -24,7 +24,10 @@ use std::{
 const SLOT: &str = ".@.";
 const SLOTS: usize = partition::SLOTS as usize;
 
-pub(crate) fn routing_key(message: &Message) -> String {
+pub(crate) fn routing_key(message: &Message, is_plain: bool) -> String {
+    if is_plain {
+        return message.topic().to_string();
+    }
     let slot = partition::slot_of(message.key(), message.id());
     format!("{}{SLOT}{slot}", message.topic())
 }
@@ -70,6 +73,15 @@ pub(crate) fn rounded(delay: Duration) -> u64 {
 
 fn text(value: &str) -> AMQPValue {
     AMQPValue::LongString(value.into())
+}
+
+/// An argument of a queue as an operator writes it.
+fn argument(value: &AttributeValue) -> AMQPValue {
+    match value {
+        AttributeValue::Integer(n) => AMQPValue::LongLongInt(i64::from(*n)),
+        AttributeValue::Boolean(yes) => AMQPValue::Boolean(*yes),
+        other => text(&other.to_string()),
+    }
 }
 
 fn table(entries: &[(&str, AMQPValue)]) -> FieldTable {
@@ -235,10 +247,12 @@ impl<'a> Declaring<'a> {
     }
 
     /// What the group's queues are told beside what they always are.
-    fn arguments(&self, group: &GroupName) -> Vec<(&'static str, AMQPValue)> {
+    fn arguments(&self, group: &GroupName) -> Vec<(&str, AMQPValue)> {
         let asked = self.asked;
+        let further = self.options.queue_arguments.iter();
+        let mut arguments: Vec<(&str, AMQPValue)> =
+            further.map(|(name, value)| (name.as_str(), argument(value))).collect();
         let millis = |time: Duration| AMQPValue::LongLongInt(i64::try_from(time.as_millis()).unwrap_or(i64::MAX));
-        let mut arguments = Vec::new();
         arguments.extend(asked.expiry.map(|time| ("x-expires", millis(time))));
         arguments.extend(asked.message_expiry.map(|time| ("x-message-ttl", millis(time))));
         // What expires with no target of its own is lost, as was asked for; nothing else is.
@@ -519,8 +533,8 @@ mod tests {
     #[test]
     fn topics_come_back_out_of_routing_keys() {
         let message = Message::new(Topic::new("orders.placed"), "e.v1", "").with_key("order-1");
-        assert_eq!(routing_key(&message), "orders.placed.@.46");
-        assert_eq!(topic_of(&routing_key(&message)), "orders.placed");
+        assert_eq!(routing_key(&message, false), "orders.placed.@.46");
+        assert_eq!(topic_of(&routing_key(&message, false)), "orders.placed");
         assert_eq!(topic_of("orders.5"), "orders.5");
     }
 }

@@ -78,6 +78,31 @@ fn not_ours(variable: &str) -> ! {
     panic!("a server that {variable} names is not this test's, to kill or to configure: it has to start its own")
 }
 
+/// Writes a certificate that says who its client is, `client.pem` and `client.key`, and that of its authority, `clients.pem`.
+pub(crate) fn client_certificate(dir: &Path, name: &str) {
+    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+    let mut of_authority = CertificateParams::default();
+    of_authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    of_authority
+        .distinguished_name
+        .push(DnType::CommonName, "an authority of clients");
+    let key = KeyPair::generate().expect("a key");
+    let authority = of_authority.self_signed(&key).expect("a certificate of an authority");
+    let issuer = Issuer::new(of_authority, key);
+    let mut of_client = CertificateParams::default();
+    of_client.distinguished_name = rcgen::DistinguishedName::new();
+    of_client.distinguished_name.push(DnType::CommonName, name);
+    let key = KeyPair::generate().expect("a key");
+    let client = of_client.signed_by(&key, &issuer).expect("a certificate of a client");
+    for (name, text) in [
+        ("clients.pem", authority.pem()),
+        ("client.pem", client.pem()),
+        ("client.key", key.serialize_pem()),
+    ] {
+        fs::write(dir.join(name), text).expect("a certificate's file");
+    }
+}
+
 /// Starts the server with its data in `dir`, in a group of its own: a signal to the test's is not one to it. Gives its
 /// process id, which stands in the file `pid` there, once it `answers`.
 pub(crate) fn launch(server: &mut Command, dir: &Path, answers: impl Fn() -> bool) -> u32 {

@@ -1,5 +1,6 @@
 use super::{
-    Keeper, Place, certificate, family, free_port, fresh_dir, fresh_name, kill, launch, proxy::Proxy, run, signal,
+    Keeper, Place, certificate, client_certificate, family, free_port, fresh_dir, fresh_name, kill, launch,
+    proxy::Proxy, run, signal,
 };
 use std::{
     fs,
@@ -44,10 +45,14 @@ disk_free_limit.absolute = 50MB
 raft.wal_max_size_bytes = 64000000
 loopback_users = none
 listeners.ssl.default = 127.0.0.1:{tls}
-ssl_options.cacertfile = {dir}/ca.pem
+ssl_options.cacertfile = {dir}/clients.pem
 ssl_options.certfile = {dir}/ca.pem
 ssl_options.keyfile = {dir}/key.pem
-ssl_options.verify = verify_none
+ssl_options.verify = verify_peer
+ssl_options.fail_if_no_peer_cert = false
+ssl_cert_login_from = common_name
+auth_mechanisms.1 = PLAIN
+auth_mechanisms.2 = EXTERNAL
 ";
 
 const VARIABLE: &str = "POSTRIDER_TEST_RABBITMQ_URL";
@@ -93,6 +98,13 @@ impl RabbitMq {
         let own = self.place.own();
         let url = format!("amqps://guest:guest@localhost:{}/%2f", own.tls_port);
         (url, own.dir.join("ca.pem"))
+    }
+
+    /// A certificate, and its key, of a client whose name is `app`.
+    #[must_use]
+    pub fn client_certificate(&self) -> (PathBuf, PathBuf) {
+        let dir = &self.place.own().dir;
+        (dir.join("client.pem"), dir.join("client.key"))
     }
 
     /// A name for exchanges, groups and topics that no other test uses.
@@ -145,11 +157,12 @@ impl Own {
         let (dist, epmd) = (free_port(), free_port());
         let (port, tls_port) = (free_port(), free_port());
         certificate(&dir);
+        client_certificate(&dir, "app");
         let config = CONFIG
             .replace("{tls}", &tls_port.to_string())
             .replace("{dir}", &dir.display().to_string());
         fs::write(dir.join("rabbitmq.conf"), config).expect("its configuration");
-        fs::write(dir.join("enabled_plugins"), "[].").expect("its plugins");
+        fs::write(dir.join("enabled_plugins"), "[rabbitmq_auth_mechanism_ssl].").expect("its plugins");
         // The port daemon outlives the node.
         let ending = dir.join("ending");
         let path = search_path(&bin);

@@ -84,6 +84,7 @@ pub(super) struct Link {
     events: Pin<Box<dyn Stream<Item = Event> + Send>>,
     exchange: String,
     layout: Layout,
+    plain_routing_keys: bool,
     window: usize,
     /// Why the broker takes nothing just now.
     blocked: Option<String>,
@@ -131,6 +132,7 @@ impl Link {
             events,
             exchange: options.exchange.clone(),
             layout: Layout::of(options),
+            plain_routing_keys: options.plain_routing_keys,
             window: options.window,
             blocked: None,
             refused: None,
@@ -255,7 +257,7 @@ impl Link {
                     let message = &messages[place.1];
                     (
                         &*self.exchange,
-                        routing_key(message),
+                        routing_key(message, self.plain_routing_keys),
                         wire::write(message, self.layout, None),
                     )
                 }

@@ -15,7 +15,9 @@ use async_trait::async_trait;
 use feed::RabbitMqSource;
 use hold::Hold;
 use member::Member;
-use postrider_core::{Feed, Result, Subscriber, Subscription, partition::Membership, subscriber::nothing_to_declare};
+use postrider_core::{
+    Feed, GroupName, Result, Subscriber, Subscription, partition::Membership, subscriber::nothing_to_declare,
+};
 use rustc_hash::FxHashMap;
 use std::{
     sync::{Arc, Mutex},
@@ -33,11 +35,22 @@ impl RabbitMqSubscriber {
     pub(crate) fn new(broker: Broker, publisher: RabbitMqPublisher) -> Self {
         Self { broker, publisher }
     }
+
+    /// The group as its queues are named.
+    fn named(&self, subscription: &Subscription) -> Result<Subscription> {
+        let mut named = subscription.clone();
+        let prefix = &self.broker.options().queue_prefix;
+        if !prefix.is_empty() {
+            named.group = GroupName::parse(format!("{prefix}{}", subscription.group))?;
+        }
+        Ok(named)
+    }
 }
 
 #[async_trait]
 impl Subscriber for RabbitMqSubscriber {
     async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
+        let subscription = &self.named(subscription)?;
         let (membership, working) = Membership::begin();
         let shared = Arc::new(Shared {
             queue: match subscription.broadcast {
@@ -65,6 +78,7 @@ impl Subscriber for RabbitMqSubscriber {
         if subscription.broadcast {
             return Err(nothing_to_declare(&subscription.group));
         }
+        let subscription = &self.named(subscription)?;
         let broker = self.broker.for_queue(&subscription.queue)?;
         let connection = broker.connect(&format!("declaring {}", subscription.group)).await?;
         let declaring = Declaring::on(&connection, &broker).await?;
