@@ -99,8 +99,27 @@ pub enum Value<'a> {
     Integer(i32),
     /// A truth value.
     Boolean(bool),
-    /// Bytes.
+    /// Bytes of an attribute.
     Binary(&'a [u8]),
+    /// Bytes of a header that is no text.
+    Bytes(&'a [u8]),
+}
+
+/// What the text of a header begins with that is none, followed by its bytes in base64: a data URL (RFC 2397).
+const BYTES: &str = "data:;base64,";
+
+/// A header's value as a text. Bytes that are none can be told from any text, and are written back as what they were.
+fn text_of(bytes: &[u8]) -> Cow<'_, str> {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => Cow::Borrowed(text),
+        Err(_) => Cow::Owned(format!("{BYTES}{}", STANDARD.encode(bytes))),
+    }
+}
+
+/// The bytes of a header that is no text.
+fn bytes_of(text: &str) -> Option<Vec<u8>> {
+    let bytes = STANDARD.decode(text.strip_prefix(BYTES)?).ok()?;
+    std::str::from_utf8(&bytes).is_err().then_some(bytes)
 }
 
 impl<'a> Value<'a> {
@@ -112,6 +131,7 @@ impl<'a> Value<'a> {
             Self::Integer(n) => Cow::Owned(n.to_string()),
             Self::Boolean(yes) => Cow::Borrowed(if yes { "true" } else { "false" }),
             Self::Binary(bytes) => Cow::Owned(STANDARD.encode(bytes)),
+            Self::Bytes(bytes) => text_of(bytes),
         }
     }
 }
@@ -150,7 +170,10 @@ impl Names {
             },
         };
         for (name, value) in message.headers() {
-            header(name, Value::Text(value));
+            match bytes_of(value) {
+                None => header(name, Value::Text(value)),
+                Some(bytes) => header(name, Value::Bytes(&bytes)),
+            }
         }
         body
     }

@@ -121,9 +121,9 @@ fn clean(text: &str) -> Cow<'_, str> {
 }
 
 impl Reading<'_> {
-    /// Takes a header. What is not UTF-8 in it is replaced.
+    /// Takes a header. Bytes that are not UTF-8 are kept as a data URL, and are bytes again when the message is published.
     pub fn header(&mut self, name: &str, value: &[u8]) {
-        let value = String::from_utf8_lossy(value);
+        let value = super::text_of(value);
         if let Some(attribute) = self.names.attribute(name) {
             self.text_attribute(attribute, &value);
         } else if name.eq_ignore_ascii_case("content-type") && value.is_empty() {
@@ -150,7 +150,10 @@ impl Reading<'_> {
     pub fn typed_header(&mut self, name: &str, value: AttributeValue) {
         match self.names.attribute(name) {
             Some(attribute) => self.attribute(attribute, value),
-            None => self.header(name, value.as_text().as_bytes()),
+            None => match value {
+                AttributeValue::Binary(bytes) => self.header(name, &bytes),
+                value => self.header(name, value.as_text().as_bytes()),
+            },
         }
     }
 

@@ -323,3 +323,33 @@ fn what_was_read_can_be_published_and_read_again() {
         }
     }
 }
+
+/// A header that is no text is kept as a data URL, and is the same bytes when the message is written again. A text that looks like one
+/// stays a text.
+#[test]
+fn headers_that_are_no_text_are_bytes_again() {
+    let mut reader = Reader::default();
+    let mut reading = reader.begin(&NAMES);
+    let bytes = [0xff, 0, b'a'];
+    reading.header("trace-bin", &bytes);
+    reading.typed_header("digest", AttributeValue::Binary(vec![0xfe].into()));
+    reading.header("looks-so", b"data:;base64,YQ==");
+    let topic = Topic::new("orders");
+    let read = reading.finish(Arrived::new(&topic, Bytes::new()));
+    assert_eq!(read.header("trace-bin"), Some("data:;base64,/wBh"));
+    let mut written = Vec::new();
+    NAMES.write(&read, Format::Binary, |name, value| {
+        if let Value::Bytes(bytes) = value {
+            written.push((name.to_owned(), bytes.to_vec()));
+        } else if name == "looks-so" {
+            assert_eq!(value, Value::Text("data:;base64,YQ=="));
+        }
+    });
+    assert_eq!(
+        written,
+        [
+            ("trace-bin".to_owned(), bytes.to_vec()),
+            ("digest".to_owned(), vec![0xfe])
+        ]
+    );
+}

@@ -4,8 +4,11 @@ use crate::config::KafkaOptions;
 use postrider_core::{Error, ErrorKind, Result};
 use rdkafka::{
     ClientConfig, ClientContext,
+    client::OAuthToken,
     config::RDKafkaLogLevel,
     error::{KafkaError, RDKafkaErrorCode},
+    message::DeliveryResult,
+    producer::ProducerContext,
 };
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -57,6 +60,19 @@ impl Cluster {
         if facility == "FAIL" {
             *self.trouble() = Some((Instant::now(), text.to_owned()));
         }
+    }
+
+    /// A token to log in with.
+    pub(crate) fn token(&self) -> std::result::Result<OAuthToken, Box<dyn std::error::Error>> {
+        let source = self.options().token().ok_or("there is no token")?;
+        let token = (source.0)().inspect_err(|error| {
+            *self.trouble() = Some((Instant::now(), format!("no token: {}", error.to_chain())));
+        })?;
+        Ok(OAuthToken {
+            token: token.value,
+            principal_name: token.principal,
+            lifetime_ms: token.expires_at.timestamp_millis(),
+        })
     }
 
     /// Why a broker could not be reached, if that was lately.
@@ -120,18 +136,19 @@ impl Cluster {
                     .because(why)
             })?;
         }
-        self.with_properties(self.config())
-            .create_native_config()
-            .map(drop)
-            .map_err(|why| {
-                let text = "librdkafka does not know a property, or takes no such value for it";
-                let error = Error::new(ErrorKind::Config, text);
-                // Not its own words, which have the value in them.
-                match why {
-                    KafkaError::ClientConfig(_, _, name, _) => error.with("property", name),
-                    _ => error,
-                }
-            })
+        let mut config = self.with_properties(self.config());
+        for (_, name, value) in &self.options().group_properties {
+            config.set(name, value);
+        }
+        config.create_native_config().map(drop).map_err(|why| {
+            let text = "librdkafka does not know a property, or takes no such value for it";
+            let error = Error::new(ErrorKind::Config, text);
+            // Not its own words, which have the value in them.
+            match why {
+                KafkaError::ClientConfig(_, _, name, _) => error.with("property", name),
+                _ => error,
+            }
+        })
     }
 
     pub(crate) fn config(&self) -> ClientConfig {
@@ -146,11 +163,11 @@ impl Cluster {
             // A topic that is missing is told of soon; one that was just made is waited for.
             .set("topic.metadata.propagation.max.ms", "3000")
             .set("topic.metadata.refresh.fast.interval.ms", "50");
-        let protocol = match (options.tls, &options.login) {
-            (false, None) => "plaintext",
-            (true, None) => "ssl",
-            (false, Some(_)) => "sasl_plaintext",
-            (true, Some(_)) => "sasl_ssl",
+        let protocol = match (options.tls, options.login.is_some() || options.token().is_some()) {
+            (false, false) => "plaintext",
+            (true, false) => "ssl",
+            (false, true) => "sasl_plaintext",
+            (true, true) => "sasl_ssl",
         };
         config.set("security.protocol", protocol);
         if let Some(login) = &options.login {
@@ -158,6 +175,9 @@ impl Cluster {
                 .set("sasl.mechanism", &login.mechanism)
                 .set("sasl.username", &login.user)
                 .set("sasl.password", &login.password);
+        }
+        if options.token().is_some() {
+            config.set("sasl.mechanism", "OAUTHBEARER");
         }
         if let Some(file) = &options.ca_file {
             config.set("ssl.ca.location", file);
@@ -172,12 +192,23 @@ impl Cluster {
 pub(crate) struct Quiet(pub(crate) Cluster);
 
 impl ClientContext for Quiet {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
+    fn generate_oauth_token(&self, _: Option<&str>) -> std::result::Result<OAuthToken, Box<dyn std::error::Error>> {
+        self.0.token()
+    }
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
         self.0.said(level, facility, text);
     }
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(%error, "librdkafka: {reason}");
     }
+}
+
+impl ProducerContext for Quiet {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, _: &DeliveryResult<'_>, (): ()) {}
 }
 
 /// Runs what blocks on a thread for it.

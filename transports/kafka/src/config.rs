@@ -1,5 +1,5 @@
-use postrider_core::{Error, ErrorKind, Result, clock::Timestamp, wire::Format};
-use std::{fmt, time::Duration};
+use postrider_core::{Error, ErrorKind, GroupName, Result, Topic, clock::Timestamp, relay::TopicPattern, wire::Format};
+use std::{fmt, sync::Arc, time::Duration};
 
 /// Options of the Kafka transport.
 #[derive(Clone, PartialEq, Eq)]
@@ -47,6 +47,14 @@ pub struct KafkaOptions {
     pub ca_file: Option<String>,
     /// User and password, and how they are told: `PLAIN`, `SCRAM-SHA-256`, `SCRAM-SHA-512`.
     pub login: Option<Login>,
+    /// How topics are declared that are not like the others: the first that matches counts.
+    pub topics: Vec<(TopicPattern, TopicOptions)>,
+    /// Whether a message that has a key and no payload is a record without a value, which deletes what a compacted topic has of the
+    /// key; no by default. Such records of others are read as messages without a payload, either way.
+    pub tombstones: bool,
+    /// What the clients of single groups are told beside [`properties`](Self::properties): group, name, value.
+    pub group_properties: Vec<(String, String, String)>,
+    token: Option<TokenSource>,
     /// Anything else that librdkafka can be told, such as `compression.type`: names and values as its documentation has them.
     /// What an option of this transport says, or a promise rests on, is refused. Values are never shown.
     pub properties: Vec<(String, String)>,
@@ -101,6 +109,84 @@ pub enum Start {
     /// With the first message that brokers have stored at this time or later.
     At(Timestamp),
 }
+
+/// How a topic is declared; of what is left out, as the others.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TopicOptions {
+    /// How many partitions it has.
+    pub partitions: Option<i32>,
+    /// How many brokers keep each of them.
+    pub replication: Option<i32>,
+    /// Its configuration, as Kafka's documentation has it: `retention.ms`, `cleanup.policy`, …
+    pub config: Vec<(String, String)>,
+}
+
+impl TopicOptions {
+    /// Sets how many partitions it has.
+    #[must_use]
+    pub fn with_partitions(mut self, count: i32) -> Self {
+        self.partitions = Some(count);
+        self
+    }
+    /// Sets how many brokers keep each partition.
+    #[must_use]
+    pub fn with_replication(mut self, brokers: i32) -> Self {
+        self.replication = Some(brokers);
+        self
+    }
+    /// Adds to its configuration.
+    #[must_use]
+    pub fn with_config(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.config.push((name.into(), value.into()));
+        self
+    }
+}
+
+/// A token for `OAUTHBEARER`.
+#[derive(Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Token {
+    /// The token itself. Never shown.
+    pub value: String,
+    /// Whom it is about.
+    pub principal: String,
+    /// Until when it counts: the next one is asked for after four fifths of that time.
+    pub expires_at: Timestamp,
+}
+
+impl Token {
+    /// A token for `principal` that counts until then.
+    #[must_use]
+    pub fn new(value: impl Into<String>, principal: impl Into<String>, expires_at: Timestamp) -> Self {
+        Self {
+            value: value.into(),
+            principal: principal.into(),
+            expires_at,
+        }
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = f.debug_struct("Token");
+        shown
+            .field("principal", &self.principal)
+            .field("expires_at", &self.expires_at)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Gives tokens.
+#[derive(Clone)]
+pub(crate) struct TokenSource(pub(crate) Arc<dyn Fn() -> Result<Token> + Send + Sync>);
+
+impl PartialEq for TokenSource {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+impl Eq for TokenSource {}
 
 /// Who to be.
 #[derive(Clone, PartialEq, Eq)]
@@ -159,6 +245,10 @@ impl Default for KafkaOptions {
             tls: false,
             ca_file: None,
             login: None,
+            topics: Vec::new(),
+            tombstones: false,
+            group_properties: Vec::new(),
+            token: None,
             properties: Vec::new(),
         }
     }
@@ -271,6 +361,64 @@ impl KafkaOptions {
         self.login = Some(login);
         self
     }
+    /// Logs in with tokens (`OAUTHBEARER`), which this is asked for: at the start, and before one expires. It runs on threads of the
+    /// client's own, and may take its time. Needs the feature `kafka-tls`, and [`without_declaring`](Self::without_declaring): the client
+    /// declares no topics with a token.
+    #[must_use]
+    pub fn with_token(mut self, token: impl Fn() -> Result<Token> + Send + Sync + 'static) -> Self {
+        self.token = Some(TokenSource(Arc::new(token)));
+        self
+    }
+    pub(crate) fn token(&self) -> Option<&TokenSource> {
+        self.token.as_ref()
+    }
+    /// Sets how the topics of this pattern are declared. Those that are there already stay as they are.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`](postrider_core::ErrorKind::Config) for what is no topic and no pattern of topics.
+    pub fn with_topic(mut self, pattern: &str, options: TopicOptions) -> Result<Self> {
+        self.topics.push((TopicPattern::parse(pattern)?, options));
+        Ok(self)
+    }
+    /// How a topic is declared: partitions, replication, configuration.
+    pub(crate) fn of_topic(&self, topic: &str) -> (i32, Option<i32>, &[(String, String)]) {
+        let topic = Topic::parse(topic.to_owned()).ok();
+        let matching = |(pattern, _): &&(TopicPattern, _)| topic.as_ref().is_some_and(|topic| pattern.matches(topic));
+        let Some((_, special)) = self.topics.iter().find(matching) else {
+            return (self.partitions, self.replication, &[]);
+        };
+        let replication = special.replication.or(self.replication);
+        (
+            special.partitions.unwrap_or(self.partitions),
+            replication,
+            &special.config,
+        )
+    }
+    /// Writes messages that have a key and no payload as records without a value.
+    #[must_use]
+    pub fn with_tombstones(mut self) -> Self {
+        self.tombstones = true;
+        self
+    }
+    /// Tells the client of one group something else, as [`with_property`](Self::with_property) tells all clients.
+    #[must_use]
+    pub fn with_group_property(
+        mut self,
+        group: impl Into<String>,
+        name: impl Into<String>,
+        value: impl Into<String>,
+    ) -> Self {
+        self.group_properties.push((group.into(), name.into(), value.into()));
+        self
+    }
+    /// What the client of a group is told beside what all are.
+    pub(crate) fn of_group(&self, group: &GroupName) -> impl Iterator<Item = (&str, &str)> {
+        let of = self
+            .group_properties
+            .iter()
+            .filter(move |(of, _, _)| of == group.as_str());
+        of.map(|(_, name, value)| (name.as_str(), value.as_str()))
+    }
 
     /// Tells librdkafka something else: a name and a value as its documentation has them. It counts for publishing and
     /// receiving alike. What is not known, or may not be said, is refused when the transport is made.
@@ -323,11 +471,31 @@ impl KafkaOptions {
         if self.handover_timeout > Duration::from_secs(240) {
             return wrong("handover_timeout", "at most 4 minutes, since Kafka waits for 5");
         }
-        if let Some((name, _)) = self.properties.iter().find(|(name, _)| OWN.contains(&name.as_str())) {
+        for (pattern, topic) in &self.topics {
+            if topic.partitions.is_some_and(|count| count < 1) || topic.replication.is_some_and(|brokers| brokers < 1) {
+                return wrong(
+                    "topics",
+                    &format!("`{pattern}` has less than one partition, or less than one replica"),
+                );
+            }
+        }
+        if self.token.is_some() && self.login.is_some() {
+            return wrong("login", "there is a token, too: one of them can be the login");
+        }
+        if self.token.is_some() && self.declares {
+            return wrong(
+                "token",
+                "the client cannot declare topics with one: use `without_declaring`, too",
+            );
+        }
+        let told = self.properties.iter().map(|(name, _)| name);
+        let mut told = told.chain(self.group_properties.iter().map(|(_, name, _)| name));
+        if let Some(name) = told.find(|name| OWN.contains(&name.as_str())) {
             let why = format!("`{name}` is an option of the transport, or what its promises rest on");
             return wrong("properties", &why);
         }
         let needs_tls = self.tls
+            || self.token.is_some()
             || self
                 .login
                 .as_ref()
@@ -335,7 +503,7 @@ impl KafkaOptions {
         if needs_tls && !cfg!(feature = "tls") {
             return wrong(
                 "tls, login",
-                "TLS and SCRAM are not compiled in: build with the feature `kafka-tls`",
+                "TLS, SCRAM and tokens are not compiled in: build with the feature `kafka-tls`",
             );
         }
         Ok(())
@@ -366,6 +534,9 @@ impl fmt::Debug for KafkaOptions {
             .field("tls", &self.tls)
             .field("ca_file", &self.ca_file)
             .field("login", &self.login)
+            .field("token", &self.token.as_ref().map(|_| "…"))
+            .field("topics", &self.topics)
+            .field("tombstones", &self.tombstones)
             .field(
                 "properties",
                 &self.properties.iter().map(|(name, _)| name).collect::<Vec<_>>(),

@@ -5,7 +5,7 @@
 //! message is the record's key, and Java's partitioner (murmur2) spreads keys over partitions, so that producers in other
 //! languages agree. Records without a key go anywhere. Attributes are headers as CloudEvents' binding for Kafka says: `ce_type`
 //! and so on, and `content-type`; see [`wire`](postrider_core::wire). Dead letters of a group without an event log go to the
-//! topic `<group>.dead`, each with the header `postrider-topic`.
+//! topic `<group>.dead`, or to the one that `dead_letter_to` names, each with the header `postrider-topic`.
 //!
 //! # What is promised
 //! A message is published when every replica in sync has it (`acks=all`, idempotent). A topic that is missing, that may not be
@@ -38,7 +38,7 @@
 //! | `FencedInstanceId`, `UnsupportedVersion` and other fatal errors of a consumer | – | the feed ends, and the subscription joins anew |
 //!
 //! # TLS
-//! TLS and SCRAM come with the feature `tls` (`kafka-tls` of the facade), which needs OpenSSL to build.
+//! TLS, SCRAM and tokens (`OAUTHBEARER`) come with the feature `tls` (`kafka-tls` of the facade), which needs OpenSSL to build.
 
 mod client;
 mod config;
@@ -47,7 +47,7 @@ mod subscriber;
 mod topology;
 mod wire;
 
-pub use config::{KafkaOptions, Login, Start};
+pub use config::{KafkaOptions, Login, Start, Token, TopicOptions};
 
 use postrider_core::{Capabilities, Order, Result, Transport};
 use publisher::KafkaPublisher;
@@ -77,6 +77,7 @@ pub fn transport_with(options: KafkaOptions) -> Result<Transport> {
         .with_order(Order::Partitioned)
         .with_dead_letter()
         .with_broadcast()
+        .with_queue_options(&["dead_letter_to"])
         // What brokers take unless they are told otherwise, less what a batch adds.
         .with_max_message_bytes(1_000_000);
     let subscriber = KafkaSubscriber::new(cluster, publisher.clone());

@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use postrider_core::{ErrorKind, Message, Outcomes, PublishError, Publisher, Reachability};
 use rdkafka::{
     ClientContext,
+    client::OAuthToken,
     config::{FromClientConfigAndContext as _, RDKafkaLogLevel},
     error::{KafkaError, RDKafkaErrorCode},
     message::DeliveryResult,
@@ -54,6 +55,11 @@ impl fmt::Debug for Shared {
 struct Confirms(Cluster);
 
 impl ClientContext for Confirms {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
+    fn generate_oauth_token(&self, _: Option<&str>) -> Result<OAuthToken, Box<dyn std::error::Error>> {
+        self.0.token()
+    }
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
         self.0.said(level, facility, text);
     }
@@ -292,13 +298,18 @@ impl KafkaPublisher {
         let wanted = u32::try_from(count).unwrap_or(u32::MAX);
         // It is never closed. Each message takes its place with it and gives it back; those that are not sent do so here.
         let mut places = self.shared.window.acquire_many(wanted).await.ok();
-        let format = self.shared.cluster.options().format;
+        let (format, tombstones) = (
+            self.shared.cluster.options().format,
+            self.shared.cluster.options().tombstones,
+        );
         for (at, (_, message)) in call.messages.iter().enumerate() {
             let (headers, payload) = wire::write(message, format, copy_to.map(|_| message.topic()));
             let slot = Box::new(Slot { call: call.clone(), at });
-            let mut record = BaseRecord::with_opaque_to(copy_to.unwrap_or(message.topic().as_str()), slot)
-                .payload(&payload[..])
-                .headers(headers);
+            let mut record =
+                BaseRecord::with_opaque_to(copy_to.unwrap_or(message.topic().as_str()), slot).headers(headers);
+            if !(tombstones && payload.is_empty() && message.key().is_some()) {
+                record = record.payload(&payload[..]);
+            }
             if let Some(key) = message.key() {
                 record = record.key(key.as_bytes());
             }

@@ -3,9 +3,12 @@
 use crate::client::{Cluster, Quiet, off_thread};
 use postrider_core::{Error, ErrorKind, GroupName, Result};
 use rdkafka::{
+    ClientConfig,
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    client::Client,
     config::FromClientConfigAndContext as _,
-    error::RDKafkaErrorCode,
+    error::{KafkaResult, RDKafkaErrorCode},
+    producer::{Producer as _, ThreadedProducer},
 };
 use rustc_hash::FxHashSet;
 use std::{
@@ -18,11 +21,34 @@ pub(crate) fn dead_topic(group: &GroupName) -> String {
     format!("{group}.dead")
 }
 
+/// What brokers are asked with.
+enum Asking {
+    Admin(AdminClient<Quiet>),
+    /// Admin clients never ask for a token: what declares nothing can do without one.
+    Tokens(ThreadedProducer<Quiet>),
+}
+
+impl Asking {
+    fn new(config: &ClientConfig, context: Quiet, by_token: bool) -> KafkaResult<Self> {
+        match by_token {
+            false => AdminClient::from_config_and_context(config, context).map(Self::Admin),
+            true => ThreadedProducer::from_config_and_context(config, context).map(Self::Tokens),
+        }
+    }
+
+    fn client(&self) -> &Client<Quiet> {
+        match self {
+            Self::Admin(admin) => admin.inner(),
+            Self::Tokens(producer) => producer.client(),
+        }
+    }
+}
+
 /// Declares topics, or looks whether they are there; each once.
 pub(crate) struct Topology {
     cluster: Cluster,
     known: Mutex<FxHashSet<String>>,
-    admin: tokio::sync::OnceCell<Arc<AdminClient<Quiet>>>,
+    asking: tokio::sync::OnceCell<Arc<Asking>>,
 }
 
 impl fmt::Debug for Topology {
@@ -35,9 +61,9 @@ impl fmt::Debug for Topology {
 
 impl Drop for Topology {
     fn drop(&mut self) {
-        if let Some(admin) = self.admin.take() {
+        if let Some(asking) = self.asking.take() {
             // It waits for its thread.
-            std::thread::spawn(move || drop(admin));
+            std::thread::spawn(move || drop(asking));
         }
     }
 }
@@ -47,7 +73,7 @@ impl Topology {
         Self {
             cluster,
             known: Mutex::default(),
-            admin: tokio::sync::OnceCell::new(),
+            asking: tokio::sync::OnceCell::new(),
         }
     }
 
@@ -79,17 +105,24 @@ impl Topology {
         if unknown.is_empty() {
             return Ok(());
         }
-        let admin = self.admin.get_or_try_init(|| async {
+        let asking = self.asking.get_or_try_init(|| async {
             let config = self.cluster.with_properties(self.cluster.config());
             let quiet = Quiet(self.cluster.clone());
-            let made = off_thread(move || AdminClient::from_config_and_context(&config, quiet)).await?;
+            let by_token = self.cluster.options().token().is_some();
+            let made = off_thread(move || Asking::new(&config, quiet, by_token)).await?;
             made.map(Arc::new).map_err(self.cluster.failed("connecting"))
         });
-        let admin = admin.await?.clone();
+        let asking = asking.await?.clone();
         let options = self.cluster.options();
-        if options.declares {
-            let replication = || TopicReplication::Fixed(options.replication.unwrap_or(-1));
-            let new = |name| NewTopic::new(name, options.partitions, replication());
+        if let Asking::Admin(admin) = &*asking
+            && options.declares
+        {
+            let new = |name| {
+                let (partitions, replication, config) = options.of_topic(name);
+                let replication = TopicReplication::Fixed(replication.unwrap_or(-1));
+                let new = NewTopic::new(name, partitions, replication);
+                config.iter().fold(new, |new, (name, value)| new.set(name, value))
+            };
             let new: Vec<_> = unknown.iter().map(|name| new(name)).collect();
             let limits = AdminOptions::new()
                 .request_timeout(Some(options.timeout))
@@ -106,12 +139,13 @@ impl Topology {
                         name,
                         RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::ClusterAuthorizationFailed,
                     )) => {
-                        self.look_for(admin.clone(), name).await?;
+                        self.look_for(asking.clone(), name).await?;
                     }
                     Err((name, why)) => {
                         let kind = match why {
                             RDKafkaErrorCode::InvalidReplicationFactor
                             | RDKafkaErrorCode::InvalidPartitions
+                            | RDKafkaErrorCode::InvalidConfig
                             | RDKafkaErrorCode::PolicyViolation
                             | RDKafkaErrorCode::InvalidTopic => ErrorKind::Config,
                             _ => ErrorKind::Conflict,
@@ -124,7 +158,7 @@ impl Topology {
             }
         } else {
             for name in &unknown {
-                self.look_for(admin.clone(), name.clone()).await?;
+                self.look_for(asking.clone(), name.clone()).await?;
             }
         }
         self.known
@@ -139,25 +173,25 @@ impl Topology {
         let (options, mut count) = (self.cluster.options(), 0);
         for topic in topics {
             let (asked, timeout) = (topic.to_owned(), options.timeout);
-            let known = match self.admin.get().cloned() {
-                Some(admin) => {
+            let known = match self.asking.get().cloned() {
+                Some(asking) => {
                     let found = off_thread(move || {
-                        let metadata = admin.inner().fetch_metadata(Some(&asked), timeout).ok()?;
+                        let metadata = asking.client().fetch_metadata(Some(&asked), timeout).ok()?;
                         metadata.topics().iter().map(|topic| topic.partitions().len()).max()
                     });
                     found.await.ok().flatten().filter(|partitions| *partitions > 0)
                 }
                 None => None,
             };
-            count += known.unwrap_or(usize::try_from(options.partitions).unwrap_or(1));
+            count += known.unwrap_or(usize::try_from(options.of_topic(topic).0).unwrap_or(1));
         }
         count.max(1)
     }
 
-    async fn look_for(&self, admin: Arc<AdminClient<Quiet>>, name: String) -> Result<()> {
+    async fn look_for(&self, asking: Arc<Asking>, name: String) -> Result<()> {
         let (timeout, asked) = (self.cluster.options().timeout, name.clone());
         let found = off_thread(move || {
-            let metadata = admin.inner().fetch_metadata(Some(&asked), timeout)?;
+            let metadata = asking.client().fetch_metadata(Some(&asked), timeout)?;
             let topic = metadata.topics().iter().find(|topic| topic.name() == asked);
             Ok(topic.is_some_and(|topic| topic.error().is_none() && !topic.partitions().is_empty()))
         });

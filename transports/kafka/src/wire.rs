@@ -4,7 +4,7 @@ use bytes::{Bytes, BytesMut};
 use postrider_core::{
     Message, Topic,
     clock::Timestamp,
-    wire::{Arrived, Format, Names, Reader},
+    wire::{Arrived, Format, Names, Reader, Value},
 };
 use rdkafka::{
     Message as _,
@@ -17,23 +17,26 @@ pub(crate) const NAMES: Names = postrider_core::wire_names!("ce_", also "ce-", "
 /// Of dead letters: where they were sent to.
 const TOPIC: &str = "postrider-topic";
 
-/// The headers of a record; the rest of it is the message's key and this payload.
+/// The headers of a record, and its value; the rest of it is the message's key.
 pub(crate) fn write(message: &Message, format: Format, sent_to: Option<&Topic>) -> (OwnedHeaders, Bytes) {
     // Eight of ours at most.
     let mut headers = Some(OwnedHeaders::new_with_capacity(
         9 + message.headers().len() + message.attributes().len(),
     ));
-    let mut add = |name: &str, value: &str| {
+    let mut add = |name: &str, value: &[u8]| {
         let header = Header {
             key: name,
             value: Some(value),
         };
         headers = headers.take().map(|headers| headers.insert(header));
     };
-    let body = NAMES.write(message, format, |name, value| add(name, &value.as_text()));
-    add("content-type", &body.content_type);
+    let body = NAMES.write(message, format, |name, value| match value {
+        Value::Bytes(bytes) => add(name, bytes),
+        value => add(name, value.as_text().as_bytes()),
+    });
+    add("content-type", body.content_type.as_bytes());
     if let Some(topic) = sent_to {
-        add(TOPIC, topic.as_str());
+        add(TOPIC, topic.as_str().as_bytes());
     }
     (headers.unwrap_or_default(), body.payload)
 }

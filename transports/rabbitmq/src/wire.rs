@@ -140,7 +140,7 @@ fn native(value: Value<'_>) -> AMQPValue {
     match value {
         Value::Integer(n) => AMQPValue::LongInt(n),
         Value::Boolean(yes) => AMQPValue::Boolean(yes),
-        Value::Binary(bytes) => AMQPValue::ByteArray(bytes.to_vec().into()),
+        Value::Binary(bytes) | Value::Bytes(bytes) => AMQPValue::ByteArray(bytes.to_vec().into()),
         other => AMQPValue::LongString(other.as_text().as_bytes().into()),
     }
 }

@@ -93,8 +93,8 @@ impl Kafka {
         (format!("localhost:{}", own.tls_port), own.dir.join("ca.pem"))
     }
 
-    /// Its address for those who log in: the user `app` with the password `app`, told by `PLAIN`, who has no rights but those that
-    /// it is [given](Kafka::give).
+    /// Its address for those who log in: the user `app` with the password `app`, told by `PLAIN`, or by a token that nobody has
+    /// signed (`OAUTHBEARER`); it has no rights but those that it is [given](Kafka::give).
     #[must_use]
     pub fn for_users(&self) -> String {
         format!("127.0.0.1:{}", self.place.own().users_port)
@@ -293,7 +293,8 @@ controller.quorum.bootstrap.servers=127.0.0.1:{controller}
 listeners=PLAINTEXT://127.0.0.1:{port},SSL://127.0.0.1:{tls},SASL_PLAINTEXT://127.0.0.1:{users},CONTROLLER://127.0.0.1:{controller}
 advertised.listeners=PLAINTEXT://127.0.0.1:{advertised},SSL://localhost:{tls},SASL_PLAINTEXT://127.0.0.1:{users},CONTROLLER://127.0.0.1:{controller}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SSL:SSL,SASL_PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT
-sasl.enabled.mechanisms=PLAIN
+sasl.enabled.mechanisms=PLAIN,OAUTHBEARER
+listener.name.sasl_plaintext.oauthbearer.sasl.jaas.config=org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule required unsecuredLoginStringClaim_sub=\"broker\";
 listener.name.sasl_plaintext.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_app=\"app\";
 authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
 super.users=User:ANONYMOUS

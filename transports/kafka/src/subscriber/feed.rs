@@ -1,7 +1,7 @@
 //! The two sides of a feed, as core's [`Membership`] has them.
 
 use super::{Shared, beginning, hold::Hold, member::is_refusal};
-use crate::{topology::dead_topic, wire};
+use crate::wire;
 use async_trait::async_trait;
 use postrider_core::{
     DeliveryTag, Disposition, Error, ErrorKind, Incoming, Outcomes, Received, Result,
@@ -101,10 +101,9 @@ impl Copies<Hold> for Shared {
             ));
         }
         let message = hold.message(position).ok_or_else(|| not_outstanding(position))?;
-        let topic = dead_topic(&self.subscription.group);
-        let (messages, publisher) = ([message], &self.publisher);
+        let (messages, publisher, topic) = ([message], &self.publisher, &self.dead_topic);
         let stored =
-            Outcomes::of_one(|outcomes| async move { publisher.send(&messages, Some(&topic), &outcomes).await });
+            Outcomes::of_one(|outcomes| async move { publisher.send(&messages, Some(topic), &outcomes).await });
         stored
             .await
             .map_err(|why| Error::new(ErrorKind::Unavailable, "the dead letter was not stored").because(why))

@@ -12,6 +12,7 @@ use postrider_core::{
 };
 use rdkafka::{
     ClientContext, Offset, TopicPartitionList,
+    client::OAuthToken,
     config::{FromClientConfigAndContext as _, RDKafkaLogLevel},
     consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, RebalanceProtocol},
     error::{KafkaError, KafkaResult, RDKafkaErrorCode},
@@ -54,6 +55,8 @@ pub(super) struct Rebalances {
     has_joined: AtomicBool,
     /// The client is closing: whatever it wants is done at once.
     closing: AtomicBool,
+    /// It has been given a token to log in with.
+    has_token: AtomicBool,
     lag: Lag,
 }
 
@@ -75,6 +78,13 @@ fn unassign(consumer: &Consumer, list: &TopicPartitionList) -> KafkaResult<()> {
 }
 
 impl ClientContext for Rebalances {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
+    fn generate_oauth_token(&self, _: Option<&str>) -> std::result::Result<OAuthToken, Box<dyn std::error::Error>> {
+        let token = self.cluster.token()?;
+        self.has_token.store(true, Ordering::Release);
+        Ok(token)
+    }
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
         self.cluster.said(level, facility, text);
     }
@@ -155,10 +165,22 @@ pub(super) fn start(shared: Arc<Shared>, partitions: usize, working: Working<Hol
         wanted: Mutex::default(),
         has_joined: AtomicBool::new(false),
         closing: AtomicBool::new(false),
+        has_token: AtomicBool::new(false),
         lag: shared.membership.lag().clone(),
     };
-    let consumer = Consumer::from_config_and_context(&cluster.with_properties(config), rebalances);
+    let mut config = cluster.with_properties(config);
+    for (name, value) in options.of_group(&shared.subscription.group) {
+        config.set(name, value);
+    }
+    let consumer = Consumer::from_config_and_context(&config, rebalances);
     let consumer = consumer.map_err(cluster.failed("connecting"))?;
+    if options.token().is_some() {
+        // It is asked for by polling.
+        let until = Instant::now() + options.timeout;
+        while !consumer.context().has_token.load(Ordering::Acquire) && Instant::now() < until {
+            let _ = consumer.poll(SOON);
+        }
+    }
     let topics: Vec<&str> = shared.subscription.topics.iter().map(Topic::as_str).collect();
     // Whoever subscribes hears if there is no broker; joining the group says nothing. And a topic that brokers do not know yet
     // would be assigned minutes later.

@@ -12,6 +12,7 @@ mod member;
 use crate::{
     client::{Cluster, off_thread},
     publisher::KafkaPublisher,
+    topology::dead_topic,
 };
 use async_trait::async_trait;
 use feed::KafkaSource;
@@ -37,11 +38,18 @@ impl Subscriber for KafkaSubscriber {
     async fn subscribe(&self, subscription: &Subscription) -> Result<Feed> {
         let topics = subscription.topics.iter().map(postrider_core::Topic::as_str);
         let topology = self.publisher.topology();
-        let ensured = topology.ensure(topics.clone()).await;
+        // A topic of dead letters that somebody named has to be there before there are any.
+        let dead = subscription.queue.dead_letter_to.as_deref();
+        let ensured = topology.ensure(topics.clone().chain(dead)).await;
         ensured.map_err(|error| self.cluster.while_joining(error))?;
         let partitions = topology.partitions(topics).await;
         let (membership, working) = Membership::begin();
         let shared = Arc::new(Shared {
+            dead_topic: subscription
+                .queue
+                .dead_letter_to
+                .clone()
+                .unwrap_or_else(|| dead_topic(&subscription.group)),
             subscription: subscription.clone(),
             cluster: self.cluster.clone(),
             publisher: self.publisher.clone(),
@@ -71,6 +79,7 @@ impl Subscriber for KafkaSubscriber {
 #[derive(Debug)]
 struct Shared {
     subscription: Subscription,
+    dead_topic: String,
     cluster: Cluster,
     publisher: KafkaPublisher,
     membership: Arc<Membership<Hold>>,

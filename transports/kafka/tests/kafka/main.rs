@@ -7,6 +7,7 @@ mod broker;
 mod consuming;
 mod fixture;
 mod operators;
+mod options;
 mod outages;
 mod publishing;
 #[cfg(feature = "tls")]
