@@ -138,3 +138,53 @@ fn a_handler_that_outlasts_the_consumer_timeout_is_not_repeated_for_ever() {
         bus.shutdown(Duration::from_secs(10)).await.unwrap();
     });
 }
+
+/// What waits with the broker is in the report of a subscription.
+#[test]
+fn a_report_says_how_much_waits() {
+    use postrider::{Bus, Event, Topic, Transport, event::DynEvent as _, memory::MemoryLog};
+    use std::time::{Duration, Instant};
+
+    #[derive(serde::Serialize, serde::Deserialize, Event)]
+    #[event(name = "waiting.work", key = "n")]
+    struct Work {
+        n: u32,
+    }
+    async fn waits(transport: Transport) {
+        let name = server::fresh_name();
+        let topic = Topic::parse(name.clone()).unwrap();
+        let bus = Bus::builder()
+            .log(MemoryLog::new())
+            .transport(transport)
+            .build()
+            .unwrap();
+        bus.start().await.unwrap();
+        let running = bus
+            .subscribe::<Work>(name)
+            .topic(topic.clone())
+            .handler(async |_, _| Ok(()))
+            .start()
+            .await
+            .unwrap();
+        running.connected(Duration::from_secs(20)).await.unwrap();
+        running.pause();
+        let events = (0..5000).map(|n| Work { n }.to_message().unwrap().with_topic(topic.clone()));
+        bus.publish_all(events).await.unwrap();
+        let until = Instant::now() + Duration::from_secs(40);
+        // What lies ready at the member does not count on RabbitMQ.
+        while running.report().lag.is_none_or(|lag| lag < 2900) {
+            assert!(Instant::now() < until, "{:?}", running.report());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        running.resume();
+        while running.report().lag != Some(0) {
+            assert!(Instant::now() < until, "{:?}", running.report());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        bus.shutdown(Duration::from_secs(10)).await.unwrap();
+    }
+    postrider_testkit::run_within(Duration::from_secs(120), async {
+        waits(postrider::rabbitmq::transport(server::RabbitMq::shared().url()).unwrap()).await;
+        waits(postrider::kafka::transport(server::Kafka::shared().brokers()).unwrap()).await;
+    });
+}

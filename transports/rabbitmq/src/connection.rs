@@ -234,14 +234,15 @@ pub(crate) fn is_reply(error: &lapin::Error, code: u16) -> bool {
     }
 }
 
-/// Waits until the broker has come to this point of what was said on a channel that consumes `queue`.
-pub(crate) async fn ask(channel: &Channel, queue: &str) -> std::result::Result<(), lapin::Error> {
+/// Waits until the broker has come to this point of what was said on a channel that consumes `queue`, and gives how many messages
+/// lie ready there.
+pub(crate) async fn ask(channel: &Channel, queue: &str) -> std::result::Result<u32, lapin::Error> {
     let passive = lapin::options::QueueDeclareOptions {
         passive: true,
         ..Default::default()
     };
     let asked = channel.queue_declare(queue.into(), passive, Default::default()).await;
-    asked.map(drop)
+    asked.map(|queue| queue.message_count())
 }
 
 /// A connection of the client's. Dropped, it is closed, whoever still holds channels of it, and nobody waits for that.

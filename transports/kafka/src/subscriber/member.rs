@@ -95,9 +95,14 @@ impl ClientContext for Rebalances {
     /// What is not settled yet, of the partitions that this member has.
     fn stats(&self, statistics: Statistics) {
         let partitions = statistics.topics.values().flat_map(|topic| topic.partitions.values());
-        // Of those of others, and of those it has not heard of yet, it does not know.
-        let known = partitions.filter_map(|partition| u64::try_from(partition.consumer_lag_stored).ok());
-        self.lag.set(known.sum());
+        let its_own = partitions.filter(|partition| partition.fetch_state == "active");
+        let lags = its_own.filter_map(|partition| {
+            // Where nothing is settled yet, all that there is.
+            let places = [partition.stored_offset, partition.committed_offset, partition.lo_offset];
+            let settled = places.into_iter().find(|at| *at >= 0)?;
+            u64::try_from(partition.ls_offset - settled).ok()
+        });
+        self.lag.set(lags.sum());
     }
 }
 

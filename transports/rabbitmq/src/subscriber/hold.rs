@@ -210,6 +210,11 @@ impl Hold {
         say(async move { channel.basic_nack(tag, back).await })
     }
 
+    /// How many messages lie ready in the queue.
+    pub(super) async fn waiting(&self) -> lapin::Result<u32> {
+        connection::ask(&self.channel, &self.queue).await
+    }
+
     /// Whether more is to be acknowledged one by one than is left for later.
     pub(super) fn has_much(&self) -> bool {
         self.state().acked.len() > MUCH

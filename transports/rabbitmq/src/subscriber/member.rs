@@ -38,6 +38,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 const ACKNOWLEDGE_AFTER: Duration = Duration::from_millis(3);
 /// Between tries of a partition that cannot be consumed.
 const TRIED_AGAIN_AFTER: Duration = Duration::from_secs(5);
+/// Between two looks at how many messages wait.
+const LAG_EVERY: Duration = Duration::from_secs(5);
 /// Between looks at queues that may have been deleted, where nothing else is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -51,6 +53,8 @@ pub(super) struct Member {
     /// `None` where the bindings are not watched.
     canary: Option<Canary>,
     watched_at: Instant,
+    /// When it was last looked how much waits in its queues.
+    counted_at: Option<Instant>,
 }
 
 /// Has members of one feed one after another, until the feed is closed.
@@ -118,6 +122,7 @@ impl Member {
             balanced_at: Instant::now(),
             canary: None,
             watched_at: Instant::now(),
+            counted_at: None,
         };
         let declaring = Declaring::on(&member.connection, &shared.broker).await?;
         declaring.exchange().await?;
@@ -152,6 +157,9 @@ impl Member {
             for hold in holds.iter().filter(|hold| hold.has_acked()) {
                 // Where it fails, the connection is lost, or the channel, which is mended.
                 let _ = hold.acknowledge().await;
+            }
+            if self.counted_at.is_none_or(|at| at.elapsed() >= LAG_EVERY) {
+                self.count_what_waits(shared, &holds).await;
             }
             let looks = holds.iter().any(|hold| hold.is_leaving() || !hold.is_connected());
             let balances = self.leases.is_some() && self.balanced_at.elapsed() >= interval;
@@ -200,6 +208,22 @@ impl Member {
                 () = shared.membership.work() => tokio::time::sleep(ACKNOWLEDGE_AFTER).await,
                 () = tokio::time::sleep(next) => {}
             }
+        }
+    }
+
+    /// Tells how many messages wait in the queues that it has.
+    async fn count_what_waits(&mut self, shared: &Shared, holds: &[Arc<Hold>]) {
+        self.counted_at = Some(Instant::now());
+        let counting = shared.broker.in_time("counting messages", async {
+            let mut waiting = 0;
+            for hold in holds.iter().filter(|hold| hold.is_connected()) {
+                waiting += u64::from(hold.waiting().await.map_err(failed("counting messages"))?);
+            }
+            Ok(waiting)
+        });
+        match counting.await {
+            Ok(waiting) => shared.membership.lag().set(waiting),
+            Err(_) => shared.membership.lag().forget(),
         }
     }
 
