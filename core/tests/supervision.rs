@@ -35,6 +35,8 @@ struct Faults {
     opens_hang: AtomicBool,
     settles_hang: AtomicBool,
     closes_hang: AtomicBool,
+    /// Of feeds alone.
+    leaves_hang: AtomicBool,
     wait_returns_at_once: AtomicBool,
     /// Messages that the broker deletes unread, each told of by itself.
     misses: AtomicU32,
@@ -173,7 +175,7 @@ impl Settler for Faulty<dyn Settler> {
         self.1.settle(batch).await
     }
     async fn close(&self, deadline: Duration) -> Result<()> {
-        if self.0.closes_hang.load(Ordering::SeqCst) {
+        if self.0.closes_hang.load(Ordering::SeqCst) || self.0.leaves_hang.load(Ordering::SeqCst) {
             std::future::pending::<()>().await;
         }
         self.1.close(deadline).await
@@ -385,6 +387,25 @@ impl Subscriber for Refusing {
     async fn declare(&self, _: &Subscription) -> Result<()> {
         Err(Error::new(ErrorKind::Config, "no such exchange"))
     }
+}
+
+/// A broker that does not let a member go in order, since it hangs, is left behind soon after the deadline of a stop: also if that
+/// passes while the member is leaving.
+#[tokio::test]
+async fn a_member_that_cannot_leave_is_cut_off_by_the_deadline() {
+    let (world, bus, faults) = faulty().await;
+    faults.leaves_hang.store(true, Ordering::SeqCst);
+    bus.start().await.unwrap();
+    let running = world::subscribe(&bus, "g").await.unwrap();
+    let stopping = running.clone();
+    let stopping = tokio::spawn(async move { stopping.stop(Duration::from_millis(1)).await });
+    // It has begun to leave before the deadline has passed.
+    world.settle().await;
+    world.clock.advance(secs(1));
+    assert!(stopping.await.unwrap().is_err());
+    // Nothing is left of it to wait for.
+    let shutdown = tokio::time::timeout(secs(2), bus.shutdown(secs(60))).await;
+    shutdown.unwrap().unwrap();
 }
 
 /// What was handled, and comes again because the broker did not take its acknowledgement, is acknowledged and not handled again.

@@ -250,15 +250,28 @@ impl Worker {
         drop(hand);
         drop(looking);
         let last_words = if self.kill.is_cancelled() { CUT_OFF } else { LAST_WORDS };
-        crew.end(last_words).await;
-        if let Some(settle) = settle {
-            let _ = tokio::time::timeout(last_words, settle).await;
-        }
-        // The limit is the driver's to keep; one that does not is not waited for.
-        let close = self.settling.close(last_words);
-        let closed = tokio::time::timeout(last_words + CUT_OFF, close).await;
-        let closed =
-            closed.unwrap_or_else(|_| Err(Error::new(ErrorKind::Unavailable, "the feed did not close in time")));
+        let late = || Err(Error::new(ErrorKind::Unavailable, "the feed did not close in time"));
+        let closing = async {
+            crew.end(last_words).await;
+            if let Some(settle) = settle {
+                let _ = tokio::time::timeout(last_words, settle).await;
+            }
+            // The limit is the driver's to keep; one that does not is not waited for.
+            let close = self.settling.close(last_words);
+            tokio::time::timeout(last_words + CUT_OFF, close)
+                .await
+                .unwrap_or_else(|_| late())
+        };
+        // The deadline of a stop may pass meanwhile.
+        let cut_off = async {
+            self.kill.cancelled().await;
+            tokio::time::sleep(2 * CUT_OFF).await;
+        };
+        let closed = tokio::select! {
+            biased;
+            closed = closing => closed,
+            () = cut_off => late(),
+        };
         if let Err(error) = closed {
             tracing::warn!(group = %shared.group, error = error.to_chain(), "the subscription was not closed cleanly: messages may come again");
         }
