@@ -92,6 +92,10 @@ pub struct RabbitMqOptions {
     /// large messages, or slow handlers, fewer: times the partitions and the size of messages it is a member's memory. All members
     /// of a group have to have the same, or order is lost when a partition changes hands: change it while none of them runs.
     pub prefetch: u16,
+    /// How many bytes of messages may lie ready at a member before it warns that they are many; 256 MiB by default. RabbitMQ counts
+    /// messages, not bytes, and quorum queues lose their order if a member takes fewer than the one before it, so that this cannot be
+    /// a bound: that is partitions, times `prefetch`, times the size of the largest message.
+    pub prefetch_memory: usize,
     /// The most time that connecting, declaring and closing may take, each; 10 s by default.
     pub timeout: Duration,
     /// How long the broker may take to confirm a message; 8 s by default, less than the relay waits for a call, and 100 ms at
@@ -136,6 +140,7 @@ impl Default for RabbitMqOptions {
             declares: true,
             window: 1000,
             prefetch: 256,
+            prefetch_memory: 256 * 1024 * 1024,
             timeout: Duration::from_secs(10),
             confirm_timeout: Duration::from_secs(8),
             heartbeat: Duration::from_secs(10),
@@ -212,6 +217,12 @@ impl RabbitMqOptions {
     #[must_use]
     pub fn with_prefetch(mut self, messages: u16) -> Self {
         self.prefetch = messages;
+        self
+    }
+    /// Sets how many bytes of messages may lie ready at a member before it warns.
+    #[must_use]
+    pub fn with_prefetch_memory(mut self, bytes: usize) -> Self {
+        self.prefetch_memory = bytes;
         self
     }
     /// Sets the most time that connecting, declaring and closing may take.
@@ -361,6 +372,7 @@ impl fmt::Debug for RabbitMqOptions {
             .field("declares", &self.declares)
             .field("window", &self.window)
             .field("prefetch", &self.prefetch)
+            .field("prefetch_memory", &self.prefetch_memory)
             .field("timeout", &self.timeout)
             .field("confirm_timeout", &self.confirm_timeout)
             .field("heartbeat", &self.heartbeat)

@@ -385,6 +385,42 @@ fn a_member_without_partitions_leaves_at_once() {
     });
 }
 
+/// The memory of this process, in MiB.
+fn memory() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() / 1024
+}
+
+/// What a member has fetched ahead of its handlers is bounded by bytes, however many partitions it has.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_member_that_takes_nothing_holds_little() {
+    run_within(Duration::from_secs(120), async {
+        let fixture = Fixture::new();
+        let options = fixture.options().with_partitions(48).with_fetch_memory(32 << 20);
+        let transport = transport_with(options).unwrap();
+        // 240 MB.
+        for _ in 0..10 {
+            let large = (0..30).map(|n| fixture.message(Some(&format!("k{n}")), &"x".repeat(800_000)));
+            publish(&transport, &large.collect::<Vec<_>>()).await;
+        }
+        let before = memory();
+        let subscription = fixture.subscription().with_max_in_flight(1);
+        let (mut intake, settling) = join(&transport, &subscription).await;
+        let got = take(&mut intake, 1, SOON).await;
+        assert_eq!(got.len(), 1);
+        let mut most = 0;
+        for _ in 0..50 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            most = most.max(memory().saturating_sub(before));
+        }
+        println!("{most} MiB of 240 MB lie ready, where 32 MiB may");
+        assert!(most < 110, "{most} MiB");
+        settling.settle(got.into_iter().map(Delivery::ack).collect()).await;
+    });
+}
+
 /// A member that the group does not take, since the others speak another protocol, says so: it does not look healthy.
 #[test]
 #[cfg_attr(feature = "mock", ignore = "the mock cluster takes any protocol")]

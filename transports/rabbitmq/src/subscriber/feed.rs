@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use futures_util::{Stream, StreamExt as _, stream::SelectAll};
 use lapin::{Consumer, message::Delivery};
 use postrider_core::{
-    Assignment, DeliveryTag, Disposition, Error, ErrorKind, PublishErrorKind, Received, Result,
+    Assignment, DeliveryTag, Disposition, Error, ErrorKind, GroupName, PublishErrorKind, Received, Result,
     partition::{Copies, Hold as _, Membership, Source, not_outstanding},
     wire::Reader,
 };
@@ -55,6 +55,33 @@ pub(super) struct RabbitMqSource {
     seen: Option<u64>,
     reader: Reader,
     topics: Topics,
+    ready: Ready,
+}
+
+/// How many bytes lie ready at this member, by the size of messages lately.
+#[derive(Debug)]
+struct Ready {
+    group: GroupName,
+    prefetch: usize,
+    limit: usize,
+    /// Of the last hundred or so.
+    average: usize,
+    is_much: bool,
+}
+
+impl Ready {
+    fn note(&mut self, bytes: usize, queues: usize) {
+        self.average = (self.average * 63 + bytes).div_ceil(64);
+        let ready = self.average.saturating_mul(self.prefetch).saturating_mul(queues);
+        let mebibytes = ready >> 20;
+        if !self.is_much && ready > self.limit {
+            self.is_much = true;
+            tracing::warn!(group = %self.group, prefetch = self.prefetch, queues, "up to {mebibytes} MiB of messages lie ready at this member: with such large messages have fewer of them lie ready (`with_prefetch`, the same in all members)");
+        } else if self.is_much && ready < self.limit / 2 {
+            self.is_much = false;
+            tracing::info!(group = %self.group, "no more than {mebibytes} MiB of messages lie ready at this member");
+        }
+    }
 }
 
 impl RabbitMqSource {
@@ -66,6 +93,13 @@ impl RabbitMqSource {
             known: FxHashSet::default(),
             seen: None,
             reader: Reader::default(),
+            ready: Ready {
+                group: shared.subscription.group.clone(),
+                prefetch: shared.prefetch().into(),
+                limit: shared.broker.options().prefetch_memory,
+                average: 0,
+                is_much: false,
+            },
         }
     }
 
@@ -86,6 +120,7 @@ impl RabbitMqSource {
     }
 
     fn take(&mut self, batch: &mut Vec<Received>, (hold, delivery): (Arc<Hold>, Delivery)) {
+        self.ready.note(delivery.data.len(), self.known.len());
         let number = delivery.delivery_tag;
         let redelivered = delivery.redelivered;
         let topics = &mut self.topics;
@@ -151,5 +186,30 @@ impl Copies<Hold> for Shared {
             };
             Error::new(kind, "the copy of the message was not stored").because(why)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_lies_ready_is_much_by_the_size_of_messages_lately() {
+        let mut ready = Ready {
+            group: GroupName::new("g"),
+            prefetch: 256,
+            limit: 100 << 20,
+            average: 0,
+            is_much: false,
+        };
+        (0..1000).for_each(|_| ready.note(1000, 8));
+        assert!(!ready.is_much, "2 MiB");
+        (0..300).for_each(|_| ready.note(100_000, 8));
+        assert!(ready.is_much, "195 MiB");
+        (0..1000).for_each(|_| ready.note(1000, 8));
+        assert!(!ready.is_much);
+        // One large message is none of many.
+        ready.note(1_000_000, 8);
+        assert!(!ready.is_much);
     }
 }
