@@ -1,6 +1,9 @@
 use super::{MAX_KEY_BYTES, Message, shortened};
 use crate::{Error, ErrorKind, Result};
 
+/// What brokers write around a header's name and value, a prefix of the name included.
+const AROUND_HEADER: usize = 20;
+
 /// What a message may measure. Checked when it is published, so that nothing is accepted that a broker then refuses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -8,7 +11,7 @@ pub struct Limits {
     /// The most bytes that payload, headers and names may have together; 900 KiB by default, a little under the limit
     /// of 1 MiB that NATS and Kafka come with.
     pub max_message_bytes: usize,
-    /// The most bytes that names and values of headers and attributes may have together, each pair counted with eight bytes more;
+    /// The most bytes that names and values of headers and attributes may have together, each pair counted with twenty bytes more;
     /// 120 KiB by default, a little under what a frame of RabbitMQ holds.
     pub max_header_bytes: usize,
 }
@@ -98,7 +101,7 @@ impl Limits {
                 let shown = format!("{:?}", shortened(name));
                 return Some(invalid(format!("the name of a header {why}")).with("header", shown));
             }
-            if crate::wire::is_reserved(name) {
+            if !is_foreign && crate::wire::is_reserved(name) {
                 let text = "the name of a header is one that CloudEvents or Postrider use on the wire: choose another";
                 return Some(invalid(text).with("header", shortened(name)));
             }
@@ -110,11 +113,11 @@ impl Limits {
         let of_headers = message
             .headers()
             .iter()
-            .map(|(name, value)| name.len() + value.len() + 8);
+            .map(|(name, value)| name.len() + value.len() + AROUND_HEADER);
         let of_attributes = message
             .attributes()
             .iter()
-            .map(|(name, value)| name.len() + value.size() + 8);
+            .map(|(name, value)| name.len() + value.size() + AROUND_HEADER);
         let headers: usize = of_headers.chain(of_attributes).sum();
         if headers > self.max_header_bytes {
             let text = "the headers of the message are too large: put what they say into the payload";

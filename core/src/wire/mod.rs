@@ -163,8 +163,9 @@ impl Names {
     /// In the order: attributes, then the message's headers as they are. A header that is there twice is given twice.
     pub fn write(&self, message: &Message, format: Format, mut header: impl FnMut(&str, Value<'_>)) -> Body {
         let body = match format {
-            Format::Binary => self.write_binary(message, &mut header),
-            Format::Structured => Body {
+            // In binary mode it would be taken for a message in structured mode.
+            Format::Binary if !read::is_structured(message.content_type()) => self.write_binary(message, &mut header),
+            _ => Body {
                 content_type: Text::from_static(STRUCTURED),
                 payload: json::write(message),
             },
@@ -184,13 +185,15 @@ impl Names {
         with_id(message, |text| header(id, Value::Text(text)));
         header(kind, Value::Text(message.kind()));
         header(source, Value::Text(message.source().unwrap_or_default()));
-        if let Some(at) = message.time() {
+        // What came from elsewhere may have a time or a sequence that is none: it stays what it was.
+        let is_free = |name: &str| message.attribute(name).is_none();
+        if let Some(at) = message.time().filter(|_| is_free("time")) {
             header(time, Value::Text(&at.to_rfc3339_opts(SecondsFormat::AutoSi, true)));
         }
         if let Some(text) = message.key() {
             header(key, Value::Text(text));
         }
-        if let Some(position) = message.sequence() {
+        if let Some(position) = message.sequence().filter(|_| is_free("sequence")) {
             header(sequence, Value::Text(&sequence_text(position)));
         }
         let mut name = String::new();

@@ -111,6 +111,18 @@ fn is_field(name: &str) -> bool {
     )
 }
 
+/// Whether a message of this content type is an event in structured mode.
+pub(super) fn is_structured(content_type: &str) -> bool {
+    let start = content_type.get(..STRUCTURED.len());
+    start.is_some_and(|start| start.eq_ignore_ascii_case(STRUCTURED))
+}
+
+/// A time; one without a zone, which some write, counts as UTC.
+fn moment(text: &str) -> Result<Timestamp, chrono::ParseError> {
+    let utc = |naive: chrono::NaiveDateTime| naive.and_utc();
+    text.parse().or_else(|error| text.parse().map(utc).map_err(|_| error))
+}
+
 /// No log stores NUL in a text.
 fn clean(text: &str) -> Cow<'_, str> {
     if text.contains('\0') {
@@ -125,7 +137,11 @@ impl Reading<'_> {
     pub fn header(&mut self, name: &str, value: &[u8]) {
         let value = super::text_of(value);
         if let Some(attribute) = self.names.attribute(name) {
-            self.text_attribute(attribute, &value);
+            match attribute {
+                // No attribute has such a name: in structured mode it would stand in place of the payload.
+                json::DATA | json::DATA_BASE64 => self.keep(attribute, &value),
+                attribute => self.text_attribute(attribute, &value),
+            }
         } else if name.eq_ignore_ascii_case("content-type") && value.is_empty() {
             // As good as none.
         } else if name.eq_ignore_ascii_case("content-type") {
@@ -199,7 +215,7 @@ impl Reading<'_> {
                 self.content_type = Some(shared(&mut self.reader.content_type, value));
             }
             // What is none stays an attribute.
-            "time" if self.time.is_none() && !self.has_attribute(name) => match value.parse() {
+            "time" if self.time.is_none() && !self.has_attribute(name) => match moment(value) {
                 Ok(time) => self.time = Some(time),
                 Err(_) => self.keep_attribute(name, AttributeValue::from(&*clean(value))),
             },
@@ -236,10 +252,6 @@ impl Reading<'_> {
     pub fn finish(mut self, arrived: Arrived<'_>) -> Message {
         let mut payload = arrived.payload;
         let content_type = self.content_type.take();
-        let is_structured = |content_type: &str| {
-            let start = content_type.get(..STRUCTURED.len());
-            start.is_some_and(|start| start.eq_ignore_ascii_case(STRUCTURED))
-        };
         let outer = content_type
             .as_deref()
             .or(arrived.content_type.filter(|text| !text.is_empty()));

@@ -353,3 +353,80 @@ fn headers_that_are_no_text_are_bytes_again() {
         ]
     );
 }
+
+/// Whatever a stranger wrote comes back as the same event when it is written again, in either mode.
+#[test]
+fn what_strangers_write_survives_being_written_again() {
+    let id = [("ce_id", "A-1"), ("ce_source", "/crm"), ("ce_type", "x")];
+    let event = |more: &[(&str, &str)], payload: &str| {
+        let headers: Vec<_> = id
+            .iter()
+            .chain(more)
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        read(
+            &headers,
+            Some("application/json"),
+            payload.to_owned().into(),
+            Some("orders/0/5"),
+        )
+    };
+    let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
+    for (more, payload) in [
+        (&[][..], "null"),
+        (&[], "1e999"),
+        (&[], r#""\ud800""#),
+        (&[], &deep),
+        (&[("ce_data", "x"), ("ce_data_base64", "!")], "{}"),
+        (&[("ce_time", "2026-01-01T00:00:00")], "{}"),
+        (&[("ce_time", "yesterday"), ("ce_sequence", "A01")], "{}"),
+        (&[("CE_id", "another"), ("CloudEvents", "x")], "{}"),
+    ] {
+        // Through an outbox, say, which numbers it.
+        let first = event(more, payload).with_sequence(7);
+        crate::Limits::default().check(&first).unwrap();
+        for format in [Format::Binary, Format::Structured] {
+            let (headers, body) = write(&first, format);
+            let mut names: Vec<_> = headers.iter().map(|(name, _)| name).collect();
+            names.sort();
+            names.dedup();
+            assert_eq!(names.len(), headers.len(), "{headers:?}");
+            let again = read(&headers, Some(&body.content_type), body.payload, None);
+            let known = |message: &Message| {
+                let text = |text: Option<&str>| text.map(str::to_owned);
+                let named = (
+                    message.id(),
+                    message.kind().to_owned(),
+                    text(message.source()),
+                    message.event_id().into_owned(),
+                );
+                (
+                    named,
+                    message.attributes().to_vec(),
+                    message.headers().to_vec(),
+                    message.payload().clone(),
+                )
+            };
+            assert_eq!(known(&again), known(&first), "{format:?} {more:?} {payload}");
+        }
+    }
+    let time = event(&[("ce_time", "2026-01-01T00:00:00")], "{}").time();
+    assert_eq!(time, Timestamp::from_timestamp(1_767_225_600, 0), "it counts as UTC");
+}
+
+/// A message whose payload is an event in structured mode is not taken for that event.
+#[test]
+fn an_event_in_an_event_stays_inside() {
+    let inner = r#"{"specversion":"1.0","id":"inner","type":"t","source":"s","data":1}"#;
+    let message = Message::new(Topic::new("orders"), "raw.v1", inner)
+        .with_source("s")
+        .with_content_type("application/cloudevents+json");
+    for format in [Format::Binary, Format::Structured] {
+        let (headers, body) = write(&message, format);
+        let again = read(&headers, Some(&body.content_type), body.payload, None);
+        assert_eq!(
+            (again.id(), again.kind(), &again.payload()[..]),
+            (message.id(), "raw.v1", inner.as_bytes())
+        );
+    }
+}

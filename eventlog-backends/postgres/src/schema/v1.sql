@@ -307,7 +307,7 @@ BEGIN
     END IF;
     size := octet_length(payload) + octet_length(type) + octet_length(content_type) + coalesce(octet_length(key), 0) + coalesce(octet_length(source), 0)
         + coalesce((SELECT sum(octet_length(p->>0) + octet_length(p->>1)) FROM jsonb_array_elements(pairs) p), 0);
-    IF (SELECT sum(octet_length(p->>0) + octet_length(p->>1) + 8) FROM jsonb_array_elements(pairs) p) > 122880 THEN
+    IF (SELECT sum(octet_length(p->>0) + octet_length(p->>1) + 20) FROM jsonb_array_elements(pairs) p) > 122880 THEN
         RAISE EXCEPTION 'the headers of the message have more than 122880 bytes: put what they say into the payload'
             USING ERRCODE = 'program_limit_exceeded';
     END IF;
