@@ -181,7 +181,7 @@ fn key_method(input: &DeriveInput, key: Expr, krate: &Tokens) -> Result<Tokens> 
 
 /// The rules of `Message::with_attribute`, told at the name.
 fn attribute_problem(name: &str) -> Option<&'static str> {
-    const OWN: [&str; 9] = [
+    const OWN: [&str; 10] = [
         "specversion",
         "id",
         "type",
@@ -191,6 +191,7 @@ fn attribute_problem(name: &str) -> Option<&'static str> {
         "data",
         "partitionkey",
         "sequence",
+        "sequencetype",
     ];
     if !name
         .bytes()

@@ -83,7 +83,8 @@ impl Message {
     /// Sets the id. A receiver with an inbox drops the second message of one source and id.
     #[must_use]
     pub fn with_id(self, id: MessageId) -> Self {
-        self.edit(|m| (m.id, m.event_id) = (id, None))
+        // What came from elsewhere may go on with the attributes it has.
+        self.edit(|m| (m.id, m.event_id) = (id, m.event_id.as_ref().map(|_| id.to_string().into())))
     }
 
     /// Sets an attribute of CloudEvents: an extension, or `subject` or `dataschema`. Its name has only the letters a to z and

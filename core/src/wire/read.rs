@@ -111,6 +111,11 @@ fn is_field(name: &str) -> bool {
     )
 }
 
+/// Whether an attribute is a text by its nature.
+fn is_text_field(name: &str) -> bool {
+    is_field(name) || matches!(name, "time" | "sequence")
+}
+
 /// Whether a message of this content type is an event in structured mode.
 pub(super) fn is_structured(content_type: &str) -> bool {
     let start = content_type.get(..STRUCTURED.len());
@@ -182,9 +187,9 @@ impl Reading<'_> {
     pub(super) fn attribute(&mut self, name: &str, value: AttributeValue) {
         match value {
             AttributeValue::Text(text) => self.text_attribute(name, &text),
-            value if is_field(name) || matches!(name, "time" | "sequence") => {
-                self.text_attribute(name, &value.as_text())
-            }
+            // Of a type that brokers have and fields do not: bytes that are a text, say.
+            AttributeValue::Binary(bytes) if is_text_field(name) => self.text_attribute(name, &super::text_of(&bytes)),
+            value if is_text_field(name) => self.text_attribute(name, &value.as_text()),
             value => self.keep_attribute(name, value),
         }
     }
@@ -275,7 +280,10 @@ impl Reading<'_> {
         let (id, event_id) = match (id, arrived.place) {
             (Some(text), _) => identity(from, &clean(text)),
             (None, Some(place)) => (MessageId::foreign(from, &place), Some(place.into())),
-            (None, None) => (MessageId::new(), None),
+            (None, None) => {
+                let id = MessageId::new();
+                (id, Some(id.to_string().into()))
+            }
         };
         let of_broker = || {
             let key = arrived.key.filter(|key| !key.is_empty())?;

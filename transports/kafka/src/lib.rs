@@ -49,7 +49,7 @@ mod wire;
 
 pub use config::{KafkaOptions, Login, Start, Token, TopicOptions};
 
-use postrider_core::{Capabilities, Order, Result, Transport};
+use postrider_core::{Capabilities, Order, Result, Transport, wire::Format};
 use publisher::KafkaPublisher;
 use subscriber::KafkaSubscriber;
 
@@ -70,6 +70,7 @@ pub fn transport(brokers: impl Into<String>) -> Result<Transport> {
 /// [`ErrorKind::Config`](postrider_core::ErrorKind::Config) for an option that makes no sense.
 pub fn transport_with(options: KafkaOptions) -> Result<Transport> {
     options.check()?;
+    let (most, format) = (options.max_message_bytes as usize, options.format);
     let cluster = client::Cluster::new(options);
     cluster.check()?;
     let publisher = KafkaPublisher::new(cluster.clone());
@@ -78,8 +79,11 @@ pub fn transport_with(options: KafkaOptions) -> Result<Transport> {
         .with_dead_letter()
         .with_broadcast()
         .with_queue_options(&["dead_letter_to"])
-        // What brokers take unless they are told otherwise, less what a batch adds.
-        .with_max_message_bytes(1_000_000);
+        // Less what a batch adds, and in structured mode what JSON and base64 do.
+        .with_max_message_bytes(match format {
+            Format::Structured => most / 20 * 13,
+            _ => most / 20 * 19,
+        });
     let subscriber = KafkaSubscriber::new(cluster, publisher.clone());
     Ok(Transport::new(NAME, capabilities)
         .with_publisher(publisher)

@@ -23,7 +23,7 @@ use std::{
     },
     time::Duration,
 };
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
 
 type Producer = ThreadedProducer<Confirms>;
 
@@ -99,6 +99,8 @@ struct Call {
     late: Mutex<Vec<usize>>,
     /// Those refused for something that may be another's fault, which travelled with them.
     together: Mutex<Vec<usize>>,
+    /// Nothing else is with the client: what is refused is refused for itself.
+    is_alone: bool,
     /// Dropped with the last message.
     open: Mutex<Option<oneshot::Sender<()>>>,
 }
@@ -114,7 +116,7 @@ impl Call {
             Err(error) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageTimedOut) => {
                 self.late.lock().unwrap_or_else(PoisonError::into_inner).push(at);
             }
-            Err(error) if self.messages.len() > 1 && is_of_batch(&error) => {
+            Err(error) if !self.is_alone && is_of_batch(&error) => {
                 self.together.lock().unwrap_or_else(PoisonError::into_inner).push(at);
             }
             Err(error) => self.refused(at, self.shared.cause(error), None),
@@ -261,7 +263,10 @@ impl KafkaPublisher {
         let mut calls = Vec::new();
         while messages.peek().is_some() {
             let part: Vec<_> = messages.by_ref().take(most).collect();
-            calls.push(self.hand_over(producer, part, copy_to, outcomes).await);
+            let wanted = u32::try_from(part.len()).unwrap_or(u32::MAX);
+            // It is never closed.
+            let places = self.shared.window.acquire_many(wanted).await.ok();
+            calls.push(self.hand_over(producer, part, copy_to, outcomes, places, false).await);
         }
         for (call, ended) in calls {
             // Nothing is sent: it is dropped.
@@ -274,13 +279,15 @@ impl KafkaPublisher {
         }
     }
 
-    /// Hands over so many messages as the window takes at once.
+    /// Hands over so many messages as there are places.
     async fn hand_over(
         &self,
         producer: &Arc<Producer>,
         messages: Vec<(usize, Message)>,
         copy_to: Option<&str>,
         outcomes: &Outcomes,
+        mut places: Option<SemaphorePermit<'_>>,
+        is_alone: bool,
     ) -> (Arc<Call>, oneshot::Receiver<()>) {
         let count = messages.len();
         let (open, ended) = oneshot::channel();
@@ -293,11 +300,10 @@ impl KafkaPublisher {
             any_confirmed: AtomicBool::new(false),
             late: Mutex::default(),
             together: Mutex::default(),
+            is_alone,
             open: Mutex::new(Some(open)),
         });
-        let wanted = u32::try_from(count).unwrap_or(u32::MAX);
-        // It is never closed. Each message takes its place with it and gives it back; those that are not sent do so here.
-        let mut places = self.shared.window.acquire_many(wanted).await.ok();
+        // Each message takes its place with it and gives it back; those that are not sent do so here.
         let (format, tombstones) = (
             self.shared.cluster.options().format,
             self.shared.cluster.options().tombstones,
@@ -330,15 +336,19 @@ impl KafkaPublisher {
         (call, ended)
     }
 
-    /// Brokers refuse a whole batch for one record: those that travelled together go one by one.
+    /// Brokers refuse a whole batch for one record: those that travelled together go one by one, and each with nothing else at the
+    /// client, which makes batches of what several calls send.
     async fn send_apart(&self, producer: &Arc<Producer>, call: &Call, copy_to: Option<&str>, outcomes: &Outcomes) {
         let mut together = std::mem::take(&mut *call.together.lock().unwrap_or_else(PoisonError::into_inner));
         together.sort_unstable();
         for at in together {
-            let (alone, ended) = self
-                .hand_over(producer, vec![call.messages[at].clone()], copy_to, outcomes)
-                .await;
+            let all = u32::try_from(self.shared.cluster.options().window).unwrap_or(u32::MAX);
+            let mut all = self.shared.window.acquire_many(all).await.ok();
+            let place = all.as_mut().and_then(|places| places.split(1));
+            let message = vec![call.messages[at].clone()];
+            let (alone, ended) = self.hand_over(producer, message, copy_to, outcomes, place, true).await;
             let _ = ended.await;
+            drop(all);
             self.judge_late(producer, &alone).await;
         }
     }
@@ -370,6 +380,9 @@ fn is_of_batch(error: &KafkaError) -> bool {
         Code::InvalidRecord,
         Code::InvalidMessage,
         Code::MessageSizeTooLarge,
+        Code::InvalidMessageSize,
+        Code::PolicyViolation,
+        Code::InvalidDifferentRecord,
     ];
     error.rdkafka_error_code().is_some_and(|code| of_batch.contains(&code))
 }

@@ -262,7 +262,7 @@ pub(crate) fn read(
         kind: properties.kind().as_ref().map(|text| text.as_str()),
         time: properties
             .timestamp()
-            .and_then(|seconds| Timestamp::from_timestamp(i64::try_from(seconds).ok()?, 0)),
+            .and_then(|time| moment(i64::try_from(time).ok()?)),
         ..Arrived::new(&topic, delivery.data)
     };
     (reading.finish(arrived), deliveries.saturating_add(1), attempts)

@@ -325,11 +325,12 @@ impl Member {
             }
             self.begin_again();
             self.find_places();
-            if let Some(code) = refusal {
-                let known = refused.replace((code, Instant::now()));
-                if known.is_none_or(|(known, _)| known != code) {
-                    self.tell_refused(code);
-                }
+            // One that the client reports again and again is told now, and repeated below.
+            if let Some(code) = refusal
+                && refused.is_none_or(|(known, _)| known != code)
+            {
+                refused = Some((code, Instant::now()));
+                self.tell_refused(code);
             }
             if let Some((code, since)) = refused
                 && since.elapsed() >= REPEATED_AFTER

@@ -453,6 +453,9 @@ fn a_member_of_another_protocol_is_told() {
         };
         assert_eq!(error.kind(), ErrorKind::Config, "{error:?}");
         assert!(error.to_string().contains("protocol"), "{error}");
+        // While it lasts it is told again, sooner than core takes it to be over.
+        let again = tokio::time::timeout(Duration::from_secs(20), intake.next(10)).await;
+        assert!(again.expect("it is told again").is_err());
         polling.abort();
     });
 }

@@ -111,6 +111,31 @@ fn unread_data_that_is_deleted_is_counted() {
     });
 }
 
+/// A topic takes less than the client puts into one batch, which it makes of several calls: each message that fits is published.
+#[test]
+#[cfg_attr(feature = "mock", ignore = "the mock cluster takes batches of any size")]
+fn messages_that_fit_are_published_whatever_they_travel_with() {
+    run(async {
+        let fixture = Fixture::new();
+        make_topic(&fixture, 1, &[("max.message.bytes", "100000")]).await;
+        let transport = fixture.transport();
+        let mut calls = Vec::new();
+        for _ in 0..6 {
+            let publisher = transport.publisher().unwrap().clone();
+            let batch: Vec<_> = (0..20).map(|_| fixture.message(None, &"x".repeat(30_000))).collect();
+            calls.push(tokio::spawn(async move { publisher.publish_all(&batch).await }));
+        }
+        for call in calls {
+            for outcome in call.await.unwrap() {
+                outcome.unwrap();
+            }
+        }
+        let large = fixture.message(None, &"x".repeat(200_000));
+        let outcome = transport.publisher().unwrap().publish_all(&[large]).await;
+        assert_eq!(outcome[0].as_ref().unwrap_err().kind(), PublishErrorKind::Invalid);
+    });
+}
+
 /// A topic that is deleted and made anew is another one: a group that was running reads all of it, and so does one that
 /// joins later; publishing makes it, and goes on.
 #[test]

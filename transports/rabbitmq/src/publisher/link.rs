@@ -14,7 +14,7 @@ use crate::{
 };
 use futures_util::{FutureExt as _, Stream, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
-    Channel, Confirmation, Event, ExchangeKind,
+    BasicProperties, Channel, Confirmation, Event, ExchangeKind,
     options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions},
     types::FieldTable,
 };
@@ -264,6 +264,10 @@ impl Link {
                 Work::Copy(copy) => {
                     let (message, queue, copied) = &**copy;
                     ("", queue.clone(), wire::write(message, self.layout, Some(copied)))
+                }
+                Work::Probe(key) => {
+                    let gone = BasicProperties::default().with_expiration("0".into());
+                    (&*self.exchange, key.clone(), (gone, bytes::Bytes::new()))
                 }
                 Work::Check => continue,
             };

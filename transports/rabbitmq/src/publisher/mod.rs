@@ -37,6 +37,8 @@ enum Work {
     Messages(Vec<Message>),
     /// To a queue, as something else than the message.
     Copy(Box<(Message, String, Copied)>),
+    /// Nothing, to the exchange under this routing key, gone at once: whether it is bound.
+    Probe(String),
     /// Nothing: whether there is a connection.
     Check,
 }
@@ -45,7 +47,7 @@ impl Work {
     fn len(&self) -> usize {
         match self {
             Self::Messages(messages) => messages.len(),
-            Self::Copy(_) | Self::Check => 1,
+            Self::Copy(_) | Self::Probe(_) | Self::Check => 1,
         }
     }
 }
@@ -86,6 +88,12 @@ impl RabbitMqPublisher {
         }
         // The runtime it was started on has ended.
         outcomes.report_rest(Err(PublishError::connection("the publishing task has ended")));
+    }
+
+    /// Whether anything is bound to the exchange under this routing key: `Ok`, or unroutable.
+    pub(crate) async fn probe(&self, routing_key: String) -> Outcome {
+        let work = Work::Probe(routing_key);
+        Outcomes::of_one(|outcomes| async move { self.run(work, &outcomes).await }).await
     }
 
     /// Publishes a copy to a queue. `Ok` once it is stored there.

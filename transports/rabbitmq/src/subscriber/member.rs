@@ -30,6 +30,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
+use tokio::task::JoinHandle;
 
 /// Between tries to connect.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
@@ -52,6 +53,8 @@ pub(super) struct Member {
     balanced_at: Instant,
     /// `None` where the bindings are not watched.
     canary: Option<Canary>,
+    /// Whether they still are.
+    asking: Option<JoinHandle<Option<bool>>>,
     watched_at: Instant,
     /// When it was last looked how much waits in its queues.
     counted_at: Option<Instant>,
@@ -121,6 +124,7 @@ impl Member {
             leases: None,
             balanced_at: Instant::now(),
             canary: None,
+            asking: None,
             watched_at: Instant::now(),
             counted_at: None,
         };
@@ -163,9 +167,7 @@ impl Member {
             }
             let looks = holds.iter().any(|hold| hold.is_leaving() || !hold.is_connected());
             let balances = self.leases.is_some() && self.balanced_at.elapsed() >= interval;
-            if self.watched_at.elapsed() >= bindings::EVERY
-                && let Err(error) = self.look_at_bindings(shared).await
-            {
+            if let Err(error) = self.look_at_bindings(shared).await {
                 tracing::warn!(group = %shared.subscription.group, error = error.to_chain(), "the bindings cannot be made again: the member begins anew");
                 return false;
             }
@@ -235,7 +237,7 @@ impl Member {
         }
         let making = shared.broker.in_time(
             "watching the bindings",
-            Canary::new(&self.connection, &options.exchange),
+            Canary::new(&self.connection, shared.publisher.clone(), &options.exchange),
         );
         match making.await {
             Ok(canary) => self.canary = Some(canary),
@@ -247,17 +249,21 @@ impl Member {
 
     /// Binds again what has lost its bindings.
     async fn look_at_bindings(&mut self, shared: &Shared) -> Result<()> {
-        self.watched_at = Instant::now();
-        let Some(canary) = &self.canary else { return Ok(()) };
-        match shared.broker.in_time("watching the bindings", canary.lives()).await {
-            Ok(true) => return Ok(()),
-            Ok(false) => {}
-            Err(error) => {
-                // Without the right to write to the exchange, say.
-                tracing::debug!(
-                    error = error.to_chain(),
-                    "the bindings of the group are not watched any more"
-                );
+        // Nobody waits for the answer: a broker that is low on memory gives none.
+        let Some(asking) = self.asking.take_if(|asking| asking.is_finished()) else {
+            if let Some(canary) = self.canary.clone()
+                && self.asking.is_none()
+                && self.watched_at.elapsed() >= bindings::EVERY
+            {
+                self.watched_at = Instant::now();
+                self.asking = Some(tokio::spawn(async move { canary.lives().await }));
+            }
+            return Ok(());
+        };
+        match asking.await.unwrap_or(Some(true)) {
+            Some(true) => return Ok(()),
+            Some(false) => {}
+            None => {
                 self.canary = None;
                 return Ok(());
             }

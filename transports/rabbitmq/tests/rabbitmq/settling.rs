@@ -281,3 +281,40 @@ fn giving_back_by_nack_is_what_breaks_order() {
         }
     });
 }
+
+/// A broker that is low on memory takes nothing from publishers, and what consumers acknowledge: else it would stay low. So a member's
+/// connection publishes nothing, not even to find out whether its bindings are there.
+#[test]
+fn a_broker_that_is_low_on_memory_is_emptied() {
+    run_within(Duration::from_secs(120), async {
+        let mut server = RabbitMq::start();
+        let fixture = Fixture::on(&server);
+        let transport = fixture.transport();
+        let (mut intake, settling) = join(&transport, &fixture.ordered()).await;
+        publish(&transport, &numbers(&fixture, 20)).await;
+        server.ctl(&["set_vm_memory_high_watermark", "absolute", "1MB"]);
+        // Longer than between two looks at the bindings.
+        for n in 0..20 {
+            let got = take(&mut intake, 1, SOON).await;
+            assert_eq!(got.iter().map(text).collect::<Vec<_>>(), [n.to_string()]);
+            tokio::time::sleep(Duration::from_millis(700)).await;
+            assert!(
+                settling
+                    .settle(got.into_iter().map(Delivery::ack).collect())
+                    .await
+                    .is_empty()
+            );
+        }
+        settling.close(SOON).await.unwrap();
+        // What it shows of quorum queues is some seconds old.
+        let began = std::time::Instant::now();
+        loop {
+            let queues = server.ctl(&["list_queues", "messages"]);
+            let mut left = queues.lines().filter_map(|line| line.trim().parse::<u32>().ok());
+            if left.all(|left| left == 0) {
+                break;
+            }
+            assert!(began.elapsed() < Duration::from_secs(20), "{queues}");
+        }
+    });
+}
