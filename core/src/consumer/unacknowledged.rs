@@ -3,7 +3,7 @@
 //! are acknowledged at once, in place of being handled for a second time.
 
 use crate::{
-    MessageId,
+    Message, MessageId, Topic,
     clock::{Clock, Moment},
 };
 use rustc_hash::FxHashMap;
@@ -21,6 +21,9 @@ const MOST: usize = 10_000;
 /// And for how long: twice the longest that brokers wait for an outcome as they come (RabbitMQ's `consumer_timeout`).
 const REMEMBERED: Duration = Duration::from_secs(60 * 60);
 
+/// What was handled: one event may have been sent to several topics.
+type Handled = (Topic, MessageId);
+
 #[derive(Debug, Default)]
 pub(super) struct Unacknowledged {
     /// Whether there are any: seldom, so that nobody waits for the lock.
@@ -30,39 +33,39 @@ pub(super) struct Unacknowledged {
 
 #[derive(Debug, Default)]
 struct Known {
-    since: FxHashMap<MessageId, Moment>,
+    since: FxHashMap<Handled, Moment>,
     /// As they came; of those that were taken out since, too.
-    order: VecDeque<(MessageId, Moment)>,
+    order: VecDeque<(Handled, Moment)>,
 }
 
 impl Unacknowledged {
     /// Remembers messages.
-    pub(super) fn add(&self, messages: Vec<MessageId>, now: Moment) {
+    pub(super) fn add(&self, messages: Vec<Handled>, now: Moment) {
         if messages.is_empty() {
             return;
         }
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        for id in messages {
-            known.since.insert(id, now);
-            known.order.push_back((id, now));
+        for handled in messages {
+            known.since.insert(handled.clone(), now);
+            known.order.push_back((handled, now));
         }
         while known.order.len() > MOST {
-            if let Some((id, since)) = known.order.pop_front()
-                && known.since.get(&id) == Some(&since)
+            if let Some((handled, since)) = known.order.pop_front()
+                && known.since.get(&handled) == Some(&since)
             {
-                known.since.remove(&id);
+                known.since.remove(&handled);
             }
         }
         self.any.store(true, Ordering::Release);
     }
 
     /// Whether this message is one of them. It counts for one delivery.
-    pub(super) fn take(&self, id: MessageId, clock: &dyn Clock) -> bool {
+    pub(super) fn take(&self, message: &Message, clock: &dyn Clock) -> bool {
         if !self.any.load(Ordering::Acquire) {
             return false;
         }
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let since = known.since.remove(&id);
+        let since = known.since.remove(&(message.topic().clone(), message.id()));
         if known.since.is_empty() {
             known.order.clear();
             self.any.store(false, Ordering::Release);
@@ -80,13 +83,20 @@ mod tests {
     fn they_are_known_once_for_a_while_and_not_without_bound() {
         let clock = ManualClock::shared();
         let unacknowledged = Unacknowledged::default();
-        let ids: Vec<MessageId> = (0..=MOST).map(|_| MessageId::new()).collect();
-        assert!(!unacknowledged.take(ids[1], &*clock));
-        unacknowledged.add(ids.clone(), clock.elapsed());
-        assert!(!unacknowledged.take(ids[0], &*clock), "more than are remembered");
-        assert!(unacknowledged.take(ids[1], &*clock));
-        assert!(!unacknowledged.take(ids[1], &*clock), "twice");
+        let message = |topic| Message::new(Topic::new(topic), "t.v1", "");
+        let messages: Vec<Message> = (0..=MOST).map(|_| message("t")).collect();
+        assert!(!unacknowledged.take(&messages[1], &*clock));
+        let handled = messages.iter().map(|message| (message.topic().clone(), message.id()));
+        unacknowledged.add(handled.collect(), clock.elapsed());
+        assert!(!unacknowledged.take(&messages[0], &*clock), "more than are remembered");
+        let elsewhere = messages[1].clone().with_topic(Topic::new("other"));
+        assert!(
+            !unacknowledged.take(&elsewhere, &*clock),
+            "the same event on another topic"
+        );
+        assert!(unacknowledged.take(&messages[1], &*clock));
+        assert!(!unacknowledged.take(&messages[1], &*clock), "twice");
         clock.advance(REMEMBERED);
-        assert!(!unacknowledged.take(ids[2], &*clock), "it is too long ago");
+        assert!(!unacknowledged.take(&messages[2], &*clock), "it is too long ago");
     }
 }

@@ -1,7 +1,7 @@
 //! A feed, and the engine's two sides of it.
 
 use super::{Assignment, Deliveries, DeliveryTag, Disposition, Incoming, Lag, Received, Settler};
-use crate::{Error, Message, MessageId, Result, clock::bounded};
+use crate::{Error, Message, MessageId, Result, Topic, clock::bounded};
 use std::{
     collections::HashMap,
     sync::{
@@ -90,7 +90,7 @@ pub struct Delivery {
 #[derive(Debug)]
 #[must_use = "give it to `Settling::settle`"]
 pub struct Settlement {
-    message: MessageId,
+    message: (Topic, MessageId),
     tag: DeliveryTag,
     disposition: Disposition,
 }
@@ -131,7 +131,7 @@ impl Delivery {
     fn settled(mut self, disposition: Disposition) -> Settlement {
         self.dropped = None;
         Settlement {
-            message: self.message.id(),
+            message: (self.message.topic().clone(), self.message.id()),
             tag: self.tag,
             disposition,
         }
@@ -246,7 +246,7 @@ impl Settling {
     }
 
     /// The same, and which messages were done with and are not acknowledged.
-    pub(crate) async fn settle_each(&self, batch: Vec<Settlement>) -> (Vec<Error>, Vec<MessageId>) {
+    pub(crate) async fn settle_each(&self, batch: Vec<Settlement>) -> (Vec<Error>, Vec<(Topic, MessageId)>) {
         let mut all: Vec<_> = batch.iter().map(|s| (s.tag, s.disposition)).collect();
         let dropped = std::mem::take(&mut *self.dropped.lock().unwrap_or_else(PoisonError::into_inner));
         all.extend(dropped.into_iter().map(|tag| (tag, Disposition::Release)));
@@ -258,7 +258,7 @@ impl Settling {
             let Err(error) = outcome else { continue };
             errors.push(error);
             let done = batch.get(at).filter(|settled| settled.disposition == Disposition::Ack);
-            unacknowledged.extend(done.map(|settled| settled.message));
+            unacknowledged.extend(done.map(|settled| settled.message.clone()));
         }
         (errors, unacknowledged)
     }

@@ -65,7 +65,10 @@ impl Cluster {
     /// A token to log in with.
     pub(crate) fn token(&self) -> std::result::Result<OAuthToken, Box<dyn std::error::Error>> {
         let source = self.options().token().ok_or("there is no token")?;
-        let token = (source.0)().inspect_err(|error| {
+        // It runs on the client's own threads, which nobody would start again.
+        let asked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| (source.0)()));
+        let panicked = |_| Err(Error::new(ErrorKind::Unexpected, "what gives tokens has panicked"));
+        let token = asked.unwrap_or_else(panicked).inspect_err(|error| {
             *self.trouble() = Some((Instant::now(), format!("no token: {}", error.to_chain())));
         })?;
         Ok(OAuthToken {

@@ -95,10 +95,7 @@ impl Worker {
 
     /// Handles a delivery now, or behind those of its key.
     pub(super) fn begin(&self, hand: &mut InHand, delivery: Delivery, answer: Admission) {
-        let message = delivery.message().id();
-        if matches!(answer, Admission::Duplicate | Admission::Parked)
-            || self.shared.unacknowledged.take(message, &*self.shared.tools.clock)
-        {
+        if matches!(answer, Admission::Duplicate | Admission::Parked) || self.was_handled(&delivery) {
             self.shared.counters.dropped(1);
             hand.settlements.push(delivery.ack());
             return;
@@ -122,6 +119,19 @@ impl Worker {
         });
         queue.push_back(Waiting { delivery, is_held_back });
         hand.waiting += 1;
+    }
+
+    /// Whether this member has handled it already, and could not acknowledge it. What is published once more, on purpose, is not
+    /// taken for it where the broker counts deliveries.
+    fn was_handled(&self, delivery: &Delivery) -> bool {
+        let shared = &self.shared;
+        let may_be = !shared.counts_deliveries || delivery.delivery_count() > 1;
+        let message = delivery.message();
+        let was_handled = may_be && shared.unacknowledged.take(message, &*shared.tools.clock);
+        if was_handled {
+            tracing::debug!(group = %shared.group, message = %message.id(), topic = %message.topic(), "it was handled before, and is acknowledged now");
+        }
+        was_handled
     }
 
     /// Begins the keys whose turn has come.

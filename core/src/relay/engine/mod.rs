@@ -222,20 +222,19 @@ impl Engine {
             tokio::task::coop::consume_budget().await;
             let now = self.clock.elapsed();
             self.start_what_may(now);
-            if self.is_stopping && self.jobs.is_empty() && self.settling.is_empty() {
+            if self.is_stopping && self.is_idle() && self.settling.is_empty() {
                 break;
             }
             let until = self.next_timer().saturating_sub(now);
-            let is_idle = self.jobs.is_empty();
             // A claim that cannot be made now is none to hear of again and again.
-            let listens = is_idle && !self.wants_claim;
+            let listens = self.is_idle() && !self.wants_claim;
             let patience = (self.idle_floor, self.options.poll_interval);
             tokio::select! {
                 biased;
                 () = kill.cancelled() => break,
                 () = stop.cancelled(), if !self.is_stopping => self.stop(),
                 () = self.reports.arrived() => self.take_reports(self.clock.elapsed()),
-                Some(event) = self.jobs.next(), if !is_idle => {
+                Some(event) = self.jobs.next(), if !self.jobs.is_empty() => {
                     self.handle(event);
                     while let Some(Some(event)) = self.jobs.next().now_or_never() {
                         self.handle(event);
@@ -331,13 +330,18 @@ impl Engine {
     /// When to claim though nobody told of anything. While the relay is idle that is the session's business, which looks
     /// for what others have written every `poll_interval`, for all mailboxes of the process together.
     fn poll_at(&self) -> Moment {
-        let every = if self.jobs.is_empty() {
+        let every = if self.is_idle() {
             self.options.poll_interval.saturating_mul(IDLE_POLLS)
         } else {
             self.options.poll_interval
         };
         let look = self.claimed_at + every;
         self.due_at.map_or(look, |due| due.min(look))
+    }
+
+    /// Whether nothing is under way, but for the question whether the broker is there: nobody waits for that.
+    fn is_idle(&self) -> bool {
+        self.jobs.len() <= usize::from(self.is_asking)
     }
 
     fn wants_log(&self) -> bool {

@@ -9,41 +9,73 @@ use rdkafka::{
     consumer::Consumer as _,
     error::{KafkaError, KafkaResult, RDKafkaErrorCode},
 };
+use rustc_hash::FxHashMap;
 use std::time::Duration;
 
-/// Says in `list` where the partitions begin of which the group has committed nothing. Where that cannot be known just now, the client
-/// looks for itself, and reports what it does not find.
-pub(super) fn choose(consumer: &Consumer, list: &mut TopicPartitionList, start: Start, limit: Duration) {
-    let chosen = uncommitted(consumer, list, limit).and_then(|mut new| {
-        if let Start::At(time) = start {
-            new.set_all_offsets(Offset::Offset(time.timestamp_millis()))?;
-            new = consumer.offsets_for_times(new, limit)?;
-        }
-        for element in new.elements() {
-            let at = match (start, element.offset()) {
-                (Start::Earliest, _) => Offset::Beginning,
-                // Nothing has been published since.
-                (Start::At(_), at @ Offset::Offset(_)) => at,
-                (Start::At(_) | Start::Latest, _) => Offset::End,
-            };
-            list.set_partition_offset(element.topic(), element.partition(), at)?;
-        }
-        Ok(())
-    });
-    if let Err(error) = chosen {
-        tracing::debug!(%error, "what the group has committed cannot be known just now");
+/// Where partitions began of which the group had committed nothing, if that was not with the earliest message: until it commits
+/// something, they begin there again.
+pub(super) type Begun = FxHashMap<Place, i64>;
+
+/// Says in `list` where the partitions begin of which the group has committed nothing.
+///
+/// # Errors
+/// Where that cannot be known just now. Left to itself, the client looks once more, and reports what it does not find.
+pub(super) fn choose(
+    consumer: &Consumer,
+    list: &mut TopicPartitionList,
+    start: Start,
+    begun: &mut Begun,
+    limit: Duration,
+) -> KafkaResult<()> {
+    let mut new = uncommitted(consumer, list, limit)?;
+    if new.count() == 0 {
+        return Ok(());
     }
+    let places: Vec<Place> = new
+        .elements()
+        .iter()
+        .map(|new| (new.topic().to_owned(), new.partition()))
+        .collect();
+    if start == Start::Earliest {
+        return places
+            .iter()
+            .try_for_each(|(topic, partition)| list.set_partition_offset(topic, *partition, Offset::Beginning));
+    }
+    // First where they end: what is stored while times are looked for lies behind that.
+    for place in &places {
+        if !begun.contains_key(place) {
+            let (_, end) = consumer.fetch_watermarks(&place.0, place.1, limit)?;
+            let mut at = end;
+            if let Start::At(time) = start {
+                new.set_all_offsets(Offset::Offset(time.timestamp_millis()))?;
+                let found = consumer.offsets_for_times(new.clone(), limit)?;
+                let found = found.find_partition(&place.0, place.1);
+                if let Some(Offset::Offset(first)) = found.map(|found| found.offset()) {
+                    at = first;
+                }
+            }
+            begun.insert(place.clone(), at);
+        }
+        list.set_partition_offset(&place.0, place.1, Offset::Offset(begun[place]))?;
+    }
+    Ok(())
 }
 
 /// Where a partition begins.
-pub(super) fn of(consumer: &Consumer, place: &Place, start: Start, limit: Duration) -> Offset {
+pub(super) fn of(
+    consumer: &Consumer,
+    place: &Place,
+    start: Start,
+    begun: &mut Begun,
+    limit: Duration,
+) -> KafkaResult<Offset> {
     let mut list = TopicPartitionList::new();
     list.add_partition(&place.0, place.1);
-    choose(consumer, &mut list, start, limit);
-    match list.elements().first().map(|element| element.offset()) {
+    choose(consumer, &mut list, start, begun, limit)?;
+    Ok(match list.elements().first().map(|element| element.offset()) {
         Some(at) if at != Offset::Invalid => at,
         _ => Offset::Stored,
-    }
+    })
 }
 
 /// Those of which the group has committed nothing.
@@ -76,22 +108,27 @@ pub(super) fn find(
     (topic, partition): (&Topic, i32),
     next: Option<i64>,
     start: Start,
+    begun: &mut Begun,
     limit: Duration,
 ) -> KafkaResult<Found> {
-    let mut list = TopicPartitionList::new();
-    list.add_partition(topic.as_str(), partition);
+    let place = (topic.to_string(), partition);
     let next = match next {
         Some(next) => Some(next),
-        None => match consumer.committed_offsets(list.clone(), limit)?.elements().first() {
-            Some(element) => element.offset().to_raw().filter(|at| *at >= 0),
-            None => None,
-        },
+        None => {
+            let mut list = TopicPartitionList::new();
+            list.add_partition(&place.0, partition);
+            let committed = consumer.committed_offsets(list, limit)?;
+            match committed.elements().first() {
+                Some(element) => {
+                    element.error()?;
+                    element.offset().to_raw().filter(|at| *at >= 0)
+                }
+                None => None,
+            }
+        }
     };
     let Some(next) = next else {
-        let at = match of(consumer, &(topic.to_string(), partition), start, limit) {
-            Offset::Stored => Offset::Beginning,
-            at => at,
-        };
+        let at = of(consumer, &place, start, begun, limit)?;
         return Ok(Found { at, missed: None });
     };
     let (low, high) = consumer.fetch_watermarks(topic.as_str(), partition, limit)?;

@@ -4,7 +4,7 @@ use super::{
     Shared, beginning,
     hold::{Hold, Queue},
 };
-use crate::client::Cluster;
+use crate::{client::Cluster, config::Start};
 use postrider_core::{
     Error, ErrorKind, Incoming, MessageId, Result, Topic,
     partition::{Hold as _, Working},
@@ -38,6 +38,8 @@ const SOON: Duration = Duration::from_millis(5);
 const LATER: Duration = Duration::from_millis(50);
 /// A refusal that lasts is told again.
 const REPEATED_AFTER: Duration = Duration::from_secs(10);
+/// Between tries to place a partition anew.
+const PLACED_AGAIN_AFTER: Duration = Duration::from_millis(500);
 /// Between two looks at how much waits with the brokers.
 const LAG_EVERY: Duration = Duration::from_secs(5);
 /// How long leaving a group may take.
@@ -57,6 +59,7 @@ pub(super) struct Rebalances {
     closing: AtomicBool,
     /// It has been given a token to log in with.
     has_token: AtomicBool,
+    begins_with_earliest: bool,
     lag: Lag,
 }
 
@@ -97,8 +100,12 @@ impl ClientContext for Rebalances {
         let partitions = statistics.topics.values().flat_map(|topic| topic.partitions.values());
         let its_own = partitions.filter(|partition| partition.fetch_state == "active");
         let lags = its_own.filter_map(|partition| {
-            // Where nothing is settled yet, all that there is.
-            let places = [partition.stored_offset, partition.committed_offset, partition.lo_offset];
+            // Where nothing is settled yet: of a group that begins with the earliest, all that there is.
+            let first = match self.begins_with_earliest {
+                true => partition.lo_offset,
+                false => partition.next_offset,
+            };
+            let places = [partition.stored_offset, partition.committed_offset, first];
             let settled = places.into_iter().find(|at| *at >= 0)?;
             u64::try_from(partition.ls_offset - settled).ok()
         });
@@ -171,6 +178,7 @@ pub(super) fn start(shared: Arc<Shared>, partitions: usize, working: Working<Hol
         has_joined: AtomicBool::new(false),
         closing: AtomicBool::new(false),
         has_token: AtomicBool::new(false),
+        begins_with_earliest: options.start == Start::Earliest && !broadcast,
         lag: shared.membership.lag().clone(),
     };
     let mut config = cluster.with_properties(config);
@@ -204,6 +212,8 @@ pub(super) fn start(shared: Arc<Shared>, partitions: usize, working: Working<Hol
         consumer: Arc::new(consumer),
         queues: FxHashMap::default(),
         from,
+        begun: FxHashMap::default(),
+        failed_at: None,
         revoking: None,
         since: Instant::now(),
     };
@@ -262,6 +272,10 @@ struct Member {
     queues: FxHashMap<Place, Arc<Queue>>,
     /// Of a broadcast, which commits nothing: where each partition goes on.
     from: FxHashMap<Place, i64>,
+    /// Where partitions began that had nothing committed.
+    begun: beginning::Begun,
+    /// When a partition could not be placed anew, the last time.
+    failed_at: Option<Instant>,
     /// What the coordinator waits for.
     revoking: Option<Revoking>,
     /// When it began to join.
@@ -335,7 +349,9 @@ impl Member {
             if let Some((code, since)) = refused
                 && since.elapsed() >= REPEATED_AFTER
             {
-                self.ask_again();
+                if self.may_place() {
+                    self.ask_again();
+                }
                 refused = self.is_refused(code).then(|| (code, Instant::now()));
                 if refused.is_some() {
                     self.tell_refused(code);
@@ -379,19 +395,26 @@ impl Member {
         })
     }
 
+    /// Whether partitions may be placed anew: the client takes any change for the answer to what its group wants just now.
+    fn may_place(&self) -> bool {
+        let is_settled = self.revoking.is_none() && self.consumer.context().wanted().is_empty();
+        is_settled && self.failed_at.is_none_or(|at| at.elapsed() >= PLACED_AGAIN_AFTER)
+    }
+
     /// Has brokers say once more that they refuse a partition, if they still do.
-    fn ask_again(&self) {
+    fn ask_again(&mut self) {
         let mut refused = self.shared.membership.holds();
-        refused.retain(|hold| hold.asks_again());
+        refused.retain(|hold| !hold.is_leaving() && hold.asks_again());
         for hold in refused {
             let place = (hold.topic.to_string(), hold.partition);
             let next = hold.next_offset().or_else(|| self.from.get(&place).copied());
             let options = self.shared.cluster.options();
             let at = match next {
-                Some(next) => Offset::Offset(next),
-                None => beginning::of(&self.consumer, &place, options.start, options.timeout),
+                Some(next) => Ok(Offset::Offset(next)),
+                None => beginning::of(&self.consumer, &place, options.start, &mut self.begun, options.timeout),
             };
-            if let Err(error) = beginning::place_again(&self.consumer, &place, at) {
+            let placed = at.and_then(|at| beginning::place_again(&self.consumer, &place, at));
+            if let Err(error) = placed {
                 tracing::debug!(%error, topic = place.0, partition = place.1, "a refused partition cannot be asked for again");
             }
         }
@@ -431,7 +454,16 @@ impl Member {
         }
         if !self.shared.subscription.broadcast {
             let options = self.shared.cluster.options();
-            beginning::choose(&self.consumer, &mut list, options.start, options.timeout);
+            let chosen = beginning::choose(
+                &self.consumer,
+                &mut list,
+                options.start,
+                &mut self.begun,
+                options.timeout,
+            );
+            if let Err(error) = chosen {
+                tracing::debug!(%error, "what the group has committed cannot be known just now");
+            }
         }
         let assigned = match self.consumer.rebalance_protocol() {
             RebalanceProtocol::Cooperative => self.consumer.incremental_assign(&list),
@@ -542,42 +574,46 @@ impl Member {
         }
     }
 
-    /// Goes on elsewhere where the brokers do not have what comes next, once nothing is out of the partition.
-    fn find_places(&self) {
-        let revoked = self.revoking.as_ref().map_or(&[][..], |revoking| &revoking.partitions);
-        let mut lost = self.shared.membership.holds();
-        lost.retain(|hold| hold.has_lost_place() && hold.is_idle() && !is_of(hold, revoked));
-        for hold in lost {
-            let place = (hold.topic.to_string(), hold.partition);
-            let Some(queue) = self.queues.get(&place).cloned() else {
-                continue;
-            };
-            let options = self.shared.cluster.options();
-            let next = hold.next_offset().or_else(|| self.from.get(&place).copied());
-            let found = beginning::find(
-                &self.consumer,
-                (&hold.topic, hold.partition),
-                next,
-                options.start,
-                options.timeout,
-            );
-            let placed =
-                found.and_then(|found| beginning::place_again(&self.consumer, &place, found.at).map(|()| found));
-            let found = match placed {
-                Ok(found) => found,
-                Err(error) => {
-                    tracing::debug!(%error, topic = %hold.topic, partition = hold.partition, "a partition has lost its place, and cannot go on yet");
-                    continue;
-                }
-            };
-            hold.lose();
-            self.shared.membership.remove(hold.assignment());
-            if let Some((messages, why)) = found.missed {
-                self.shared.membership.tell(Ok(Incoming::Missed { messages, why }));
-            }
-            let anew = self.hold(hold.topic.clone(), hold.partition, queue, BTreeSet::new());
-            self.shared.membership.add(anew);
+    /// Goes on elsewhere where the brokers do not have what comes next, once nothing is out of the partition. One at a time: it may
+    /// take a while.
+    fn find_places(&mut self) {
+        if !self.may_place() {
+            return;
         }
+        let mut lost = self.shared.membership.holds();
+        lost.retain(|hold| hold.has_lost_place() && hold.is_idle());
+        let Some(hold) = lost.pop() else { return };
+        let place = (hold.topic.to_string(), hold.partition);
+        let Some(queue) = self.queues.get(&place).cloned() else {
+            return;
+        };
+        let options = self.shared.cluster.options();
+        let next = hold.next_offset().or_else(|| self.from.get(&place).copied());
+        let at = (&hold.topic, hold.partition);
+        let found = beginning::find(
+            &self.consumer,
+            at,
+            next,
+            options.start,
+            &mut self.begun,
+            options.timeout,
+        );
+        let placed = found.and_then(|found| beginning::place_again(&self.consumer, &place, found.at).map(|()| found));
+        let found = match placed {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::debug!(%error, topic = place.0, partition = place.1, "a partition has lost its place, and cannot go on yet");
+                self.failed_at = Some(Instant::now());
+                return;
+            }
+        };
+        hold.lose();
+        self.shared.membership.remove(hold.assignment());
+        if let Some((messages, why)) = found.missed {
+            self.shared.membership.tell(Ok(Incoming::Missed { messages, why }));
+        }
+        let anew = self.hold(hold.topic.clone(), hold.partition, queue, BTreeSet::new());
+        self.shared.membership.add(anew);
     }
 
     /// Whoever has asked to join has a place kept for it until its session ends, and partitions with it, or nobody else gets in.

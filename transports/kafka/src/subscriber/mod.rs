@@ -70,7 +70,8 @@ impl Subscriber for KafkaSubscriber {
             return Err(nothing_to_declare(&subscription.group));
         }
         let topics = subscription.topics.iter().map(postrider_core::Topic::as_str);
-        let ensured = self.publisher.topology().ensure(topics).await;
+        let dead = subscription.queue.dead_letter_to.as_deref();
+        let ensured = self.publisher.topology().ensure(topics.chain(dead)).await;
         ensured.map_err(|error| self.cluster.while_joining(error))
     }
 }

@@ -8,6 +8,7 @@ use crate::{
     connection::{Connection, failed},
     topology::{hungry_queue, lease_queue, members_queue},
 };
+use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::{
     Channel, Consumer,
     options::{BasicCancelOptions, BasicConsumeOptions, QueueDeclareOptions},
@@ -24,7 +25,7 @@ pub(super) struct Leases {
     /// Its marks on the leases of partitions,
     held: FxHashMap<usize, Consumer>,
     /// among the members,
-    _mark: Consumer,
+    mark: Consumer,
     /// and among those that have less than their part.
     short: Option<Consumer>,
     /// Where the search for free partitions begins, so that members do not all try the same first.
@@ -41,10 +42,19 @@ impl Leases {
             partitions,
             control,
             held: FxHashMap::default(),
-            _mark: mark.map_err(failed("joining the members of the group"))?,
+            mark: mark.map_err(failed("joining the members of the group"))?,
             short: None,
             first: usize::try_from(Assignment::fresh().0).unwrap_or(0) + std::process::id() as usize,
         })
+    }
+
+    /// Whether the broker has ended one of its marks: a queue of them was deleted, or its node was away. The others do not see it any
+    /// more then.
+    pub(super) fn has_lost_a_mark(&mut self) -> bool {
+        let marks = std::iter::once(&mut self.mark).chain(&mut self.short);
+        let mut marks = marks.chain(self.held.values_mut());
+        // Nothing ever comes out of their queues.
+        marks.any(|mark| mark.next().now_or_never().is_some())
     }
 
     /// How many consumers a queue has.

@@ -317,6 +317,10 @@ impl Member {
     /// Gives up what is more than its part, and takes what is free of it.
     async fn balance(&mut self, shared: &Shared) -> Result<()> {
         let Some(leases) = &mut self.leases else { return Ok(()) };
+        if leases.has_lost_a_mark() {
+            let text = "the broker has ended what makes this one a member of its group";
+            return Err(Error::new(ErrorKind::Unavailable, text));
+        }
         let mut staying = shared.membership.holds();
         let held: Vec<usize> = staying.iter().filter_map(|hold| hold.partition).collect();
         staying.retain(|hold| !hold.is_leaving());
