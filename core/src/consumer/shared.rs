@@ -68,7 +68,7 @@ pub(super) struct Shared {
     pub(super) suspects: tokio::sync::Semaphore,
     /// Types and topics that were warned of.
     pub(super) warned: Mutex<FxHashSet<(String, Topic)>>,
-    /// Of the feed it has, or had last.
+    /// How many messages wait with the broker. It comes from the current feed, or from the last one.
     pub(super) lag: Mutex<Lag>,
     /// Done with, though the broker does not know.
     pub(super) unacknowledged: Unacknowledged,
@@ -243,7 +243,7 @@ impl Shared {
         known.map(|(kind, _)| kind.as_str())
     }
 
-    /// Whether this is the first message of a type that this member does not handle.
+    /// Whether no message of this type and topic was seen before. At most [`MOST_WARNED`] pairs are remembered.
     fn is_new(&self, message: &Message) -> bool {
         let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
         warned.len() < MOST_WARNED && warned.insert((message.kind().to_owned(), message.topic().clone()))

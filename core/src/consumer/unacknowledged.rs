@@ -21,12 +21,12 @@ const MOST: usize = 10_000;
 /// And for how long: twice the longest that brokers wait for an outcome as they come (RabbitMQ's `consumer_timeout`).
 const REMEMBERED: Duration = Duration::from_secs(60 * 60);
 
-/// What was handled: one event may have been sent to several topics.
+/// A handled message. The topic is part of it because one event may be sent to several topics.
 type Handled = (Topic, MessageId);
 
 #[derive(Debug, Default)]
 pub(super) struct Unacknowledged {
-    /// Whether there are any: seldom, so that nobody waits for the lock.
+    /// Whether `known` holds anything. It seldom does, so most calls read this flag and skip the lock.
     any: AtomicBool,
     known: Mutex<Known>,
 }
@@ -34,7 +34,7 @@ pub(super) struct Unacknowledged {
 #[derive(Debug, Default)]
 struct Known {
     since: FxHashMap<Handled, Moment>,
-    /// As they came; of those that were taken out since, too.
+    /// The same messages in the order they were added. Messages that were taken out are still in it.
     order: VecDeque<(Handled, Moment)>,
 }
 
@@ -59,7 +59,7 @@ impl Unacknowledged {
         self.any.store(true, Ordering::Release);
     }
 
-    /// Whether this message is one of them. It counts for one delivery.
+    /// Returns whether this message is remembered, and forgets it.
     pub(super) fn take(&self, message: &Message, clock: &dyn Clock) -> bool {
         if !self.any.load(Ordering::Acquire) {
             return false;

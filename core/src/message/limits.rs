@@ -1,7 +1,7 @@
 use super::{MAX_KEY_BYTES, Message, shortened};
 use crate::{Error, ErrorKind, Result};
 
-/// What brokers write around a header's name and value, a prefix of the name included.
+/// The bytes that a broker adds to each header: the prefix of its name, its type and its lengths.
 const AROUND_HEADER: usize = 20;
 
 /// What a message may measure. Checked when it is published, so that nothing is accepted that a broker then refuses.

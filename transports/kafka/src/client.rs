@@ -115,7 +115,7 @@ impl Cluster {
                 _ => error,
             };
             let error = error.because(why);
-            match self.recent_trouble() {
+            match self.recent_trouble().filter(|_| kind == ErrorKind::Unavailable) {
                 Some(reason) => error.with("reason", reason),
                 None => error,
             }

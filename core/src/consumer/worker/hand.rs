@@ -121,8 +121,8 @@ impl Worker {
         hand.waiting += 1;
     }
 
-    /// Whether this member has handled it already, and could not acknowledge it. What is published once more, on purpose, is not
-    /// taken for it where the broker counts deliveries.
+    /// Whether this member handled the message before and could not acknowledge it. Where the broker counts deliveries, a first
+    /// delivery never matches, so a message that is published again on purpose is handled.
     fn was_handled(&self, delivery: &Delivery) -> bool {
         let shared = &self.shared;
         let may_be = !shared.counts_deliveries || delivery.delivery_count() > 1;

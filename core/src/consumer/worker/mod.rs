@@ -30,7 +30,7 @@ const PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// After so long without another word of it the group is open to this member again. Transports repeat it more often.
 const REFUSED: Duration = Duration::from_secs(25);
-/// How long health shows that messages were missed.
+/// How long health stays degraded after the broker deleted unread messages.
 const MISSED: Duration = Duration::from_secs(10 * 60);
 const MISSED_FIX: &str = "have the broker keep messages for longer than a group may be behind or away; what is missing has to be had from its source";
 const REFUSED_FIX: &str =

@@ -118,7 +118,7 @@ impl<H: Hold> Membership<H> {
         self.changes.load(Ordering::Acquire)
     }
 
-    /// How many messages wait with the broker for this member: the task sets it now and then.
+    /// How many messages wait with the broker for this member. The driver's task sets it every few seconds.
     pub fn lag(&self) -> &Lag {
         &self.lag
     }

@@ -16,7 +16,7 @@ use std::{cmp::Reverse, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 /// How often a connection may die with one message alone in flight before the message is blamed.
 const DEATHS_BLAMED: u8 = 2;
 
-/// How often the broker is asked whether it is there while nothing is to be sent.
+/// The time between two reachability checks while the relay has nothing to send.
 const ASK_EVERY: Duration = Duration::from_secs(5);
 
 impl Engine {

@@ -339,7 +339,7 @@ impl Engine {
         self.due_at.map_or(look, |due| due.min(look))
     }
 
-    /// Whether nothing is under way, but for the question whether the broker is there: nobody waits for that.
+    /// Whether no job is running. A reachability check does not count, because nothing waits for it.
     fn is_idle(&self) -> bool {
         self.jobs.len() <= usize::from(self.is_asking)
     }

@@ -296,9 +296,8 @@ impl Member {
             if self.shared.membership.is_closing() {
                 break;
             }
-            let is_busy =
-                self.revoking.is_some() || self.shared.membership.holds().iter().any(|hold| hold.is_leaving());
             let holds = self.shared.membership.holds();
+            let is_busy = self.revoking.is_some() || holds.iter().any(|hold| hold.is_leaving());
             let mut refusal = holds.iter().find_map(|hold| hold.take_refusal());
             match self.consumer.poll(if is_busy { SOON } else { LATER }) {
                 None => {}
