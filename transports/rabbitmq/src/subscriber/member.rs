@@ -58,6 +58,7 @@ pub(super) struct Member {
     watched_at: Instant,
     /// When it was last looked how much waits in its queues.
     counted_at: Option<Instant>,
+    counting: Option<JoinHandle<()>>,
 }
 
 /// Has members of one feed one after another, until the feed is closed.
@@ -127,6 +128,7 @@ impl Member {
             asking: None,
             watched_at: Instant::now(),
             counted_at: None,
+            counting: None,
         };
         let declaring = Declaring::on(&member.connection, &shared.broker).await?;
         declaring.exchange().await?;
@@ -162,9 +164,7 @@ impl Member {
                 // Where it fails, the connection is lost, or the channel, which is mended.
                 let _ = hold.acknowledge().await;
             }
-            if self.counted_at.is_none_or(|at| at.elapsed() >= LAG_EVERY) {
-                self.count_what_waits(shared, &holds).await;
-            }
+            self.count_what_waits(shared, &holds);
             let looks = holds.iter().any(|hold| hold.is_leaving() || !hold.is_connected());
             let balances = self.leases.is_some() && self.balanced_at.elapsed() >= interval;
             if let Err(error) = self.look_at_bindings(shared).await {
@@ -213,20 +213,30 @@ impl Member {
         }
     }
 
-    /// Tells how many messages wait in the queues that it has.
-    async fn count_what_waits(&mut self, shared: &Shared, holds: &[Arc<Hold>]) {
-        self.counted_at = Some(Instant::now());
-        let counting = shared.broker.in_time("counting messages", async {
-            let mut waiting = 0;
-            for hold in holds.iter().filter(|hold| hold.is_connected()) {
-                waiting += u64::from(hold.waiting().await.map_err(failed("counting messages"))?);
-            }
-            Ok(waiting)
-        });
-        match counting.await {
-            Ok(waiting) => shared.membership.lag().set(waiting),
-            Err(_) => shared.membership.lag().forget(),
+    /// Counts the messages in this member's queues every [`LAG_EVERY`]. A task of its own does it, because a queue that does not
+    /// answer must not delay the acknowledgements of the others.
+    fn count_what_waits(&mut self, shared: &Shared, holds: &[Arc<Hold>]) {
+        let is_due = self.counted_at.is_none_or(|at| at.elapsed() >= LAG_EVERY);
+        if !is_due || self.counting.as_ref().is_some_and(|counting| !counting.is_finished()) {
+            return;
         }
+        self.counted_at = Some(Instant::now());
+        let mut holds = holds.to_vec();
+        holds.retain(|hold| hold.is_connected());
+        let (broker, lag) = (shared.broker.clone(), shared.membership.lag().clone());
+        self.counting = Some(tokio::spawn(async move {
+            let counted = broker.in_time("counting messages", async {
+                let mut waiting = 0;
+                for hold in holds {
+                    waiting += u64::from(hold.waiting().await.map_err(failed("counting messages"))?);
+                }
+                Ok(waiting)
+            });
+            match counted.await {
+                Ok(waiting) => lag.set(waiting),
+                Err(_) => lag.forget(),
+            }
+        }));
     }
 
     /// Begins to watch the bindings: those that are ours, of an exchange of which nobody else gets what is sent to find out.
